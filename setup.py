@@ -1,0 +1,24 @@
+"""The repository root is the package `conceptron`; this names its folders. Everything else is in pyproject.toml."""
+
+from setuptools import setup
+
+OPERATORS = ["adaln", "bixt_attention", "concept_attention", "linear_cross_entropy", "slot_attention", "token_attention"]
+FOLDERS = [  # tests/test_house.py holds this list against the tree
+    "kernels", *(f"kernels.{operator}" for operator in OPERATORS),
+    "models", "models.objectives",
+    "engine", "engine.data",
+    "recipes", "recipes.pretrain",
+    "bench", "bench.geometry", "bench.kernels",
+]  # fmt: skip
+
+setup(
+    script_name="setup.py",  # else a wheel ships this file as conceptron/setup.py
+    package_dir={"conceptron": "."},
+    packages=["conceptron", *(f"conceptron.{folder}" for folder in FOLDERS)],
+    package_data={
+        "conceptron": ["py.typed"],
+        "conceptron.kernels": ["*.pyi"],
+        "conceptron.recipes": ["*.yaml"],
+        "conceptron.recipes.pretrain": ["*.yaml"],
+    },
+)
