@@ -1,0 +1,9 @@
+"""The one error a user of the command line is meant to see."""
+
+
+class InputError(ValueError):
+    """Bad input: a recipe, a data folder or a run folder that cannot be used as given.
+
+    The message is one line that says what is wrong, where, what came and what to do about it. The command line prints
+    it and exits with code 2, without a traceback; everything else that is raised is a fault of the program.
+    """
