@@ -1,0 +1,115 @@
+"""The command line: one thin function per subcommand.
+
+A launcher may put `--local_rank=K` in front of the subcommand (the `deepspeed` launcher does); it is accepted and left to
+the environment variables that say the same. Bad input ends with one line on standard error and exit code 2.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def train(arguments: argparse.Namespace) -> int:
+    from .engine.trainer import train
+
+    train(str(find_recipe(arguments.recipe)), arguments.overrides)
+    return 0
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    from .models.generation import generate_text
+
+    if arguments.file is not None:
+        from .engine.data.sources import read_text
+
+        text = read_text(Path(arguments.file))
+    else:
+        text = arguments.text
+    for sample in generate_text(
+        arguments.checkpoint, text, mode=arguments.mode, length=arguments.length, steps=arguments.steps,
+        schedule=arguments.schedule, order=arguments.order, temperature=arguments.temperature,
+        num_samples=arguments.samples, seed=arguments.seed,
+    ):  # fmt: skip
+        print(sample)
+    return 0
+
+
+def analyze(arguments: argparse.Namespace) -> int:
+    from .bench.report import analyze
+
+    analyze(arguments.path)
+    return 0
+
+
+def compile_kernels(arguments: argparse.Namespace) -> int:
+    from .kernels.compile import main
+
+    return main(arguments.rest)
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe file by its path; a path that does not exist is looked up among the recipes that the package ships."""
+    path = Path(name)
+    if path.exists() or path.is_absolute():
+        return path
+    shipped = Path(__file__).parent / "recipes" / name.removeprefix("recipes/")
+    return shipped if shipped.exists() else path
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="conceptron", description="Encoders that read long text through concepts.")
+    top.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("train", help="run a recipe: one process, or one of several under a launcher")
+    command.add_argument("recipe", help="a YAML file, or the name of a shipped one such as pretrain/mlm.yaml")
+    command.add_argument("overrides", nargs="*", metavar="section.field=value")
+    command.set_defaults(run=train)
+
+    command = commands.add_parser("generate", help="fill or generate text with a trained checkpoint")
+    command.add_argument("checkpoint", help="a Hugging Face folder, such as runs/demo/model")
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", help="the text to read")
+    source.add_argument("--file", help="a UTF-8 file to read instead")
+    command.add_argument("--mode", choices=("prefix", "fill", "concepts"), default="prefix", help=(
+        "prefix: continue the text; fill: replace each [MASK] in it; concepts: write it again from its concepts alone"
+    ))  # fmt: skip
+    command.add_argument("--length", type=int, default=32, help="tokens to generate (prefix)")
+    command.add_argument("--steps", type=int, default=16, help="denoising steps")
+    command.add_argument("--schedule", choices=("linear", "cosine"), default="cosine")
+    command.add_argument("--order", choices=("confidence", "random"), default="confidence")
+    command.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token")
+    command.add_argument("--samples", type=int, default=1)
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(run=generate)
+
+    command = commands.add_parser("analyze", help="report on a run folder or a checkpoint: plots, figures, gates")
+    command.add_argument("path")
+    command.set_defaults(run=analyze)
+
+    kernels = commands.add_parser("kernels", help="what the Triton operators compile to").add_subparsers(
+        required=True, metavar="ACTION"
+    )
+    command = kernels.add_parser("compile", add_help=False, help="compile every shipped configuration, without a GPU")
+    command.set_defaults(run=compile_kernels, takes_rest=True)
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments, rest = parser().parse_known_args(argv)
+    if rest and not getattr(arguments, "takes_rest", False):
+        parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.rest = rest
+    from .engine.errors import InputError
+
+    try:
+        return arguments.run(arguments)
+    except InputError as error:
+        if os.environ.get("RANK", "0") == "0":  # the other ranks met the same fault
+            print(f"conceptron: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

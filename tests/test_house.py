@@ -1,0 +1,104 @@
+"""The house stands as docs/house.md draws it: who imports whom, which folders ship, how large a file may grow."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLOORS = ["kernels", "models", "engine", "bench"]  # each may import those before it
+OUTSIDE = {  # third-party packages a floor may import; what is not listed is open to every floor
+    "triton": {"kernels", "bench"},
+    "transformers": {"models", "engine", "bench"},
+    "deepspeed": {"engine", "bench"},
+    "datasets": {"engine", "bench"},
+    "matplotlib": {"bench"},
+}
+MAX_LINES = 500
+
+
+def sources(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def imports(path: Path) -> list[tuple[int, str]]:
+    """(relative level, dotted name) of every import in a file, those inside functions too."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(0, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            found += [(node.level, f"{module}.{alias.name}".strip(".")) for alias in node.names]
+    return found
+
+
+def inside(path: Path, level: int, name: str) -> str:
+    """The path from the root, as a dotted name, that a relative import in ``path`` points to."""
+    base = list(path.relative_to(ROOT).parent.parts)
+    return ".".join(base[: len(base) - (level - 1)] + name.split("."))
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_imports_point_down(floor):
+    allowed = FLOORS[: FLOORS.index(floor) + 1]
+    for path in sources(floor):
+        for level, name in imports(path):
+            if level == 0:
+                package = name.split(".")[0]
+                assert floor in OUTSIDE.get(package, {floor}), f"{path}: {floor} must not import {package}"
+                assert package not in ("conceptron", *FLOORS), f"{path}: import the house relatively, not {name}"
+            else:
+                target = inside(path, level, name).split(".")[0]
+                assert target in allowed or target == "__version__", f"{path}: {floor} must not import {target}"
+
+
+def test_inside_an_operator():
+    for path in sources("kernels"):
+        names = [inside(path, level, name) if level else name for level, name in imports(path)]
+        if path.name == "reference.py":
+            assert not any(name.split(".")[0] == "triton" for name in names), f"{path}: an oracle must not need triton"
+        elif path.parent.name != "kernels" and path.name not in ("op.py", "__init__.py"):
+            assert not any(".reference" in name for name in names), f"{path}: only the door knows the oracle"
+
+
+@pytest.mark.parametrize("folder", [*FLOORS, "recipes"])
+def test_top_folders_have_no_init(folder):
+    # with one, `import kernels` inside a checkout finds ours instead of the Hugging Face package, and transformers stops importing
+    assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_wheel_names_every_folder():
+    text = (ROOT / "setup.py").read_text()
+    scope: dict = {}
+    exec(text.split("setup(")[0].replace("from setuptools import setup", ""), scope)
+    named = {folder.replace(".", "/") for folder in scope["FOLDERS"]}
+    kept = {
+        str(path.parent.relative_to(ROOT))
+        for top in [*FLOORS, "recipes"]
+        for suffix in ("*.py", "*.yaml")
+        for path in (ROOT / top).rglob(suffix)
+    }
+    assert named == kept
+
+
+def test_files_stay_small_and_named_after_things():
+    for floor in [*FLOORS, "tests"]:
+        for path in sources(floor):
+            lines = len(path.read_text().splitlines())
+            assert lines <= MAX_LINES, f"{path}: {lines} lines, more than {MAX_LINES}"
+            assert path.name not in ("utils.py", "common.py", "helpers.py"), path
+
+
+def test_no_silent_excepts():
+    for floor in FLOORS:
+        for path in sources(floor):
+            assert not re.search(r"except( Exception)?:\s*\n\s*pass", path.read_text()), path
+
+
+def test_every_recipe_says_how_to_run_it():
+    for path in (ROOT / "recipes").rglob("*.yaml"):
+        head = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+        for word in ("conceptron train", "Hardware", "Time", "Result"):
+            assert word in head, f"{path}: its opening comment lacks {word!r}"
