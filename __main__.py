@@ -1,7 +1,7 @@
 """The command line: one thin function per subcommand.
 
-A launcher may put `--local_rank=K` in front of the subcommand (the `deepspeed` launcher does); it is accepted and left to
-the environment variables that say the same. Bad input ends with one line on standard error and exit code 2.
+A launcher may put `--local_rank=K` in front of the subcommand (the `deepspeed` launcher does); it is accepted, and the
+environment variables that say the same are used. Bad input ends with one line on standard error and exit code 2.
 """
 
 import argparse

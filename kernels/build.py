@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 class Build(NamedTuple):
     """One kernel at one static configuration. Each op's fused module lists its own in ``builds()``.
 
-    ``signature`` maps every argument of the kernel to a Triton type ("*bf16", "*fp32", "*i32", "i32", "i64", "fp32" or "constexpr");
-    ``constants`` holds the values of those that are "constexpr". Pointers, and the arguments named in ``divisible``, are
-    promised to be multiples of 16, as a real launch finds them.
+    ``signature`` maps every argument of the kernel to a Triton type ("*bf16", "*fp32", "*i32", "i32", "i64", "fp32" or
+    "constexpr"); ``constants`` holds the values of those that are "constexpr". Pointers, and the arguments named in
+    ``divisible``, are promised to be multiples of 16, as a real launch finds them.
     """
 
     name: str  # op/kernel/configuration, as printed in the table

@@ -1,4 +1,4 @@
-"""Input checks shared by the doors. Each raises before any launch and names the argument, what was expected, what came."""
+"""Input checks shared by the doors: each raises before any launch and names the argument, what it expected, what came."""
 
 import os
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ def check_size(name: str, axis: str, got: int, expected: int, why: str) -> None:
 
 
 def check_cu_seqlens(cu_seqlens: object, max_seqlen: object, num_tokens: int, device: torch.device) -> None:
-    """cu_seqlens [B+1] int32 on ``device``, starting at 0, never decreasing, ending at ``num_tokens``; max_seqlen an int.
+    """cu_seqlens [B+1] int32 on ``device``, from 0, never decreasing, to ``num_tokens``; max_seqlen an int.
 
     Values are checked on the CPU always, on a GPU only with CONCEPTRON_CHECK=1 (it costs a synchronisation).
     """
@@ -72,7 +72,7 @@ def check_cu_seqlens(cu_seqlens: object, max_seqlen: object, num_tokens: int, de
         raise ValueError(f"cu_seqlens: expected to end at T = {num_tokens}, got {values[-1]}")
     lengths = [end - start for start, end in zip(values, values[1:], strict=False)]
     if lengths and min(lengths) < 0:
-        at = next(i for i, n in enumerate(lengths) if n < 0)
-        raise ValueError(f"cu_seqlens: expected never to decrease, got {values[at]} then {values[at + 1]} at entry {at + 1}")
+        i = next(i for i, n in enumerate(lengths) if n < 0)
+        raise ValueError(f"cu_seqlens: expected never to decrease, got {values[i]} then {values[i + 1]} at entry {i + 1}")
     if lengths and max(lengths) > max_seqlen:
         raise ValueError(f"max_seqlen: expected at least the longest sequence, {max(lengths)}, got {max_seqlen}")

@@ -65,7 +65,7 @@ def test_inside_an_operator():
 
 @pytest.mark.parametrize("folder", [*FLOORS, "recipes"])
 def test_top_folders_have_no_init(folder):
-    # with one, `import kernels` inside a checkout finds ours, not the Hugging Face package, and transformers stops importing
+    # with one, `import kernels` inside a checkout finds ours, not the Hugging Face package that transformers asks for
     assert not (ROOT / folder / "__init__.py").exists()
 
 
