@@ -1,7 +1,8 @@
-"""Input checks shared by the doors: each raises before any launch and names the argument, what it expected, what came."""
+"""Input checks shared by the doors: raised before any launch, naming the argument, what was expected, what came."""
 
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -70,9 +71,9 @@ def check_cu_seqlens(cu_seqlens: object, max_seqlen: object, num_tokens: int, de
         raise ValueError(f"cu_seqlens: expected to start at 0, got {values[0]}")
     if values[-1] != num_tokens:
         raise ValueError(f"cu_seqlens: expected to end at T = {num_tokens}, got {values[-1]}")
-    lengths = [end - start for start, end in zip(values, values[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(values)]
     if lengths and min(lengths) < 0:
         i = next(i for i, n in enumerate(lengths) if n < 0)
-        raise ValueError(f"cu_seqlens: expected never to decrease, got {values[i]} then {values[i + 1]} at entry {i + 1}")
+        raise ValueError(f"cu_seqlens: expected never to decrease, got {values[i]} before {values[i + 1]} (entry {i})")
     if lengths and max(lengths) > max_seqlen:
         raise ValueError(f"max_seqlen: expected at least the longest sequence, {max(lengths)}, got {max_seqlen}")

@@ -51,9 +51,8 @@ def test_wheel_holds_the_package_and_nothing_else(unpacked):
 
 
 def test_wheel_works_from_any_folder(unpacked, tmp_path):
-    code = "import conceptron; from conceptron.kernels import slot_attention as op; print(conceptron.__file__, callable(op))"
-    where, bound = python(code, tmp_path, unpacked).split()
-    assert where.startswith(str(unpacked)) and bound == "True"
+    code = "import conceptron; from conceptron.kernels import merge_partials; print(conceptron.__file__)"
+    assert python(code, tmp_path, unpacked).startswith(str(unpacked))
     code = "import sys; from conceptron.__main__ import main; sys.exit(main(['train', 'no/such/recipe.yaml']) != 2)"
     python(code, tmp_path, unpacked)
 
