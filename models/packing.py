@@ -1,0 +1,112 @@
+"""Packed batches: B sequences in one row of T tokens, with no padding anywhere.
+
+B sequences, T packed tokens, N tokens of one sequence.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Packed(NamedTuple):
+    """B sequences end to end. Sequence b is rows ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``; it may be empty.
+
+    Positions rise strictly inside a sequence but may leave gaps: a token that was deleted is simply absent, and those
+    that stay keep the position they had.
+    """
+
+    input_ids: Tensor  # [T] int64
+    position_ids: Tensor  # [T] int64, position of each token within its own sequence
+    cu_seqlens: Tensor  # [B+1] int32
+    max_seqlen: int  # at least the longest sequence; a Python int, so that nothing is read back from the device
+
+    @property
+    def num_sequences(self) -> int:
+        return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.shape[0]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Packed":
+        tensors = (self.input_ids, self.position_ids, self.cu_seqlens)
+        return Packed(*(x.to(device, non_blocking=non_blocking) for x in tensors), self.max_seqlen)
+
+
+def pack(sequences: Sequence[np.ndarray | Tensor | Sequence[int]]) -> Packed:
+    """Packs B one-dimensional arrays of token ids, on the CPU; positions count from 0 in each.
+
+    Raises:
+        ValueError: an array is not one-dimensional; the message names its index.
+    """
+    arrays = [np.asarray(ids, dtype=np.int64) for ids in sequences]
+    for i, ids in enumerate(arrays):
+        if ids.ndim != 1:
+            raise ValueError(f"sequences[{i}]: expected a one-dimensional array of ids, got shape {list(ids.shape)}")
+    lengths = np.array([len(ids) for ids in arrays], dtype=np.int64)
+    input_ids = np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int64)
+    return pack_flat(input_ids, positions_within(lengths), lengths)
+
+
+def pack_flat(input_ids: np.ndarray, position_ids: np.ndarray, lengths: np.ndarray) -> Packed:
+    """Packs rows that already lie end to end: ids [T], positions [T], length of each of the B sequences."""
+    return Packed(
+        torch.from_numpy(np.ascontiguousarray(input_ids, dtype=np.int64)),
+        torch.from_numpy(np.ascontiguousarray(position_ids, dtype=np.int64)),
+        torch.from_numpy(offsets(lengths)),
+        int(lengths.max()) if len(lengths) else 0,
+    )
+
+
+def offsets(lengths: np.ndarray) -> np.ndarray:
+    """[B] lengths -> [B+1] int32 running sums that start at 0."""
+    cu_seqlens = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=cu_seqlens[1:])
+    if cu_seqlens[-1] > np.iinfo(np.int32).max:
+        raise ValueError(f"lengths: expected at most 2**31 - 1 tokens in one packed batch, got {cu_seqlens[-1]}")
+    return cu_seqlens.astype(np.int32)
+
+
+def positions_within(lengths: np.ndarray) -> np.ndarray:
+    """[B] lengths -> [T] int64: 0 .. N-1 for each sequence in turn."""
+    starts = np.cumsum(lengths) - lengths
+    return np.arange(lengths.sum(), dtype=np.int64) - np.repeat(starts, lengths)
+
+
+def pack_padded(input_ids: Tensor, attention_mask: Tensor | None = None) -> Packed:
+    """Packs a padded batch, on its own device. Costs one host synchronisation (two with a mask).
+
+    Args:
+        input_ids: [B, N] int64.
+        attention_mask: [B, N], non-zero where a token is real; None means everywhere. Padding may stand on either side
+            or in between: positions count real tokens only, so a padded batch and a packed one give the same result.
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids: expected shape [B, N], got {list(input_ids.shape)}")
+    B, N = input_ids.shape
+    if attention_mask is None:
+        cu_seqlens = torch.arange(B + 1, device=input_ids.device, dtype=torch.int32) * N
+        return Packed(input_ids.reshape(-1), torch.arange(N, device=input_ids.device).repeat(B), cu_seqlens, N)
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask: expected input_ids' shape {list(input_ids.shape)}, got {list(attention_mask.shape)}"
+        )
+    valid_BN = attention_mask != 0
+    lengths_B = valid_BN.sum(1)
+    positions_BN = valid_BN.cumsum(1) - 1
+    cu_seqlens = torch.zeros(B + 1, device=input_ids.device, dtype=torch.int32)
+    cu_seqlens[1:] = lengths_B.cumsum(0)
+    max_seqlen = int(lengths_B.max()) if B else 0
+    return Packed(input_ids[valid_BN], positions_BN[valid_BN], cu_seqlens, max_seqlen)
+
+
+def sequence_ids(cu_seqlens: Tensor, num_rows: int) -> Tensor:
+    """[B+1] offsets -> [T] int64: the sequence that each packed row belongs to. No synchronisation."""
+    rows = torch.arange(num_rows, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
