@@ -1,0 +1,20 @@
+"""Autocast at the doors: fused operators follow the rule that torch applies to scaled_dot_product_attention and linear."""
+
+import torch
+from torch import Tensor
+
+
+def lower_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Casts float16, bfloat16 and float32 tensors to the autocast dtype of their device while autocast is on; float64 stays."""
+    if not tensors or not isinstance(tensors[0], Tensor):
+        return tensors  # the door's checks name what is wrong
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(tensor: Tensor) -> Tensor:
+        eligible = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+        return tensor.to(dtype) if eligible else tensor
+
+    return tuple(cast(tensor) for tensor in tensors)
