@@ -50,10 +50,11 @@ def check_size(name: str, axis: str, got: int, expected: int, why: str) -> None:
         raise ValueError(f"{name}: expected {axis} = {expected} ({why}), got {got}")
 
 
-def check_cu_seqlens(cu_seqlens: object, max_seqlen: object, num_tokens: int, device: torch.device) -> None:
-    """cu_seqlens [B+1] int32 on ``device``, from 0, never decreasing, to ``num_tokens``; max_seqlen an int.
+def check_boundaries(cu_seqlens: object, num_tokens: int, device: torch.device) -> list[int] | None:
+    """cu_seqlens [B+1] int32 on ``device``, starting at 0, never decreasing, ending at ``num_tokens``.
 
-    Values are checked on the CPU always, on a GPU only with CONCEPTRON_CHECK=1 (it costs a synchronisation).
+    Values are checked on the CPU always, on a GPU only with CONCEPTRON_CHECK=1 (it costs a synchronisation). Returns
+    the sequence lengths where the values were read, else None.
     """
     tensor = check_tensor("cu_seqlens", cu_seqlens, "[B+1]", 1)
     if tensor.dtype != torch.int32:
@@ -62,18 +63,26 @@ def check_cu_seqlens(cu_seqlens: object, max_seqlen: object, num_tokens: int, de
         raise ValueError(f"cu_seqlens: expected device {device}, got {tensor.device}")
     if tensor.shape[0] < 1:
         raise ValueError("cu_seqlens: expected shape [B+1] with at least one entry, got [0]")
-    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
-        raise TypeError(f"max_seqlen: expected a Python int (no device read), got {type(max_seqlen).__name__}")
     if not readable(tensor):
-        return
+        return None
     values = tensor.tolist()
     if values[0] != 0:
         raise ValueError(f"cu_seqlens: expected to start at 0, got {values[0]}")
-    if values[-1] != num_tokens:
-        raise ValueError(f"cu_seqlens: expected to end at T = {num_tokens}, got {values[-1]}")
     lengths = [end - start for start, end in pairwise(values)]
     if lengths and min(lengths) < 0:
-        i = next(i for i, n in enumerate(lengths) if n < 0)
-        raise ValueError(f"cu_seqlens: expected never to decrease, got {values[i]} before {values[i + 1]} (entry {i})")
+        at = next(i for i, n in enumerate(lengths) if n < 0)
+        step = f"{values[at]} then {values[at + 1]} at entry {at + 1}"
+        raise ValueError(f"cu_seqlens: expected never to decrease, got {step}")
+    if values[-1] != num_tokens:
+        raise ValueError(f"cu_seqlens: expected to end at T = {num_tokens}, got {values[-1]}")
+    return lengths
+
+
+def check_cu_seqlens(cu_seqlens: object, max_seqlen: object, num_tokens: int, device: torch.device) -> None:
+    """``check_boundaries``, and max_seqlen an int that is at least the longest sequence."""
+    check_tensor("cu_seqlens", cu_seqlens, "[B+1]", 1)
+    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
+        raise TypeError(f"max_seqlen: expected a Python int (no device read), got {type(max_seqlen).__name__}")
+    lengths = check_boundaries(cu_seqlens, num_tokens, device)
     if lengths and max(lengths) > max_seqlen:
         raise ValueError(f"max_seqlen: expected at least the longest sequence, {max(lengths)}, got {max_seqlen}")
