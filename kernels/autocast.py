@@ -1,11 +1,11 @@
-"""Autocast at the doors: fused operators follow the rule that torch applies to scaled_dot_product_attention and linear."""
+"""Autocast at the doors: the rule that torch applies to scaled_dot_product_attention and linear."""
 
 import torch
 from torch import Tensor
 
 
 def lower_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Casts float16, bfloat16 and float32 tensors to the autocast dtype of their device while autocast is on; float64 stays."""
+    """Casts to the autocast dtype of the first tensor's device while autocast is on; float64 and integers stay."""
     if not tensors or not isinstance(tensors[0], Tensor):
         return tensors  # the door's checks name what is wrong
     device = tensors[0].device.type

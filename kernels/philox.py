@@ -14,7 +14,7 @@ ROUNDS = 10
 
 
 def philox(seed: Tensor, *counter: Tensor) -> list[Tensor]:
-    """Four int64 tensors that hold uint32 words, for a 64-bit key ``seed`` and four broadcastable uint32 counter words."""
+    """Four int64 tensors of uint32 words, for a 64-bit key ``seed`` and four broadcastable uint32 counter words."""
     x0, x1, x2, x3 = torch.broadcast_tensors(*counter)
     key_0, key_1 = seed & _LOW, (seed >> 32) & _LOW
     for _ in range(ROUNDS):
@@ -46,7 +46,7 @@ def keep_mask(seed: Tensor, dropout_p: float, b: Tensor, h: Tensor, row: Tensor,
 
 
 def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """``seed`` as an int64 tensor [1] on ``device``, without a host synchronisation; None draws one from torch's generator."""
+    """``seed`` as an int64 tensor [1] on ``device``, without synchronising; None draws one from torch's generator."""
     if seed is None:
         return torch.randint(0, 2**62, (1,), device=device, dtype=torch.int64)
     if isinstance(seed, Tensor):

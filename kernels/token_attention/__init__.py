@@ -1,0 +1,5 @@
+"""Tokens read concepts."""
+
+from .op import token_attention
+
+__all__ = ["token_attention"]
