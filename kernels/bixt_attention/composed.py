@@ -1,0 +1,70 @@
+"""The torch backend: batched matrix products and two softmaxes of one similarity, differentiable by autograd.
+
+Where the sequence boundaries can be read without waiting for a device and padding to the longest sequence would waste
+much, sequences run one after the other; elsewhere (GPU, traced graphs, nearly equal lengths) padded, side by side.
+Holds the similarity and both weights, [B, H, C, N] each, for backward.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..checks import readable
+
+MAX_WASTE = 1.25  # padded rows per real token above which one-by-one is faster (measured on a CPU)
+
+
+def torch_bixt_attention(
+    concept_qk: Tensor,
+    concept_v: Tensor,
+    token_qk: Tensor,
+    token_v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    B, T = concept_qk.shape[0], token_qk.shape[0]
+    concepts = (concept_qk * scale).transpose(1, 2), concept_v.transpose(1, 2)  # [B,H,C,D]
+    if readable(cu_seqlens) and B * min(max_seqlen, T) > MAX_WASTE * T:
+        return one_by_one(*concepts, token_qk, token_v, cu_seqlens)
+    return side_by_side(*concepts, token_qk, token_v, cu_seqlens, min(max_seqlen, T))
+
+
+def attend(concept_qk: Tensor, concept_v: Tensor, token_qk: Tensor, token_v: Tensor, valid: Tensor | None):
+    """concepts [B,H,C,D], tokens [B,H,N,D], valid [B,1,1,N] -> both results, laid out like their own side."""
+    similarity = concept_qk @ token_qk.mT  # [B,H,C,N]
+    over_tokens = similarity
+    if valid is not None:
+        over_tokens = similarity.masked_fill(~valid, torch.finfo(similarity.dtype).min)
+    over_tokens = over_tokens.softmax(-1)
+    if valid is not None:  # a sequence without tokens has only such columns: its weights become 0, not NaN
+        over_tokens = over_tokens.masked_fill(~valid, 0.0)
+    return over_tokens @ token_v, similarity.softmax(-2).mT @ concept_v
+
+
+def one_by_one(concept_qk: Tensor, concept_v: Tensor, token_qk: Tensor, token_v: Tensor, cu_seqlens: Tensor):
+    concept_out, token_out = [], []
+    for b, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        tokens = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (token_qk, token_v))  # [1,H,N,D]
+        concepts, rows = attend(concept_qk[b : b + 1], concept_v[b : b + 1], *tokens, None)
+        concept_out.append(concepts)
+        token_out.append(rows.squeeze(0).transpose(0, 1))
+    return torch.cat(concept_out).transpose(1, 2), torch.cat(token_out)
+
+
+def side_by_side(
+    concept_qk: Tensor, concept_v: Tensor, token_qk: Tensor, token_v: Tensor, cu_seqlens: Tensor, N: int
+) -> tuple[Tensor, Tensor]:
+    B, T = concept_qk.shape[0], token_qk.shape[0]
+    starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    rows = starts[:, None] + torch.arange(N, device=starts.device)  # [B,N]
+    valid = (rows < ends[:, None])[:, None, None, :]
+    rows = rows.clamp(max=T - 1).flatten()
+    padded = (x.index_select(0, rows).unflatten(0, (B, N)).transpose(1, 2) for x in (token_qk, token_v))
+    concept_out, token_out = attend(concept_qk, concept_v, *padded, valid)
+    token = torch.arange(T, device=starts.device)
+    sequence = torch.searchsorted(ends, token, right=True)
+    cells = sequence * N + token - starts[sequence]  # where packed row t stands in the padded layout
+    token_out = token_out.transpose(1, 2).flatten(0, 1).index_select(0, cells)
+    return concept_out.transpose(1, 2), token_out

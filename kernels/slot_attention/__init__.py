@@ -1,0 +1,5 @@
+"""Slot attention: concepts compete for every token."""
+
+from .op import slot_attention
+
+__all__ = ["slot_attention"]
