@@ -1,0 +1,68 @@
+"""The `data` section of a recipe."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+DEFAULT_VALIDATION = 0.02
+
+
+class Source(BaseModel):
+    """One place that documents come from. What is left out here is taken from the fields of the same name in `data`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str  # `pydocs`, a file, a folder, a glob, or a hub id `org/name[:config]`
+    weight: Annotated[float, Field(gt=0)] = 1.0  # share of the tokens of every step, relative to the other sources
+    text_column: str | None = None
+    split: str | None = None
+    validation: Fraction | str | None = None
+    revision: str | None = None
+    max_documents: Annotated[int, Field(ge=2)] | None = None
+
+
+class DataRecipe(BaseModel):
+    """What is read, how it is cut into tokens and windows.
+
+    A source is one of
+    - `pydocs`: the documentation that the installed Python carries (needs no network and no file);
+    - a path or a glob of .txt (one document a file), .jsonl, .jsonl.gz and .parquet files, or a folder of them. When
+      names in a folder begin with `train`, those are the training files, and those that begin with `validation`,
+      `valid`, `val` or `dev` are held out;
+    - a data set on the hub, `org/name` or `org/name:config`, read with `datasets`.
+
+    Held out are, by `validation`: a number: about this fraction of the documents, chosen by a hash of their text; a
+    text: these files (or, for a hub id, the split of this name). Left out: what the folder says, else 0.02. `pydocs` has
+    a fixed split of its own.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: list[Source] = Field([Source(path="pydocs")], min_length=1)  # also a single path, or a list of paths
+    text_column: str = "text"  # of jsonl, parquet and hub sources
+    split: str = "train"  # of hub sources
+    validation: Fraction | str | None = None
+    revision: str | None = None  # of hub sources: a commit or tag; left out: the main branch when first read
+    max_documents: Annotated[int, Field(ge=2)] | None = None  # read no more than this of each source
+    tokenizer: str = "pydocs"  # `pydocs` (byte-level BPE trained on pydocs), a folder, or a hub id
+    vocab_size: Annotated[int, Field(ge=300, le=65536)] = 8192  # of the `pydocs` tokenizer only
+    window: Annotated[int, Field(ge=8)] = 512  # longest sequence in tokens; a longer document goes on in the next one
+    cache: str | None = None  # folder; left out: $XDG_CACHE_HOME/conceptron, else ~/.cache/conceptron
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        items = value if isinstance(value, list) else [value]
+        return [{"path": item} if isinstance(item, str) else item for item in items]
+
+    def sources(self) -> list[Source]:
+        """The sources with every field filled in from `data`."""
+        inherited = ("text_column", "split", "validation", "revision", "max_documents")
+        return [
+            source.model_copy(
+                update={name: getattr(self, name) for name in inherited if getattr(source, name) is None}
+            )
+            for source in self.source
+        ]
