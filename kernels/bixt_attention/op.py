@@ -1,13 +1,14 @@
 """The door of BiXT attention: the contract, the checks, the choice of backend."""
 
 import math
+from typing import Literal
 
 from torch import Tensor
 
 from ..autocast import lower_precision
 from ..backend import choose
 from ..checks import check_cu_seqlens, check_float, check_like, check_size, check_tensor
-from .composed import torch_bixt_attention
+from . import eager
 
 
 def bixt_attention(
@@ -19,7 +20,7 @@ def bixt_attention(
     max_seqlen: int,
     *,
     scale: float | None = None,
-    backend: str = "auto",
+    backend: Literal["auto", "triton", "torch"] = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Concepts read tokens and tokens read concepts, through one similarity with two softmaxes.
 
@@ -54,10 +55,10 @@ def bixt_attention(
     concept_qk, concept_v, token_qk, token_v = lower_precision(concept_qk, concept_v, token_qk, token_v)
     scale = _check(concept_qk, concept_v, token_qk, token_v, cu_seqlens, max_seqlen, scale)
     if choose(backend, token_qk) == "triton":
-        from .fused import fused_bixt_attention  # not at the top: the torch backend works without triton
+        from . import fused  # not at the top: the torch backend works without triton
 
-        return fused_bixt_attention(concept_qk, concept_v, token_qk, token_v, cu_seqlens, max_seqlen, scale)
-    return torch_bixt_attention(concept_qk, concept_v, token_qk, token_v, cu_seqlens, max_seqlen, scale)
+        return fused.bixt_attention(concept_qk, concept_v, token_qk, token_v, cu_seqlens, max_seqlen, scale)
+    return eager.bixt_attention(concept_qk, concept_v, token_qk, token_v, cu_seqlens, max_seqlen, scale)
 
 
 def _check(

@@ -1,13 +1,14 @@
 """The door of slot attention: the contract, the checks, the choice of backend."""
 
 import math
+from typing import Literal
 
 from torch import Tensor
 
 from ..autocast import lower_precision
 from ..backend import choose
 from ..checks import check_cu_seqlens, check_float, check_like, check_size, check_tensor
-from .composed import torch_slot_attention
+from . import eager
 
 NORMALIZE = ("mean", "sum")
 
@@ -20,9 +21,9 @@ def slot_attention(
     max_seqlen: int,
     *,
     scale: float | None = None,
-    normalize: str = "mean",
+    normalize: Literal["mean", "sum"] = "mean",
     eps: float = 1e-8,
-    backend: str = "auto",
+    backend: Literal["auto", "triton", "torch"] = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Concepts compete for tokens: the softmax runs over the C concepts, and each reads a weighted mean or sum.
 
@@ -56,16 +57,17 @@ def slot_attention(
     Memory: Triton saves the inputs, out and mass; nothing of size C x N exists. The torch backend holds three [H, C, N]
     tensors per sequence. Inside autocast inputs are cast as for scaled_dot_product_attention.
 
-    Source: Locatello et al. 2020, "Object-Centric Learning with Slot Attention", arXiv:2006.15055; the sum follows Krimmel
-    et al. 2024, "Attention Normalization Impacts Cardinality Generalization in Slot Attention", arXiv:2407.04170.
+    Source: Locatello et al. 2020, "Object-Centric Learning with Slot Attention", arXiv:2006.15055; the sum follows
+    Krimmel, Achterhold and Stueckler 2024, "Attention Normalization Impacts Cardinality Generalization in Slot
+    Attention", arXiv:2407.04170.
     """
     q, k, v = lower_precision(q, k, v)
     scale = _check(q, k, v, cu_seqlens, max_seqlen, scale, normalize, eps)
     if choose(backend, k) == "triton":
-        from .fused import fused_slot_attention  # not at the top: the torch backend works without triton
+        from . import fused  # not at the top: the torch backend works without triton
 
-        return fused_slot_attention(q, k, v, cu_seqlens, max_seqlen, scale, normalize, float(eps))
-    return torch_slot_attention(q, k, v, cu_seqlens, max_seqlen, scale, normalize, float(eps))
+        return fused.slot_attention(q, k, v, cu_seqlens, max_seqlen, scale, normalize, float(eps))
+    return eager.slot_attention(q, k, v, cu_seqlens, max_seqlen, scale, normalize, float(eps))
 
 
 def _check(

@@ -15,7 +15,7 @@ from ..checks import readable
 MAX_WASTE = 1.25  # padded rows per real token above which one-by-one is faster (measured on a CPU)
 
 
-def torch_slot_attention(
+def slot_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, normalize: str, eps: float
 ) -> tuple[Tensor, Tensor]:
     B, C, H, D = q.shape

@@ -15,7 +15,7 @@ from ..checks import readable
 MAX_WASTE = 1.25  # padded rows per real token above which one-by-one is faster (measured on a CPU)
 
 
-def torch_bixt_attention(
+def bixt_attention(
     concept_qk: Tensor,
     concept_v: Tensor,
     token_qk: Tensor,
