@@ -22,6 +22,7 @@ class Packed(NamedTuple):
     position_ids: Tensor  # [T] int64, position of each token within its own sequence
     cu_seqlens: Tensor  # [B+1] int32
     max_seqlen: int  # at least the longest sequence; a Python int, so that nothing is read back from the device
+    extents: Tensor | None = None  # [B] int64, N before tokens were left out; None: none was at the end
 
     @property
     def num_sequences(self) -> int:
@@ -32,8 +33,34 @@ class Packed(NamedTuple):
         return self.input_ids.shape[0]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Packed":
+        def move(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device, non_blocking=non_blocking)
+
         tensors = (self.input_ids, self.position_ids, self.cu_seqlens)
-        return Packed(*(x.to(device, non_blocking=non_blocking) for x in tensors), self.max_seqlen)
+        return Packed(*(move(x) for x in tensors), self.max_seqlen, move(self.extents))
+
+    def num_positions(self) -> Tensor:
+        """[B] int64: sequence b has the positions 0 to ``num_positions[b] - 1``, whether or not they hold a token."""
+        if self.extents is not None:
+            return self.extents
+        if self.num_tokens == 0:
+            return torch.zeros(self.num_sequences, dtype=torch.int64, device=self.cu_seqlens.device)
+        starts, ends = self.cu_seqlens[:-1].long(), self.cu_seqlens[1:].long()
+        return torch.where(ends > starts, self.position_ids[(ends - 1).clamp_min(0)] + 1, 0)
+
+    def sequence_ids(self) -> Tensor:
+        """[T] int64: the sequence that each row belongs to."""
+        rows = torch.arange(self.num_tokens, device=self.cu_seqlens.device, dtype=self.cu_seqlens.dtype)
+        return torch.searchsorted(self.cu_seqlens[1:].contiguous(), rows, right=True)
+
+    def select(self, keep: Tensor) -> "Packed":
+        """Only the rows where ``keep`` [T] bool is true; the others are absent, positions and extents stay."""
+        kept = torch.zeros(self.num_tokens + 1, dtype=torch.int32, device=keep.device)
+        kept[1:] = keep.cumsum(0)
+        return Packed(
+            self.input_ids[keep], self.position_ids[keep], kept[self.cu_seqlens.long()], self.max_seqlen,
+            self.num_positions(),
+        )  # fmt: skip
 
 
 def pack(sequences: Sequence[np.ndarray | Tensor | Sequence[int]]) -> Packed:
@@ -51,13 +78,16 @@ def pack(sequences: Sequence[np.ndarray | Tensor | Sequence[int]]) -> Packed:
     return pack_flat(input_ids, positions_within(lengths), lengths)
 
 
-def pack_flat(input_ids: np.ndarray, position_ids: np.ndarray, lengths: np.ndarray) -> Packed:
+def pack_flat(
+    input_ids: np.ndarray, position_ids: np.ndarray, lengths: np.ndarray, extents: np.ndarray | None = None
+) -> Packed:
     """Packs rows that already lie end to end: ids [T], positions [T], length of each of the B sequences."""
     return Packed(
         torch.from_numpy(np.ascontiguousarray(input_ids, dtype=np.int64)),
         torch.from_numpy(np.ascontiguousarray(position_ids, dtype=np.int64)),
         torch.from_numpy(offsets(lengths)),
         int(lengths.max()) if len(lengths) else 0,
+        None if extents is None else torch.from_numpy(np.ascontiguousarray(extents, dtype=np.int64)),
     )
 
 
@@ -104,9 +134,3 @@ def pack_padded(input_ids: Tensor, attention_mask: Tensor | None = None) -> Pack
     cu_seqlens[1:] = lengths_B.cumsum(0)
     max_seqlen = int(lengths_B.max()) if B else 0
     return Packed(input_ids[valid_BN], positions_BN[valid_BN], cu_seqlens, max_seqlen)
-
-
-def sequence_ids(cu_seqlens: Tensor, num_rows: int) -> Tensor:
-    """[B+1] offsets -> [T] int64: the sequence that each packed row belongs to. No synchronisation."""
-    rows = torch.arange(num_rows, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..packing import Packed, offsets, pack_flat
+from ..packing import Packed, pack_flat
 
 GOLDEN = 0.6180339887498949  # frac(k * GOLDEN) fills [0, 1) evenly for any run of consecutive k
 SHIFT_STREAM = 2**20  # the stream of the shift that an epoch's times share; objectives number theirs from 0
@@ -72,6 +72,7 @@ class Text(NamedTuple):
     ids: np.ndarray  # [T] int64
     positions: np.ndarray  # [T] int64
     lengths: np.ndarray  # [B] int64
+    extents: np.ndarray  # [B] int64, as Packed.num_positions
     maskable: np.ndarray  # [T] bool: not a special token
 
     @property
@@ -95,7 +96,8 @@ def clean_text(batch: Packed, keys: Sequence[SampleKey], tokens: SpecialTokens) 
             f"input_ids: expected ids in [0, {tokens.vocab_size}), got {worst}; is this the tokenizer of the run?"
         )
     maskable = ~np.isin(ids, np.fromiter(tokens.special_ids, dtype=np.int64))
-    return Text(ids, batch.position_ids.numpy(), np.diff(batch.cu_seqlens.numpy()).astype(np.int64), maskable)
+    lengths = np.diff(batch.cu_seqlens.numpy()).astype(np.int64)
+    return Text(ids, batch.position_ids.numpy(), lengths, batch.num_positions().numpy(), maskable)
 
 
 def per_sequence(text: Text, keys: Sequence[SampleKey], stream: int, draw: Callable) -> np.ndarray:
@@ -142,12 +144,17 @@ def build_view(
 def keep_rows(text: Text, rows: np.ndarray) -> Packed:
     """The encoder's batch when only ``rows`` [T] bool are left: the others are absent, positions stay."""
     lengths = np.bincount(text.sequence[rows], minlength=len(text.lengths)).astype(np.int64)
-    return pack_flat(text.ids[rows], text.positions[rows], lengths)
+    return pack_flat(text.ids[rows], text.positions[rows], lengths, text.extents)
 
 
-def with_ids(text: Text, ids: np.ndarray) -> Packed:
-    """The encoder's batch when every token stays in place and some are replaced."""
-    return Packed(
-        torch.from_numpy(ids), torch.from_numpy(text.positions), torch.from_numpy(offsets(text.lengths)),
-        int(text.lengths.max()) if len(text.lengths) else 0,
-    )  # fmt: skip
+def hide_rows(text: Text, is_hidden: np.ndarray, tokens: SpecialTokens, hidden: str) -> Packed:
+    """The encoder's batch when ``is_hidden`` [T] is kept from it: absent ("drop"), or [MASK] in its place ("mask")."""
+    if hidden == "drop":
+        return keep_rows(text, ~is_hidden)
+    ids = np.where(is_hidden, tokens.mask_id, text.ids)
+    return pack_flat(ids, text.positions, text.lengths, text.extents)
+
+
+def check_option(name: str, value: object, expected: str, holds: bool) -> None:
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")

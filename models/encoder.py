@@ -1,0 +1,201 @@
+"""ConceptEncoder: N tokens of a sequence -> C concepts, at cost O(C * N).
+
+B sequences, T packed tokens, C concepts, d model width.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .config import ConceptConfig
+from .layers import ConceptAttention, FeedForward, HeadBias, LanguageModelHead, ResidualLinear, ZeroLinear
+from .packing import Packed, pack_padded
+from .positions import anchors, rotary_angles, segment_offsets
+
+
+@dataclass
+class ConceptEncoderOutput(ModelOutput):
+    last_hidden_state: Tensor | None = None  # [B, C, d] the concepts
+    anchors: Tensor | None = None  # [B, C] float32, where each concept stands among the tokens
+    hidden_states: tuple[Tensor, ...] | None = None  # the concepts before each layer, and the last of all
+
+
+class ConceptPreTrainedModel(PreTrainedModel):
+    """What every model here shares: the configuration, and one place that initialises all weights."""
+
+    config_class = ConceptConfig
+    base_model_prefix = "encoder"
+    supports_gradient_checkpointing = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """normal(initializer_range), and:
+
+        - what writes into a residual stream: divided by sqrt(2L), so that depth does not grow the stream;
+        - modulations of AdaLN-Zero: zero, whatever the framework did before;
+        - concepts: orthogonal rows of norm sqrt(d), as large as a normalised token, so that no two start alike;
+        - the vector on the heads' queries and keys: anchor_bias on the half that RoPE reads as angle zero.
+        """
+        std = self.config.initializer_range
+        if isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            depth = max(self.config.num_hidden_layers, self.config.num_decoder_layers)
+            is_residual = isinstance(module, ResidualLinear)
+            init.normal_(module.weight, std=std / math.sqrt(2 * depth) if is_residual else std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=std)
+        elif isinstance(module, LanguageModelHead):
+            init.normal_(module.weight, std=std)
+            init.zeros_(module.bias)
+        elif isinstance(module, ConceptQueries):
+            if self.config.init_queries == "embedding":
+                init.normal_(module.weight, std=std)
+            else:
+                init.copy_(module.weight, orthogonal_rows(*module.weight.shape))
+        elif isinstance(module, HeadBias):
+            half = module.bias.shape[0] // 2
+            init.copy_(module.bias, torch.cat((torch.full((half,), self.config.anchor_bias), torch.zeros(half))))
+        elif isinstance(module, nn.RMSNorm | nn.LayerNorm) and module.weight is not None:
+            init.ones_(module.weight)
+
+
+def orthogonal_rows(num_rows: int, width: int) -> Tensor:
+    """[C, d] rows of norm sqrt(d), orthogonal in blocks of at most d rows."""
+    blocks = [nn.init.orthogonal_(torch.empty(min(width, num_rows - i), width)) for i in range(0, num_rows, width)]
+    return torch.cat(blocks) * math.sqrt(width)
+
+
+class ConceptQueries(nn.Module):
+    """The C concepts before they have read anything: [B, C, d]."""
+
+    def __init__(self, config: ConceptConfig):
+        super().__init__()
+        self.from_segments, self.eps = config.init_queries == "segment", config.norm_eps
+        self.weight = nn.Parameter(torch.empty(config.num_concepts, config.hidden_size))
+
+    def forward(self, tokens_Td: Tensor, packed: Packed) -> Tensor:
+        B, (C, d) = packed.num_sequences, self.weight.shape
+        if not self.from_segments:
+            return self.weight.expand(B, C, d)
+        offsets = segment_offsets(packed, C)
+        # unsafe skips a check of the offsets that would synchronise; they are right by construction
+        means = torch.segment_reduce(tokens_Td.float(), "mean", offsets=offsets, axis=0, unsafe=True, initial=0)
+        means_BCd = F.rms_norm(means, (d,), eps=self.eps).view(B, C, d)
+        return self.weight + means_BCd.to(self.weight.dtype)
+
+
+class CrossLayer(nn.Module):
+    """c += read(tokens);  c += self_attention(c);  c += feed_forward(c). Each pre-norm; tokens stay as they are."""
+
+    def __init__(self, config: ConceptConfig):
+        super().__init__()
+        self.read_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.read = ConceptAttention(config)
+        self.mix_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mix = ConceptAttention(config)
+        self.feed_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.feed = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, c_BCd: Tensor, anchor_angles, tokens_Td: Tensor, token_angles, packed: Packed) -> Tensor:
+        B, C, _ = c_BCd.shape
+        read = self.read(
+            self.read_norm(c_BCd), anchor_angles, tokens_Td, token_angles, packed.cu_seqlens, packed.max_seqlen
+        )
+        c_BCd = c_BCd + self.dropout(read)
+        flat_Rd = self.mix_norm(c_BCd).flatten(0, 1)  # the concepts of all sequences as one packed row of B * C
+        flat_angles = tuple(part.flatten(0, 1) for part in anchor_angles)
+        cu_concepts = torch.arange(B + 1, device=c_BCd.device, dtype=torch.int32) * C
+        mixed = self.mix(flat_Rd.view_as(c_BCd), anchor_angles, flat_Rd, flat_angles, cu_concepts, C)
+        c_BCd = c_BCd + self.dropout(mixed)
+        return c_BCd + self.dropout(self.feed(self.feed_norm(c_BCd)))
+
+
+class ConceptEncoder(ConceptPreTrainedModel):
+    """Reads packed or padded token ids and returns C concepts for each sequence.
+
+        c_0 = e_i (+ the normalised mean of the tokens around anchor i)
+        c_l = layer_l(c_{l-1}, tokens),   l = 1 .. L         concepts = RMSNorm(c_L)
+
+    Keys and values are read from normalised tokens; queries and keys are normalised per head; RoPE puts tokens at
+    their positions and concepts at their anchors (``positions.anchors``), so that addressing is relative and any N
+    fits any C. A sequence without tokens gives finite concepts that depend on the parameters only.
+
+    Memory and time are linear in T.
+    Source: Perceiver IO (Jaegle et al. 2021, arXiv:2107.14795) with anchored concepts.
+    """
+
+    def __init__(self, config: ConceptConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.token_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.concepts = ConceptQueries(config)
+        self.layers = nn.ModuleList(CrossLayer(config) for _ in range(config.num_hidden_layers))
+        self.out_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps, elementwise_affine=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value
+
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, *,
+        packed: Packed | None = None, output_hidden_states: bool = False, return_dict: bool = True,
+    ) -> ConceptEncoderOutput | tuple:  # fmt: skip
+        """Encodes ``packed``, or ``input_ids`` [B, N] with ``attention_mask`` [B, N], packed at the door.
+
+        Raises:
+            ValueError: neither or both of ``packed`` and ``input_ids`` came, or a shape does not fit.
+        """
+        if (packed is None) == (input_ids is None):
+            raise ValueError("input_ids: expected either input_ids [B, N] or packed, got both or neither")
+        if packed is None:
+            packed = self.visible(pack_padded(input_ids, attention_mask))
+        states = self.encode(packed)
+        result = ConceptEncoderOutput(
+            last_hidden_state=states[-1],
+            anchors=self.anchors(packed),
+            hidden_states=tuple(states) if output_hidden_states else None,
+        )
+        return result if return_dict else result.to_tuple()
+
+    def encode(self, packed: Packed) -> list[Tensor]:
+        """The concepts before each layer, then the normalised ones [B, C, d]."""
+        theta, head_dim = self.config.rope_theta, self.config.head_dim
+        tokens_Td = self.token_norm(self.embed_tokens(packed.input_ids))
+        token_angles = rotary_angles(packed.position_ids, head_dim, theta)
+        anchor_angles = rotary_angles(self.anchors(packed), head_dim, theta)
+        c_BCd = self.concepts(tokens_Td, packed)
+        states = []
+        for layer in self.layers:
+            states.append(c_BCd)
+            c_BCd = layer(c_BCd, anchor_angles, tokens_Td, token_angles, packed)
+        return [*states, self.out_norm(c_BCd)]
+
+    def visible(self, packed: Packed) -> Packed:
+        """What the encoder reads of a text with [MASK] tokens in it: without them if it was configured to drop them."""
+        if self.config.hidden_tokens != "drop" or self.config.mask_token_id is None:
+            return packed
+        return packed.select(packed.input_ids != self.config.mask_token_id)
+
+    def anchors(self, packed: Packed) -> Tensor:
+        num_positions_B, C = packed.num_positions(), self.config.num_concepts
+        if self.config.concept_positions == "none":
+            return num_positions_B.new_zeros((packed.num_sequences, C), dtype=torch.float32)
+        return anchors(num_positions_B, C)
+
+
+AutoConfig.register(ConceptConfig.model_type, ConceptConfig)
+AutoModel.register(ConceptConfig, ConceptEncoder)

@@ -1,0 +1,172 @@
+"""ConceptForMaskedLM: encoder, decoder and a language-model head that only ever sees the target rows.
+
+B sequences, T packed tokens, N tokens of one sequence, M target rows, V vocabulary, d model width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForMaskedLM
+from transformers.utils import ModelOutput
+
+from .config import ConceptConfig
+from .decoder import ConceptDecoder
+from .encoder import ConceptEncoder, ConceptEncoderOutput, ConceptPreTrainedModel
+from .layers import LanguageModelHead
+from .objectives.view import View
+from .packing import Packed, pack_padded
+
+IGNORE = -100  # the label that transformers gives to rows without a target
+
+
+@dataclass
+class ConceptMaskedLMOutput(ModelOutput):
+    loss: Tensor | None = None  # 0-d
+    logits: Tensor | None = None  # [B, N, V], zero at padding; None in a training step
+    concepts: Tensor | None = None  # [B, C, d]
+    nll: Tensor | None = None  # [M] float32, one a target, smoothed if the loss is
+
+
+class ConceptForMaskedLM(ConceptPreTrainedModel):
+    """Predicts hidden tokens from concepts. One class trains on every objective.
+
+    Two doors. ``view=``: a ``View`` of packed text, as the objectives make it; the loss is
+    sum_i weights_i * nll_i / divisor. ``input_ids`` with ``attention_mask`` and ``labels``: padded, as any
+    masked language model of transformers takes them.
+    """
+
+    accepts_loss_kwargs = True  # transformers' Trainer then passes num_items_in_batch and leaves the division to us
+
+    def __init__(self, config: ConceptConfig):
+        super().__init__(config)
+        self.encoder = ConceptEncoder(config)
+        self.decoder = ConceptDecoder(config)
+        self.lm_head = LanguageModelHead(config)
+        self._tied_weights_keys = {"lm_head.weight": "encoder.embed_tokens.weight"}
+        if config.decoder_queries == "token+position":
+            self._tied_weights_keys["decoder.embed_tokens.weight"] = "encoder.embed_tokens.weight"
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.encoder.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        view: View | None = None,
+        timesteps: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        return_nll: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+        return_dict: bool = True,
+    ) -> ConceptMaskedLMOutput | tuple:
+        """
+        Args:
+            input_ids, attention_mask, labels: [B, N]; labels are ids, or -100 where nothing is asked. The encoder reads
+                all tokens of the mask ([MASK] tokens left out if ``config.hidden_tokens`` is "drop").
+            view: instead of them, what an objective made of a packed batch.
+            timesteps: [B], for ``input_ids`` and a model with timestep_conditioning; by default the share of [MASK].
+            label_smoothing: of the cross entropy; keep 0 in evaluation.
+            return_nll: also return the loss of each target.
+            num_items_in_batch: with labels, what their sum is divided by; by default their number.
+
+        Returns:
+            loss if there are targets; logits if there are none, and with labels in eval mode; concepts always.
+
+        Raises:
+            ValueError: the inputs name neither or both doors, or a shape does not fit.
+        """
+        if (view is None) == (input_ids is None):
+            raise ValueError("input_ids: expected either input_ids [B, N] or view, got both or neither")
+        if view is not None:
+            result = self._of_view(view, label_smoothing, return_nll)
+        else:
+            result = self._of_padded(
+                input_ids, attention_mask, labels, timesteps, label_smoothing, return_nll, num_items_in_batch
+            )
+        return result if return_dict else result.to_tuple()
+
+    def _of_view(self, view: View, label_smoothing: float, return_nll: bool) -> ConceptMaskedLMOutput:
+        encoded = self.encoder(packed=view.encoder)
+        hidden_Md = self.decode(
+            encoded, view.decoder_position_ids, view.decoder_cu_seqlens, view.decoder_max_seqlen,
+            view.decoder_input_ids, view.timesteps,
+        )  # fmt: skip
+        divisor = torch.where(view.divisor > 0, view.divisor, 1.0)  # a batch without text has loss 0
+        loss, nll = self.loss(hidden_Md, view.targets, view.weights, divisor, label_smoothing, return_nll)
+        return ConceptMaskedLMOutput(loss=loss, concepts=encoded.last_hidden_state, nll=nll)
+
+    def _of_padded(
+        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, timesteps: Tensor | None,
+        label_smoothing: float, return_nll: bool, num_items_in_batch: Tensor | int | None,
+    ) -> ConceptMaskedLMOutput:  # fmt: skip
+        if labels is not None and labels.shape != input_ids.shape:
+            raise ValueError(f"labels: expected input_ids' shape {list(input_ids.shape)}, got {list(labels.shape)}")
+        packed = pack_padded(input_ids, attention_mask)
+        encoded = self.encoder(packed=self.encoder.visible(packed))
+        if timesteps is None and self.config.timestep_conditioning:
+            timesteps = self.masked_share(packed)
+        valid_BN = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+        result = ConceptMaskedLMOutput(concepts=encoded.last_hidden_state)
+        if labels is not None:
+            targets_T = labels[valid_BN]
+            asked = packed.select(targets_T != IGNORE)
+            targets_M = targets_T[targets_T != IGNORE]
+            hidden_Md = self.decode(encoded, asked.position_ids, asked.cu_seqlens, asked.max_seqlen, asked.input_ids,
+                                    timesteps)  # fmt: skip
+            num_items = max(targets_M.shape[0], 1) if num_items_in_batch is None else num_items_in_batch
+            divisor = torch.as_tensor(num_items, dtype=torch.float32, device=hidden_Md.device)
+            weights_M = torch.ones_like(targets_M, dtype=torch.float32)
+            result.loss, result.nll = self.loss(hidden_Md, targets_M, weights_M, divisor, label_smoothing, return_nll)
+        if labels is None or not self.training:
+            hidden_Td = self.decode(encoded, packed.position_ids, packed.cu_seqlens, packed.max_seqlen,
+                                    packed.input_ids, timesteps)  # fmt: skip
+            logits_TV = self.lm_head(hidden_Td)
+            result.logits = logits_TV.new_zeros(*input_ids.shape, logits_TV.shape[-1])
+            result.logits[valid_BN] = logits_TV
+        return result
+
+    def decode(
+        self, encoded: ConceptEncoderOutput, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+        input_ids: Tensor | None, timesteps: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """Hidden states [M, d] of the rows at ``position_ids``."""
+        return self.decoder(
+            encoded.last_hidden_state, encoded.anchors, position_ids, cu_seqlens, max_seqlen,
+            input_ids=input_ids, timesteps=timesteps,
+        )  # fmt: skip
+
+    def loss(
+        self, hidden_Md: Tensor, targets_M: Tensor, weights_M: Tensor, divisor: Tensor,
+        label_smoothing: float, return_nll: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        if not return_nll:
+            total = self.lm_head(
+                hidden_Md, targets_M, token_weight=weights_M, label_smoothing=label_smoothing, reduction="sum"
+            )
+            return total / divisor, None
+        nll_M = self.lm_head(hidden_Md, targets_M, label_smoothing=label_smoothing, reduction="none").float()
+        return (weights_M * nll_M).sum() / divisor, nll_M
+
+    def masked_share(self, packed: Packed) -> Tensor:
+        """[B] share of [MASK] among the tokens of each sequence, at least 0.001: the time a diffusion model is at."""
+        if self.config.mask_token_id is None:
+            raise ValueError("timesteps: config.mask_token_id is not set, so the time cannot be read from input_ids")
+        is_mask = (packed.input_ids == self.config.mask_token_id).float()
+        counts = torch.zeros(packed.num_tokens + 1, device=is_mask.device)
+        counts[1:] = is_mask.cumsum(0)
+        masked_B = counts[packed.cu_seqlens.long()].diff()
+        return (masked_B / packed.cu_seqlens.diff().clamp_min(1)).clamp_min(1e-3)
+
+
+AutoModelForMaskedLM.register(ConceptConfig, ConceptForMaskedLM)

@@ -1,0 +1,186 @@
+"""The parts that encoder and decoder are made of.
+
+B sequences, T packed tokens, C concepts, H heads, Hkv key/value heads, D head width, d model width, R rows of any kind,
+M target rows, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.adaln.op import adaln_modulate, adaln_residual_modulate
+from ..kernels.concept_attention.op import concept_attention
+from ..kernels.linear_cross_entropy.op import linear_cross_entropy
+from ..kernels.token_attention.op import token_attention
+from .config import ConceptConfig
+from .positions import rotate
+
+Angles = tuple[Tensor, Tensor]
+
+
+class ResidualLinear(nn.Linear):
+    """Writes into a residual stream; initialised smaller the more of them there are."""
+
+
+class ZeroLinear(nn.Linear):
+    """Starts at exactly zero and survives every framework's initialisation hook."""
+
+
+class HeadBias(nn.Module):
+    """Adds one learned vector to every head: x [..., H, D] + bias [D].
+
+    The same vector on queries and keys, turned by RoPE, is a score that depends on the distance alone and peaks at
+    distance zero: attention starts by reading near the anchor and learns from there.
+    """
+
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(head_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bias
+
+
+class Heads(nn.Module):
+    """Projects rows to normalised, rotated heads: [..., d] -> [..., H, D]."""
+
+    def __init__(self, config: ConceptConfig, num_heads: int):
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, config.head_dim
+        self.project = nn.Linear(config.hidden_size, num_heads * config.head_dim, bias=False)
+        self.bias = HeadBias(config.head_dim)
+        self.norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+
+    def forward(self, x: Tensor, angles: Angles) -> Tensor:
+        heads = self.project(x).unflatten(-1, (self.num_heads, self.head_dim))
+        return rotate(self.norm(self.bias(heads)), angles).to(heads.dtype)
+
+
+class Attention(nn.Module):
+    """Query, key and value heads and the output projection; ``forward`` is left to the two directions below."""
+
+    def __init__(self, config: ConceptConfig):
+        super().__init__()
+        self.num_kv_heads, self.head_dim = config.num_key_value_heads, config.head_dim
+        self.query = Heads(config, config.num_attention_heads)
+        self.key = Heads(config, config.num_key_value_heads)
+        self.value = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.out = ResidualLinear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+
+    def values(self, x: Tensor) -> Tensor:
+        return self.value(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+
+
+class ConceptAttention(Attention):
+    """Concepts read packed rows (tokens, or the concepts themselves). Cost O(C * R)."""
+
+    def forward(
+        self, concepts_BCd: Tensor, anchor_angles: Angles, rows_Rd: Tensor, row_angles: Angles,
+        cu_seqlens: Tensor, max_seqlen: int,
+    ) -> Tensor:  # fmt: skip
+        q_BCHD = self.query(concepts_BCd, anchor_angles)
+        k_RKD, v_RKD = self.key(rows_Rd, row_angles), self.values(rows_Rd)
+        read_BCHD = concept_attention(q_BCHD, k_RKD, v_RKD, cu_seqlens, max_seqlen)
+        return self.out(read_BCHD.flatten(-2))
+
+
+class TokenAttention(Attention):
+    """Packed rows read the concepts of their sequence. Cost O(C * R)."""
+
+    def forward(
+        self, rows_Rd: Tensor, row_angles: Angles, concepts_BCd: Tensor, anchor_angles: Angles,
+        cu_seqlens: Tensor, max_seqlen: int,
+    ) -> Tensor:  # fmt: skip
+        q_RHD = self.query(rows_Rd, row_angles)
+        k_BCKD, v_BCKD = self.key(concepts_BCd, anchor_angles), self.values(concepts_BCd)
+        read_RHD = token_attention(q_RHD, k_BCKD, v_BCKD, cu_seqlens, max_seqlen)
+        return self.out(read_RHD.flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """down(silu(gate) * up), Shazeer 2020 (GLU variants), arXiv:2002.05202."""
+
+    def __init__(self, config: ConceptConfig):
+        super().__init__()
+        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down = ResidualLinear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class ResidualNorm(nn.Module):
+    """Closes the branch before it and opens the next: x <- x + branch, and LN(x) for what follows."""
+
+    def __init__(self, config: ConceptConfig):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
+
+    def forward(
+        self, x: Tensor, branch: Tensor | None, condition: Tensor | None, cu_seqlens: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x = x if branch is None else x + branch
+        return x, self.norm(x)
+
+
+class AdaptiveResidualNorm(nn.Module):
+    """The same under a condition (AdaLN-Zero): x <- x + gate * branch, and LN(x) * (1 + scale) + shift.
+
+    gate, shift and scale are linear in the condition and start at zero, so that every branch starts as the identity.
+    Source: Peebles & Xie 2022 (DiT), arXiv:2212.09748.
+    """
+
+    def __init__(self, config: ConceptConfig, has_branch: bool):
+        super().__init__()
+        self.eps, self.has_branch = config.norm_eps, has_branch
+        self.modulation = ZeroLinear(config.hidden_size, (3 if has_branch else 2) * config.hidden_size)
+
+    def forward(
+        self, x: Tensor, branch: Tensor | None, condition: Tensor | None, cu_seqlens: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        modulation = self.modulation(condition)
+        if not self.has_branch:
+            shift_Bd, scale_Bd = modulation.chunk(2, dim=-1)
+            return x, adaln_modulate(x, shift_Bd, scale_Bd, cu_seqlens, eps=self.eps)
+        gate_Bd, shift_Bd, scale_Bd = modulation.chunk(3, dim=-1)
+        return adaln_residual_modulate(x, branch, gate_Bd, shift_Bd, scale_Bd, cu_seqlens, eps=self.eps)
+
+
+class TimestepEmbedding(nn.Module):
+    """t [B] in (0, 1] -> [B, d]: sinusoids of 1000 * t through a small network.
+
+    Without the factor all times look alike: the cosine between the features of 0.3 and 1.0 is 0.99.
+    """
+
+    NUM_FEATURES = 256
+
+    def __init__(self, config: ConceptConfig):
+        super().__init__()
+        self.up = nn.Linear(self.NUM_FEATURES, config.hidden_size)
+        self.mix = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        half = self.NUM_FEATURES // 2
+        steps = torch.arange(half, device=timesteps.device, dtype=torch.float32)
+        angles = 1000.0 * timesteps.float()[:, None] * torch.exp(steps * (-9.210340371976184 / half))  # 10000^(-i/half)
+        features = torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype)
+        return F.silu(self.mix(F.silu(self.up(features))))
+
+
+class LanguageModelHead(nn.Module):
+    """The [V, d] matrix, often shared with the embeddings, and its cross entropy.
+
+    Logits exist only where a caller asks for them: the loss goes through ``linear_cross_entropy``.
+    """
+
+    def __init__(self, config: ConceptConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden_Md: Tensor, targets_M: Tensor | None = None, **options) -> Tensor:
+        """Logits [M, V] without targets; with them what ``linear_cross_entropy`` makes of ``options``."""
+        if targets_M is None:
+            return F.linear(hidden_Md, self.weight, self.bias)
+        return linear_cross_entropy(hidden_Md, self.weight, targets_M, bias=self.bias, **options)
