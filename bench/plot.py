@@ -1,0 +1,79 @@
+"""One look for every figure: drawn off screen, titled at the left, few lines, units on every axis."""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from .harness import write_bytes
+
+BLUE, ORANGE, GREEN, PURPLE, GREY, INK = "#2364aa", "#d1632a", "#2f855a", "#7b4fa3", "#8b929c", "#22262b"
+SERIES = (BLUE, ORANGE, GREEN, PURPLE, GREY)  # told apart in print and by the colour-blind
+DIVERGING = "RdBu_r"
+
+STYLE = {
+    "font.family": "DejaVu Sans",  # matplotlib brings it along
+    "font.size": 10.5,
+    "axes.edgecolor": GREY,
+    "axes.linewidth": 0.8,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "#e3e6ea",
+    "grid.linewidth": 0.8,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "text.color": INK,
+    "lines.linewidth": 2.0,
+    "lines.solid_capstyle": "round",
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "conceptron",  # the same figure gives the same file
+}
+
+
+@contextmanager
+def canvas(
+    path: Path, title: str, note: str = "", *, size: tuple[float, float] = (7.6, 4.3), columns: int = 1,
+    widths: list[float] | None = None,
+) -> Iterator[list[Axes]]:  # fmt: skip
+    """Axes to draw in; written to ``path`` (.png or .svg) at the end. ``note`` is a line in grey under the title."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained", facecolor="white")
+        FigureCanvasAgg(figure)
+        top = 1 - (0.62 if note else 0.40) / size[1]
+        figure.get_layout_engine().set(rect=(0, 0, 1, top), w_pad=0.08, h_pad=0.06)
+        axes = figure.subplots(1, columns, squeeze=False, width_ratios=widths)[0]
+        yield list(axes)
+        left = 0.08 / size[0]
+        figure.text(left, 1 - 0.10 / size[1], title, fontsize=13, fontweight="bold", va="top")
+        figure.text(left, 1 - 0.38 / size[1], note, fontsize=9.5, color="#5b636e", va="top")
+        content = io.BytesIO()
+        metadata = {"Date": None} if path.suffix == ".svg" else {}
+        figure.savefig(content, format=path.suffix[1:], dpi=200, metadata=metadata)
+    write_bytes(path, content.getvalue())
+
+
+def level(axes: Axes, value: float, text: str, color: str = GREY, *, below: bool = False) -> None:
+    """A horizontal line over the whole width, named at its right end."""
+    axes.axhline(value, color=color, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1.5)
+    axes.annotate(
+        text, (1, value), xycoords=("axes fraction", "data"), xytext=(-2, -3 if below else 3),
+        textcoords="offset points", ha="right", va="top" if below else "bottom", fontsize=9.5, color=color,
+    )  # fmt: skip
+
+
+def thousands(axes: Axes, axis: str = "x") -> None:
+    """Ticks 1,000 apart read 1,000 and not 1000."""
+    which = axes.xaxis if axis == "x" else axes.yaxis
+    which.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
