@@ -1,0 +1,32 @@
+"""Peak memory that torch's own allocator handed out during one call, on either kind of device.
+
+On a CPU torch keeps no such count; the profiler reports every allocation and release, and the peak of their running sum
+is the peak of the call. What libraries allocate behind torch's back is not in it; ``harness.resident_peak`` has that.
+"""
+
+import gc
+from collections.abc import Callable
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from .harness import Memory, cuda_peak
+
+
+def allocator_peak(call: Callable[[], object], device: torch.device | str) -> Memory:
+    """``extra_bytes`` is what the call needs on top of what already lived; on a CPU the baseline is not known and is 0.
+
+    What the call returns is kept until it ends, as a caller would.
+    """
+    if torch.device(device).type == "cuda":
+        return cuda_peak(call)
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+        result = call()
+    del result
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    living = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        living += event.nbytes()
+        peak = max(peak, living)
+    return Memory(0, peak)
