@@ -34,8 +34,8 @@ class DataRecipe(BaseModel):
     - a data set on the hub, `org/name` or `org/name:config`, read with `datasets`.
 
     Held out are, by `validation`: a number: about this fraction of the documents, chosen by a hash of their text; a
-    text: these files (or, for a hub id, the split of this name). Left out: what the folder says, else 0.02. `pydocs` has
-    a fixed split of its own.
+    text: these files (or, for a hub id, the split of this name). Left out: what the folder says, else 0.02. `pydocs`
+    has a fixed split of its own.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

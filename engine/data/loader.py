@@ -1,0 +1,138 @@
+"""The order of training: which windows make up which step, and whose micro-batch they belong to.
+
+Everything here is a pure function of (seed, step), so the whole state of the data is one integer, and what a step
+trains on does not depend on the number of ranks or the size of a micro-batch.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ...models.objectives.view import SampleKey, SpecialTokens, View
+from ...models.packing import pack
+from ..errors import InputError
+from .mixture import Schedule
+from .order import Samples, Stream, deal, fewest_bins, raw
+from .windows import Windows
+
+EVALUATION_SEED = 0
+
+
+class Loader:
+    """Turns windows into the micro-batches of each step.
+
+    A step holds at most ``tokens_per_step`` tokens over all ranks, and every window of a source is in exactly one step
+    of each of its epochs. Windows are dealt to steps like cards, longest first, so all steps of all epochs have nearly
+    the same number of tokens, and no short step is left at the end of an epoch.
+
+    Within a step, windows are dealt in the same way to ``world_size * num_micro_batches`` micro-batches. These hold
+    about ``micro_tokens`` tokens, and never more than ``micro_tokens`` plus the longest window; some may be empty when
+    the text is small.
+    """
+
+    def __init__(
+        self, windows: Windows, objective: Any, tokens: SpecialTokens, *,
+        seed: int, tokens_per_step: int, micro_tokens: int, rank: int = 0, world_size: int = 1,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            windows: what to read.
+            objective: makes a `View` of a packed batch, see models/objectives.
+            tokens: the special tokens of the windows' tokenizer.
+            seed: decides the order, and with it everything random in the views.
+            tokens_per_step: budget of one optimizer step, all ranks together.
+            micro_tokens: budget of one forward and backward pass on one rank.
+            rank, world_size: this process among those that share the step.
+
+        Raises:
+            InputError: a budget is smaller than the longest window.
+        """
+        longest = int(windows.lengths.max())
+        for field, budget in (("batch.tokens", tokens_per_step), ("batch.micro_tokens", micro_tokens)):
+            if budget < longest:
+                raise InputError(
+                    f"{field}: expected room for the longest window, {longest} tokens, got {budget}; "
+                    f"raise {field} or lower data.window"
+                )
+        self.windows, self.objective, self.tokens = windows, objective, tokens
+        self.seed, self.tokens_per_step, self.micro_tokens = seed, tokens_per_step, micro_tokens
+        self.rank, self.world_size = rank, world_size
+        self.num_micro_batches = -(-tokens_per_step // (world_size * micro_tokens))  # of one rank, in every step
+
+    def step(self, step: int) -> list[View]:
+        """This rank's micro-batches of a step (counted from 0), in any order of asking."""
+        samples = self.samples(step)
+        bins, _ = deal(self.windows.lengths[samples.windows], self.num_micro_batches * self.world_size)
+        mine = [np.flatnonzero(bins == i * self.world_size + self.rank) for i in range(self.num_micro_batches)]
+        return [self._view(samples.take(rows)) for rows in mine]
+
+    def prefetch(self, start: int, stop: int, depth: int = 2) -> Iterator[list[View]]:
+        """``step(start)``, ..., ``step(stop - 1)``, made up to ``depth`` steps ahead by a thread."""
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as thread:
+            ahead = [thread.submit(self.step, step) for step in range(start, min(start + depth, stop))]
+            try:
+                for step in range(start, stop):
+                    views = ahead.pop(0).result()
+                    if step + depth < stop:
+                        ahead.append(thread.submit(self.step, step + depth))
+                    yield views
+            finally:
+                thread.shutdown(wait=False, cancel_futures=True)
+
+    def samples(self, step: int) -> Samples:
+        """The windows of a step over all ranks, with their keys."""
+        slots = self._schedule.slots(step)
+        bins = [self._streams[source].bin(number) for source, number in slots]
+        return Samples(*(np.concatenate(columns) for columns in zip(*bins, strict=True)))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which as many windows pass as there are (with several sources: by weight, not each once)."""
+        return -(-sum(stream.num_bins for stream in self._streams) // self._schedule.slots_per_step)
+
+    @property
+    def efficiency(self) -> float:
+        """Tokens of an average step over its budget."""
+        full = [stream.lengths.sum() / (stream.num_bins * stream.capacity) for stream in self._streams]
+        return float(np.dot(self._schedule.shares, full))
+
+    def evaluation(self, max_tokens: int) -> Iterator[dict[str, View]]:
+        """This rank's evaluation views of ``evaluation_rows(max_tokens)``, as many on every rank."""
+        rows = self.evaluation_rows(max_tokens)
+        lengths = self.windows.lengths[rows]
+        num_bins = fewest_bins(lengths, self.micro_tokens)
+        num_bins = -(-num_bins // self.world_size) * self.world_size
+        bins, _ = deal(lengths, num_bins)
+        keys = [SampleKey(EVALUATION_SEED, 0, i) for i in range(len(rows))]
+        for mine in range(self.rank, num_bins, self.world_size):
+            members = np.flatnonzero(bins == mine)
+            batch = pack([self.windows[row] for row in rows[members]])
+            yield self.objective.evaluation_views(batch, [keys[i] for i in members], self.tokens)
+
+    def evaluation_rows(self, max_tokens: int) -> np.ndarray:
+        """The windows an evaluation reads: the first of a fixed shuffle, up to ``max_tokens``, at least one.
+
+        They depend on nothing but the windows, so that runs with different seeds are compared on the same text.
+        """
+        order = np.argsort(raw(EVALUATION_SEED, len(self.windows)), kind="stable")
+        count = int(np.searchsorted(np.cumsum(self.windows.lengths[order], dtype=np.int64), max_tokens, side="right"))
+        return order[: max(1, count)]
+
+    @cached_property
+    def _schedule(self) -> Schedule:
+        weights = [part.weight for part in self.windows.parts]
+        return Schedule(weights, self.tokens_per_step // int(self.windows.lengths.max()))
+
+    @cached_property
+    def _streams(self) -> list[Stream]:
+        capacity = self.tokens_per_step // self._schedule.slots_per_step
+        parts = range(len(self.windows.parts))
+        return [Stream(self.windows, part, capacity, self.seed) for part in parts]
+
+    def _view(self, samples: Samples) -> View:
+        batch = pack([self.windows[index] for index in samples.windows])
+        places = zip(samples.epochs.tolist(), samples.places.tolist(), strict=True)
+        return self.objective.view(batch, [SampleKey(self.seed, *place) for place in places], self.tokens)

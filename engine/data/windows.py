@@ -1,0 +1,81 @@
+"""Windows: sequences of at most `window` tokens, cut from documents without a gap and read on demand."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Part:
+    """The windows of one source: row i is ``tokens[starts[i] : starts[i] + lengths[i]]``."""
+
+    tokens: np.ndarray  # [T] uint16 or uint32, memory-mapped
+    starts: np.ndarray  # [n] int64
+    lengths: np.ndarray  # [n] int32
+    weight: float = 1.0  # share of the tokens of a step, relative to the other parts
+
+
+class Windows:
+    """Windows of one or several sources, numbered through.
+
+    A window holds up to `window` tokens of one document; a longer document goes on in the next window. Nothing is
+    dropped or padded, and no token is added.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = tuple(parts)
+        self.lengths = np.concatenate([part.lengths for part in self.parts])  # [n] int32
+        self.bounds = np.cumsum([0] + [len(part.lengths) for part in self.parts])  # part p: bounds[p] to bounds[p + 1]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """The token ids of one window, [N] int64."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        which = int(np.searchsorted(self.bounds, index, side="right")) - 1
+        part, row = self.parts[which], index - self.bounds[which]
+        start = part.starts[row]
+        return part.tokens[start : start + part.lengths[row]].astype(np.int64)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.lengths.sum(dtype=np.int64))
+
+
+def cut(offsets: np.ndarray, documents: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts documents into windows.
+
+    Args:
+        offsets: [D+1] int64, where each document starts among the tokens of a store.
+        documents: numbers of the documents to cut, in the order wanted.
+        window: longest window in tokens.
+
+    Returns:
+        starts [n] int64 and lengths [n] int32 of the windows; a document without tokens has none.
+    """
+    begin, end = offsets[documents], offsets[documents + 1]
+    counts = -(-(end - begin) // window)
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = np.repeat(begin, counts) + within * window
+    lengths = np.minimum(np.repeat(end, counts) - starts, window)
+    return starts, lengths.astype(np.int32)
+
+
+def unigram_entropy(windows: Windows, rows: np.ndarray, special_ids: frozenset[int] = frozenset()) -> float:
+    """Entropy of the token frequencies of these windows, in nats per token.
+
+    It is the loss of the best predictor that ignores the context, on the very text it was counted on. Special tokens
+    are not predicted, and so not counted.
+    """
+    counts = np.zeros(1, dtype=np.int64)
+    for row in rows:
+        found = np.bincount(windows[row])
+        if len(found) > len(counts):
+            counts = np.pad(counts, (0, len(found) - len(counts)))
+        counts[: len(found)] += found
+    counts[[i for i in special_ids if i < len(counts)]] = 0
+    share = counts[counts > 0] / counts.sum()
+    return float(-(share * np.log(share)).sum())
