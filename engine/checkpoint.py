@@ -1,0 +1,284 @@
+"""Checkpoints: atomic, checksummed, readable at any world size and ZeRO stage, and free of pickle.
+
+    RUN/checkpoints/step-00000100/
+        MANIFEST.json                        written last: format, step, size and sha256 of every other file
+        trainer.json                         step, tokens, what the run was started with
+        state-00000-of-00002.safetensors     what rank 0 of 2 holds: ranges of the float32 weights and of both moments
+
+A tensor `encoder.w@4096:exp_avg` is the first moment of the flattened parameter `encoder.w` from element 4096 on. Every
+rank writes what it holds, without communication; a reader picks the ranges it needs from all files. There is nothing
+else to save: data order, masking and dropout are pure functions of (seed, step). Resuming in the same topology is
+bitwise; in another one, float32 sums over ranks round differently.
+
+All ranks read and write the same folder: on several machines it must lie on a shared disk.
+
+DeepSpeed's own checkpoints are not used: `latest` is written before the other ranks have finished, a flipped bit
+loads silently, loading unpickles, and a change of stage is refused.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from . import compat
+from .errors import InputError
+from .launch import World
+
+FORMAT = 1
+MANIFEST, TRAINER = "MANIFEST.json", "trainer.json"
+WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+UNFINISHED = ".unfinished-"
+
+
+@dataclass
+class Progress:
+    """Where a run stands."""
+
+    step: int = 0  # updates done, skipped ones included
+    optimizer_steps: int = 0  # updates that changed the weights: AdamW's own count
+    tokens: int = 0
+    elapsed_s: float = 0.0
+    identity: dict[str, Any] = field(default_factory=dict)  # what must not differ when the run is resumed
+
+
+def save(world: World, parent: Path, engine: Any, progress: Progress, keep: int) -> Path:
+    """Writes `parent/step-XXXXXXXX`, then removes all but the `keep` newest. Collective.
+
+    The folder appears under its name only when every rank has written and synced its file; if one fails, the unfinished
+    folder is removed and the earlier checkpoints are left alone.
+
+    Raises:
+        OSError: on every rank, with the first failing rank's message.
+    """
+    final = parent / f"step-{progress.step:08d}"
+    unfinished = parent / f"{UNFINISHED}{final.name}"
+    world.first_then_share(lambda: _start(parent, unfinished))
+    try:
+        file = unfinished / f"state-{world.rank:05d}-of-{world.size:05d}.safetensors"
+        outcome = _write_state(engine, file, world.is_first), ""
+    except (OSError, SafetensorError) as error:
+        outcome = None, f"rank {world.rank}: {error}"
+    outcomes = world.gather(outcome)
+    failed = [message for _, message in outcomes if message]
+
+    def publish() -> None:
+        try:
+            if failed:
+                raise OSError(failed[0])
+            _finish(unfinished, final, progress, dict(entry for entry, _ in outcomes), world.size)
+        except OSError:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        for old in list_checkpoints(parent)[keep:]:
+            (old / MANIFEST).unlink(missing_ok=True)  # first, so that half a folder is never taken for a checkpoint
+            shutil.rmtree(old)
+
+    world.first_then_share(publish)
+    return final
+
+
+def list_checkpoints(parent: Path) -> list[Path]:
+    """Every `step-*` folder, newest first, whether valid or not."""
+    return sorted((path for path in parent.glob("step-*") if path.is_dir()), reverse=True)
+
+
+def find(world: World, parent: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is complete and unchanged, with a line for each newer one that is not. Collective.
+
+    Raises:
+        InputError: there are checkpoints, but none that can be trusted.
+    """
+
+    def search() -> tuple[Path | None, list[str]]:
+        warnings: list[str] = []
+        for candidate in list_checkpoints(parent):
+            fault = verify(candidate)
+            if not fault:
+                return candidate, warnings
+            warnings.append(f"{candidate} is not used: {fault}")
+        if warnings:
+            raise InputError(
+                f"{parent}: no valid checkpoint left ({warnings[0]}); restore one, or start again with another run.name"
+            )
+        return None, warnings
+
+    return world.first_then_share(search)
+
+
+def verify(folder: Path) -> str:
+    """What is wrong with a checkpoint (a file missing, cut short, altered, ...); "" if nothing is."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
+        return f"{MANIFEST} is damaged"
+    if manifest.get("format") != FORMAT:
+        return f"its format is {manifest.get('format')!r}, this version reads {FORMAT}"
+    for name, (size, digest) in files.items():
+        file = folder / name
+        if not file.exists():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        if sha256(file) != digest:
+            return f"{name} does not match its checksum"
+    return ""
+
+
+def load_progress(folder: Path) -> Progress:
+    return Progress(**json.loads((folder / TRAINER).read_text()))
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Fills a plain model, before ZeRO divides it, with the float32 weights of a verified checkpoint.
+
+    Raises:
+        InputError: a parameter is missing, incomplete or of another size: the model is not the one that was saved.
+    """
+    state = State(folder)
+    with torch.no_grad():
+        for name, tensor in _own_tensors(model):
+            flat = torch.empty(tensor.numel(), dtype=tensor.dtype)
+            state.read(name, WEIGHT, 0, flat)
+            tensor.copy_(flat.view(tensor.shape))
+    unread = state.names() - {name for name, _ in _own_tensors(model)}
+    if unread:
+        raise InputError(f"{folder}: holds {sorted(unread)[0]}, which the model of this recipe lacks")
+
+
+def load_moments(folder: Path, engine: Any, optimizer_steps: int) -> None:
+    """Gives AdamW the moments and the step count of a verified checkpoint, each rank its own part."""
+    if optimizer_steps == 0:
+        return
+    state, optimizer = State(folder), engine.optimizer.optimizer
+    for fragment in compat.fragments(engine):
+        flat = fragment.flat
+        if flat not in optimizer.state:
+            moments = {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
+            optimizer.state[flat] = {"step": _adam_step(optimizer, flat, optimizer_steps), **moments}
+        for key in MOMENTS:
+            state.read(fragment.name, key, fragment.start, fragment.of(optimizer.state[flat][key]))
+
+
+class State:
+    """All state files of a checkpoint as one map: (parameter, kind) -> its ranges."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = [safe_open(path, framework="pt") for path in sorted(folder.glob("state-*.safetensors"))]
+        self.ranges: dict[tuple[str, str], list[tuple[int, str, Any]]] = {}
+        for file in self.files:
+            for key in file.keys():  # noqa: SIM118, it is no dict
+                name, start, kind = _split(key)
+                self.ranges.setdefault((name, kind), []).append((start, key, file))
+
+    def names(self) -> set[str]:
+        return {name for name, kind in self.ranges if kind == WEIGHT}
+
+    def size(self, name: str, kind: str) -> int:
+        return sum(file.get_slice(key).get_shape()[0] for _, key, file in self.ranges.get((name, kind), []))
+
+    def read(self, name: str, kind: str, start: int, into: Tensor) -> None:
+        """Copies elements `start ..` of a flattened parameter into the one-dimensional `into`."""
+        end, filled = start + into.numel(), 0
+        for begin, key, file in self.ranges.get((name, kind), []):
+            part = file.get_slice(key)
+            low, high = max(start, begin), min(end, begin + part.get_shape()[0])
+            if low < high:
+                into[low - start : high - start].copy_(part[low - begin : high - begin])
+                filled += high - low
+        if filled != into.numel():
+            raise InputError(f"{self.folder}: {name} has {filled} of the {into.numel()} elements this model needs")
+
+
+def _write_state(engine: Any, file: Path, is_first: bool) -> tuple[str, dict[str, Any]]:
+    """Writes what this rank holds; returns the file's line of the manifest."""
+    tensors, optimizer = {}, engine.optimizer.optimizer
+    for fragment in compat.fragments(engine):
+        kinds = {WEIGHT: fragment.flat, **{key: optimizer.state[fragment.flat].get(key) for key in MOMENTS}}
+        for kind, flat in kinds.items():
+            if flat is not None:  # no moments before the first update
+                # a copy: the fragments of one flat tensor share its storage, which safetensors refuses
+                tensors[f"{fragment.name}@{fragment.start}:{kind}"] = fragment.of(flat).detach().cpu().clone()
+    for name, tensor in _own_tensors(engine.module):
+        if not tensor.requires_grad:  # what no optimizer moves: frozen parameters and buffers
+            whole = compat.whole(tensor)
+            if is_first:
+                tensors[f"{name}@0:{WEIGHT}"] = whole.flatten()
+    save_file(tensors, file)
+    _sync(file)
+    return file.name, {"size": file.stat().st_size, "sha256": sha256(file)}
+
+
+def _start(parent: Path, unfinished: Path) -> None:
+    parent.mkdir(parents=True, exist_ok=True)
+    for stale in parent.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(stale)
+    unfinished.mkdir()
+
+
+def _finish(unfinished: Path, final: Path, progress: Progress, files: dict[str, Any], world_size: int) -> None:
+    trainer = unfinished / TRAINER
+    _write_json(trainer, vars(progress))
+    files[TRAINER] = {"size": trainer.stat().st_size, "sha256": sha256(trainer)}
+    _write_json(
+        unfinished / MANIFEST, {"format": FORMAT, "step": progress.step, "world_size": world_size, "files": files}
+    )
+    _sync(unfinished)
+    if final.exists():  # left by an earlier attempt that could not be verified
+        shutil.rmtree(final)
+    unfinished.rename(final)
+    _sync(final.parent)
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and saved buffers, each tied weight once."""
+    seen: set[int] = set()
+    skipped = {name for name, _ in module.named_buffers()} - set(module.state_dict(keep_vars=True))
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if id(tensor) not in seen and name not in skipped:
+            seen.add(id(tensor))
+            yield name, tensor
+
+
+def _adam_step(optimizer: torch.optim.Optimizer, flat: Tensor, steps: int) -> Tensor:
+    group = optimizer.param_groups[0]
+    device = flat.device if group.get("fused") or group.get("capturable") else "cpu"
+    return torch.tensor(float(steps), dtype=torch.float32, device=device)
+
+
+def _split(key: str) -> tuple[str, int, str]:
+    name, _, rest = key.rpartition("@")
+    start, _, kind = rest.partition(":")
+    return name, int(start), kind
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, sort_keys=True))
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

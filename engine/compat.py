@@ -1,0 +1,130 @@
+"""Every DeepSpeed work-around in one place. `tests/engine/test_compat.py` holds a canary for each: a test that fails
+when upstream has mended the fault, so that the work-around can go.
+
+Seen with DeepSpeed 0.19.8; `pyproject.toml` allows no 0.20.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def choose_accelerator() -> None:
+    """Faults: without a GPU, DeepSpeed warns about it on every start, and the first process group compiles a
+    shared-memory extension (over a minute; the run dies where there is no compiler) that only inference uses.
+
+    Must run before DeepSpeed sees a process group.
+    """
+    if torch.cuda.is_available():
+        return
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def quiet() -> None:
+    """Fault: ZeRO-3 calls collectives by names that torch 2.13 deprecates, one warning per rank and call site."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed(\.|$)")
+
+
+def forget_process_group() -> None:
+    """Fault: DeepSpeed keeps its wrapper of a process group after the group is destroyed, and the next
+    `deepspeed.initialize` of the same process fails on it."""
+    import deepspeed.comm.comm
+
+    deepspeed.comm.comm.cdb = None
+
+
+def set_timeouts(seconds: float) -> None:
+    """Fault: ZeRO clones the process group with the default timeout, whatever was asked for, so a rank that hangs holds
+    the others for 10 to 30 minutes. Sets the timeout of every group that exists now."""
+    from torch.distributed import distributed_c10d
+
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+class Launcher(NamedTuple):
+    pid: int
+    parent: int
+
+
+def deepspeed_launcher() -> Launcher | None:
+    """Fault: on one node, `deepspeed` dies of a SIGTERM but leaves its inner launcher and all ranks training.
+
+    Returns the inner launcher and who started it, to be watched by `is_gone`; None under any other launcher.
+    """
+    pid = os.getppid()
+    command = Path(f"/proc/{pid}/cmdline")
+    if not command.exists() or b"deepspeed.launcher.launch" not in command.read_bytes():
+        return None
+    return Launcher(pid, _parent(pid))
+
+
+def is_gone(launcher: Launcher | None) -> bool:
+    return launcher is not None and (os.getppid() != launcher.pid or _parent(launcher.pid) != launcher.parent)
+
+
+def _parent(pid: int) -> int:
+    try:
+        # the command's name, in brackets, may hold anything; the parent is the second field after it
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
+class Fragment(NamedTuple):
+    """The part of one parameter whose float32 master weights and moments this rank holds."""
+
+    name: str
+    start: int  # first element, counted in the flattened parameter
+    numel: int
+    flat: Tensor  # the rank's flat float32 partition that holds it, the optimizer's own parameter
+    offset: int  # first element, counted in `flat`
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The fragment's range of any tensor laid out like `flat`; a view."""
+        return flat.narrow(0, self.offset, self.numel)
+
+
+def fragments(engine: Any) -> Iterator[Fragment]:
+    """Which range of which parameter lies where on this rank, for ZeRO stage 1, 2 and 3.
+
+    Faults of the public `safe_get/set_full_optimizer_state`: on stages 1 and 2 the moments of every parameter group but
+    the first are "not found", because they are linked after the first group's first step; on stage 3 the setter reads
+    beyond the end of a parameter whose size the world size does not divide.
+    """
+    zero, names = engine.optimizer, {id(p): name for name, p in engine.module.named_parameters()}
+    if engine.zero_optimization_stage() < 3:
+        for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+            for parameter in group:
+                if parameter._hp_mapping is not None:  # None: wholly on other ranks
+                    here, there = parameter._hp_mapping.hp_fragment_address, parameter._hp_mapping.lp_fragment_address
+                    yield Fragment(names[id(parameter)], there.start, there.numel, flat, here.start)
+    else:
+        for group in zero.fp16_groups:
+            for parameter in group:
+                index, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+                start = size * engine.global_rank
+                numel = min(size, parameter.ds_numel - start)  # the last part is padded
+                if numel > 0:
+                    flat = zero.fp32_partitioned_groups_flat[index]
+                    yield Fragment(names[id(parameter)], start, numel, flat, offset)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A copy of a parameter or buffer on the CPU, gathered where ZeRO-3 has divided it. Collective on stage 3."""
+    if not hasattr(tensor, "ds_id"):
+        return tensor.detach().cpu().clone()
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([tensor]):
+        return tensor.detach().cpu().clone()

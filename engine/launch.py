@@ -1,0 +1,181 @@
+"""How a process learns its place: plain python, the `deepspeed` launcher, torchrun or srun."""
+
+import contextlib
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from . import compat
+from .errors import InputError
+
+SETUP_TIMEOUT = timedelta(hours=24)  # rank 0 may tokenise a large corpus while the others wait
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, in place, on whatever device `values` is."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """The small Python object of every rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def first_then_share(self, action: Callable[[], T]) -> T:
+        """Runs `action` on rank 0 and gives every rank its (picklable) result, or raises its error on every rank."""
+        result: Any = None
+        error: BaseException | None = None
+        if self.is_first:
+            try:
+                result = action()
+            except (InputError, OSError) as caught:
+                error = caught
+        if self.size > 1:
+            box = [(result, error)]
+            dist.broadcast_object_list(box, src=0)
+            result, error = box[0]
+        if error is not None:
+            raise error
+        return result
+
+    def first_then_others(self, action: Callable[[], T]) -> T:
+        """Runs `action` on rank 0, which may fill a cache, then on the others; an error stops all of them."""
+        result: Any = None
+
+        def once() -> None:
+            nonlocal result
+            result = action()
+
+        self.first_then_share(once)
+        return result if self.is_first else action()
+
+
+@contextlib.contextmanager
+def world() -> Iterator[World]:
+    """Joins the process group that the environment describes, or makes a group of one; leaves it at the end.
+
+    A group that exists already is used as it is and left alone.
+
+    Raises:
+        InputError: the launcher's variables are incomplete.
+    """
+    compat.choose_accelerator()
+    if dist.is_initialized():
+        yield _world(int(os.environ.get("LOCAL_RANK", 0)))
+        return
+    place = os.environ if "RANK" in os.environ else slurm_place(os.environ)
+    local_rank = int(place.get("LOCAL_RANK", 0))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    if "RANK" in place:
+        missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in place]
+        if missing:
+            names = ", ".join(missing)
+            raise InputError(f"environment: RANK is set but {names} is not; use torchrun, deepspeed or srun")
+        os.environ.update({name: place[name] for name in place if name in LAUNCH_VARIABLES})
+        dist.init_process_group(backend, timeout=SETUP_TIMEOUT)
+        share_cores(int(place.get("LOCAL_WORLD_SIZE", place["WORLD_SIZE"])))
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed reads it
+    try:
+        yield _world(local_rank)
+    finally:
+        compat.forget_process_group()
+        dist.destroy_process_group()
+
+
+LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def _world(local_rank: int) -> World:
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    return World(dist.get_rank(), local_rank, dist.get_world_size(), device)
+
+
+def slurm_place(environment: Any) -> dict[str, str]:
+    """srun's variables under the names torch knows; empty outside of a job step with several tasks."""
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))
+    if "SLURM_PROCID" not in environment or int(tasks) < 2:
+        return {}
+    nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", "localhost"))
+    port = 20000 + int(environment.get("SLURM_JOB_ID", 0)) % 20000  # the same on every task, another for another job
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
+        "WORLD_SIZE": tasks,
+        "MASTER_ADDR": environment.get("MASTER_ADDR", first_host(nodes)),
+        "MASTER_PORT": environment.get("MASTER_PORT", str(port)),
+    }
+
+
+def first_host(nodes: str) -> str:
+    """The first name of a Slurm node list: `gpu[03-07,9],login1` -> `gpu03`."""
+    match = re.match(r"([^\[,]+)(?:\[(\w+))?", nodes)
+    return "".join(part for part in match.groups() if part) if match else nodes
+
+
+def share_cores(num_local_ranks: int) -> None:
+    """Ranks on one CPU each take their part of the cores, unless OMP_NUM_THREADS says otherwise."""
+    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_local_ranks))
+
+
+class StopRequest:
+    """SIGTERM, SIGINT or a vanished launcher ask the run to save and end; a second signal ends it at once.
+
+    The trainer sums `pending` over ranks with every step's loss, so all ranks stop after the same step.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.signum = 0
+        self._launcher = compat.deepspeed_launcher()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        with contextlib.suppress(ValueError):  # only the main thread may install handlers
+            self._before = {signum: signal.signal(signum, self._on_signal) for signum in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _on_signal(self, signum: int, _frame: object) -> None:
+        self.signum = signum
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
+
+    @property
+    def pending(self) -> bool:
+        if not self.signum and compat.is_gone(self._launcher):
+            self.signum = signal.SIGTERM
+        return self.signum != 0

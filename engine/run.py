@@ -1,0 +1,95 @@
+"""The run folder: whose it is, what is in it, and whether it may be used.
+
+RUN/recipe.yaml  environment.json  metrics.jsonl  tb/  checkpoints/  model/  report/
+"""
+
+import fcntl
+import json
+from pathlib import Path
+from typing import Any
+
+from . import checkpoint
+from .errors import InputError
+from .launch import World
+from .recipe import Recipe, save_recipe
+from .telemetry import environment
+
+
+class RunFolder:
+    """One run's folder. Nothing is written before `create`, which the trainer calls when all input has proved good."""
+
+    def __init__(self, recipe: Recipe, world: World) -> None:
+        self.recipe, self.world, self.path = recipe, world, recipe.path
+        self.checkpoints, self.model = self.path / "checkpoints", self.path / "model"
+        self.found: Path | None = None  # the checkpoint to go on from
+        self.progress = checkpoint.Progress()
+        self._lock: Any = None
+
+    def inspect(self) -> list[str]:
+        """Finds the checkpoint to go on from; returns what the user should know. Collective.
+
+        Raises:
+            InputError: the folder is in use, is no run, was started from another recipe, or holds no valid checkpoint.
+        """
+        self.world.first_then_share(self._check_usable)
+        if not self.checkpoints.is_dir():
+            return []
+        self.found, warnings = checkpoint.find(self.world, self.checkpoints)
+        if self.found:
+            self.progress = checkpoint.load_progress(self.found)
+            self.compare("trajectory", self.recipe.trajectory())
+        return warnings
+
+    @property
+    def is_finished(self) -> bool:
+        return self.progress.step >= self.recipe.train.steps and self.model.is_dir()
+
+    def compare(self, name: str, now: dict[str, Any]) -> None:
+        """Holds what decides the loss sequence, or the vocabulary, against what the checkpoint was made with."""
+        if self.found is None:
+            return
+        before = self.progress.identity[name]
+        for key in sorted({*before, *now}):
+            if before.get(key) != now.get(key):
+                raise InputError(
+                    f"{self.found}: made with {key} = {before.get(key)!r}, now it is {now.get(key)!r}; "
+                    f"go on with the old value, or start another run.name"
+                )
+
+    def create(self) -> None:
+        """Makes the folder, takes possession of it, and writes the resolved recipe and the environment. Collective."""
+
+        def write() -> None:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            save_recipe(self.recipe, self.path / "recipe.yaml")
+            (self.path / "environment.json").write_text(json.dumps(environment(self.world), indent=1))
+
+        self.world.first_then_share(write)
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _check_usable(self) -> None:
+        path = self.path
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path}: expected a run folder, got a file; use another run.name or run.folder")
+        if not path.exists() or not any(path.iterdir()):
+            return
+        if self.recipe.resume == "never":
+            raise InputError(f"{path}: run folder already in use; go on with resume=auto, or choose another run.name")
+        if not (path / "recipe.yaml").exists():
+            raise InputError(f"{path}: not empty and not a run folder (no recipe.yaml); choose another run.name")
+        self._take_lock()
+
+    def _take_lock(self) -> None:
+        """The lock is the kernel's: it ends with the process, however that ends."""
+        if self._lock is None:
+            self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.close()
+            raise InputError(f"{self.path}: another process is training here; choose another run.name") from error

@@ -1,0 +1,166 @@
+"""What a run tells: metrics.jsonl, TensorBoard, environment.json, and a progress bar or plain lines."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .launch import World
+
+PACKAGES = ("torch", "triton", "deepspeed", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
+VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "NCCL_DEBUG", "CONCEPTRON_BACKEND", "TRITON_INTERPRET")
+UNCOUNTED_STEPS = 3  # of each start: allocation, compilation and caches
+
+
+class Clock:
+    """Training time: evaluation, checkpoints and the first steps of a start do not count towards tokens per second."""
+
+    def __init__(self) -> None:
+        self._mark = time.perf_counter()
+        self._steps = 0
+        self.elapsed_s = 0.0
+        self._counted_s = 0.0
+        self._counted_tokens = 0
+
+    def restart(self) -> None:
+        """Leaves out what happened since the last step."""
+        self._mark = time.perf_counter()
+
+    def step(self, tokens: int) -> float | None:
+        """Ends a step; returns its tokens per second, or None while they are not counted."""
+        now = time.perf_counter()
+        duration, self._mark = now - self._mark, now
+        self.elapsed_s += duration
+        self._steps += 1
+        if self._steps <= UNCOUNTED_STEPS:
+            return None
+        self._counted_s += duration
+        self._counted_tokens += tokens
+        return tokens / duration
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        return self._counted_tokens / self._counted_s if self._counted_s else None
+
+
+class Telemetry:
+    """Writes on rank 0; on the others every call does nothing."""
+
+    def __init__(self, folder: Path, world: World, first_step: int, total_steps: int) -> None:
+        self.active = world.is_first
+        if not self.active:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        metrics = folder / "metrics.jsonl"
+        if metrics.exists():
+            forget_after(metrics, first_step)
+        self._file = metrics.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tb"), purge_step=first_step + 1 if first_step else None)
+        self._is_tty = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total_steps, initial=first_step, unit="step", disable=not self._is_tty, dynamic_ncols=True, leave=True
+        )
+        self._first_step, self._total_steps = first_step, total_steps
+        self._started = self._printed = time.perf_counter()
+
+    def record(self, kind: str, step: int, **values: Any) -> None:
+        """One line of metrics.jsonl, on the disk's queue at once, and the numbers in it to TensorBoard."""
+        if not self.active:
+            return
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            for part, number in value.items() if isinstance(value, dict) else (("", value),):
+                if isinstance(number, int | float):
+                    self._board.add_scalar(f"{kind}/{name}{'/' * bool(part)}{part}", number, step)
+
+    def step(self, step: int, loss: float, tokens_per_s: float | None) -> None:
+        """Moves the bar; without a terminal, a plain line every ten seconds."""
+        if not self.active:
+            return
+        speed = f"{tokens_per_s:,.0f} tokens/s" if tokens_per_s else "..."
+        self._bar.set_postfix_str(f"loss {loss:.4f}, {speed}", refresh=False)
+        self._bar.update(step - self._bar.n)
+        now = time.perf_counter()
+        if not self._is_tty and (now - self._printed >= 10 or step in (self._first_step + 1, self._total_steps)):
+            self._printed = now
+            left = (now - self._started) / (step - self._first_step) * (self._total_steps - step)
+            self.say(f"step {step}/{self._total_steps}  loss {loss:.4f}  {speed}  {duration(left)} left")
+
+    def evaluation(self, step: int, figures: dict[str, Any]) -> None:
+        self.record("eval", step, **figures)
+        means = [f"{name} {figures[name]:.4f}" for name in ("nll_unseen", "nll_seen") if figures[name] is not None]
+        self.say(f"step {step}: held out, nats per token: {', '.join(means)}")
+
+    def say(self, text: str) -> None:
+        """A line for the user, above the bar."""
+        if self.active:
+            tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        if self.active:
+            self._bar.close()
+            self._board.close()
+            self._file.close()
+
+
+def forget_after(metrics: Path, step: int) -> None:
+    """Removes the lines after `step`, which will be written again, and one that a crash cut in half."""
+    kept = []
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if entry["step"] <= step and entry["kind"] != "end":
+            kept.append(line + "\n")
+    replacement = metrics.with_suffix(".new")
+    replacement.write_text("".join(kept), encoding="utf-8")
+    replacement.replace(metrics)
+
+
+def environment(world: World) -> dict[str, Any]:
+    """Where a run takes place."""
+    installed = {}
+    for name in PACKAGES:
+        try:
+            installed[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            installed[name] = None
+    cuda = torch.cuda.is_available()
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": installed,
+        "world_size": world.size,
+        "device": torch.cuda.get_device_name(world.device) if cuda else "cpu",
+        "num_devices": torch.cuda.device_count() if cuda else 0,
+        "cuda": torch.version.cuda,
+        "cpu_count": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process has held: of the GPU's allocator, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
