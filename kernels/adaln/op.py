@@ -7,6 +7,8 @@ from ..backend import choose
 from ..checks import check_boundaries, check_float, check_like, check_size, check_tensor
 from .segments import torch_modulate, torch_residual_modulate
 
+MAX_WIDTH = 8192  # of the Triton backend: a row must fit a program's registers
+
 
 def adaln_modulate(
     x: Tensor,
@@ -43,9 +45,13 @@ def adaln_modulate(
         start at 0, decreases or does not end at T (values are read on a GPU only with CONCEPTRON_CHECK=1).
     """
     check_inputs(x, {"shift": shift, "scale": scale}, cu_seqlens, eps)
+    out_dtype = output_dtype(x)
     if choose(backend, x) == "triton":
-        raise NotImplementedError("backend: 'triton' is not there yet for adaln; use backend='torch'")
-    out_dtype, (shift, scale) = promote(x, shift, scale)
+        check_triton(x)
+        from .library import Modulate
+
+        return Modulate.apply(x, shift, scale, cu_seqlens, float(eps), out_dtype)
+    shift, scale = (modulation.to(x.dtype) for modulation in (shift, scale))
     with torch.autocast(x.device.type, enabled=False):
         return torch_modulate(x, shift, scale, cu_seqlens, eps).to(out_dtype)
 
@@ -79,9 +85,13 @@ def adaln_residual_modulate(
     Dtypes and errors are those of :func:`adaln_modulate`. Memory: Triton saves h, branch and two float32 a row.
     """
     check_inputs(x, {"gate": gate, "shift": shift, "scale": scale}, cu_seqlens, eps, branch)
+    out_dtype = output_dtype(x)
     if choose(backend, x) == "triton":
-        raise NotImplementedError("backend: 'triton' is not there yet for adaln; use backend='torch'")
-    out_dtype, (branch, gate, shift, scale) = promote(x, branch, gate, shift, scale)
+        check_triton(x)
+        from .library import ResidualModulate
+
+        return ResidualModulate.apply(x, branch, gate, shift, scale, cu_seqlens, float(eps), out_dtype)
+    branch, gate, shift, scale = (other.to(x.dtype) for other in (branch, gate, shift, scale))
     with torch.autocast(x.device.type, enabled=False):
         h, y = torch_residual_modulate(x, branch, gate, shift, scale, cu_seqlens, eps)
         return h, y.to(out_dtype)
@@ -126,8 +136,15 @@ def check_same_kind(name: str, value: Tensor, x: Tensor) -> None:
         check_like(name, value, "x", x)
 
 
-def promote(x: Tensor, *others: Tensor) -> tuple[torch.dtype, tuple[Tensor, ...]]:
-    """The dtype of y, and the other inputs in x's dtype."""
+def check_triton(x: Tensor) -> None:
+    """What the kernels ask beyond the contract."""
+    if x.dtype == torch.float64:
+        raise TypeError("x: expected float32, float16 or bfloat16 with the triton backend, got torch.float64")
+    if x.shape[-1] > MAX_WIDTH:
+        raise ValueError(f"x: expected a width d of at most {MAX_WIDTH} with the triton backend, got {x.shape[-1]}")
+
+
+def output_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of y."""
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    out_dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    return out_dtype, tuple(other.to(x.dtype) for other in others)
+    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
