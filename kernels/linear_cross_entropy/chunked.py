@@ -43,12 +43,13 @@ def forward(
     mean_word = weight.mean(0, dtype=exact)
     mean_bias = bias.to(exact).mean() if bias is not None and label_smoothing else 0.0  # the bias may hold -inf
     pull = torch.zeros(width, **new)  # sum_i g_i x_i
+    buffer = torch.empty(min(rows, num_rows), num_words, **new)  # the one large tensor, the same memory for every chunk
     for start in range(0, num_rows, rows):
         part = slice(start, min(start + rows, num_rows))
         ignored = targets[part] == ignore_index
         target = targets[part].masked_fill(ignored, 0)[:, None]
         x = (hidden[part] if index is None else hidden[index[part]]).masked_fill(ignored[:, None], 0)
-        logits = _matmul(x.to(operand), words.t())  # [rows, V], the one large buffer
+        logits = _matmul(x.to(operand), words.t(), buffer[: x.shape[0]])
         if bias is not None:
             logits += bias
         x = x.to(exact)
@@ -66,7 +67,7 @@ def forward(
         if want_x:
             dx[part] = torch.addmm(_matmul(mixed, words) * scale, gain, mean_word[None], alpha=-label_smoothing)
         if want_w:
-            dweight += _matmul(mixed.t(), (scale * x).to(operand))
+            _add_matmul(dweight, mixed.t(), (scale * x).to(operand))
             pull += x.t() @ gain[:, 0]
         if want_b:
             dbias += logits.t() @ scale[:, 0]
@@ -77,6 +78,16 @@ def forward(
     return nll, dx, dweight, dbias
 
 
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
+def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b with float32 sums kept in float32."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.dtype == torch.bfloat16 else torch.mm(a, b)
+    if a.dtype == torch.bfloat16:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a, b, out=out)
+
+
+def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b"""
+    if a.dtype == torch.bfloat16:
+        total += torch.mm(a, b, out_dtype=torch.float32)
+    else:
+        total.addmm_(a, b)
