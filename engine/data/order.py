@@ -46,11 +46,10 @@ class Stream:
 
     def bin(self, number: int) -> Samples:
         epoch, which = divmod(number, self.num_bins)
-        if epoch not in self._epochs:
-            last = max(self._epochs, default=None)
-            self._epochs = {} if last is None else {last: self._epochs[last]}
-            self._epochs[epoch] = self._plan(epoch)
-        order, starts = self._epochs[epoch]
+        known = self._epochs  # another thread may put a new dictionary in its place, but never changes this one
+        if epoch not in known:
+            known = self._epochs = {**dict(list(known.items())[-1:]), epoch: self._plan(epoch)}
+        order, starts = known[epoch]
         places = np.arange(starts[which], starts[which + 1])
         return Samples(self.first + order[places], np.full(len(places), epoch), self.first + places)
 

@@ -1,0 +1,274 @@
+"""Where documents come from: text, jsonl and parquet files, folders and globs of them, and data sets on the hub."""
+
+import glob
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from .recipe import DEFAULT_VALIDATION, Source
+
+KNOWN = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.+-]+)?")
+TRAIN_NAMES = ("train",)
+VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Texts that can be read more than once."""
+
+    name: str  # as the user wrote it
+    identity: Any  # JSON; changes when the texts may have changed
+    read: Callable[[], Iterator[str]]
+
+    def first(self, count: int | None) -> "Documents":
+        """The first ``count`` of them; None: all."""
+        if count is None:
+            return self
+        return Documents(self.name, [self.identity, count], lambda: islice(self.read(), count))
+
+
+@dataclass(frozen=True)
+class Split:
+    train: Documents
+    validation: Documents | float  # a number: this fraction of `train` is held out, chosen by a hash of the text
+
+
+def open_source(source: Source) -> Split:
+    """Finds the documents of a source other than `pydocs`, without reading them.
+
+    Raises:
+        InputError: there is no such file and it cannot be a hub id, or a folder holds nothing that can be read.
+    """
+    if is_local(source.path):
+        return open_local(source)
+    if HUB_ID.fullmatch(source.path):
+        return open_hub(source)
+    raise InputError(
+        f"data.source: {source.path}: no such file or folder; give a path or a glob of {', '.join(KNOWN)} files, "
+        "a folder of them, a hub id org/name[:config], or pydocs"
+    )
+
+
+# --- files
+
+
+def is_local(path: str) -> bool:
+    looks_local = path.startswith(("/", "./", "../", "~")) or path.endswith(KNOWN) or glob.has_magic(path)
+    return looks_local or Path(path).exists()
+
+
+def open_local(source: Source) -> Split:
+    files = find(source.path)
+    validation: Documents | float = DEFAULT_VALIDATION
+    if isinstance(source.validation, str):
+        held_out = find(source.validation)
+        both = sorted({file.resolve() for file in files} & {file.resolve() for file in held_out})
+        if both and {file.resolve() for file in files} <= set(both):
+            raise InputError(f"data.validation: {both[0]} would be both trained on and held out; name other files")
+        files = [file for file in files if file.resolve() not in both]
+        validation = read_later(source.validation, held_out, source)
+    elif isinstance(source.validation, float):
+        validation = source.validation
+    elif Path(source.path).expanduser().is_dir():
+        train = [file for file in files if file.name.startswith(TRAIN_NAMES)]
+        held_out = [file for file in files if file.name.startswith(VALIDATION_NAMES)]
+        if train:
+            files = train
+            validation = read_later(source.path, held_out, source) if held_out else DEFAULT_VALIDATION
+    return Split(read_later(source.path, files, source), validation)
+
+
+def find(path: str) -> list[Path]:
+    """The files that a path, a folder or a glob means, sorted.
+
+    Raises:
+        InputError: there are none, or one has an unknown ending.
+    """
+    place = Path(path).expanduser()
+    if place.is_dir():
+        files = sorted(file for file in place.rglob("*") if file.name.endswith(KNOWN) and file.is_file())
+        if not files:
+            raise InputError(f"data.source: {path}: no {', '.join(KNOWN)} file in this folder")
+        return files
+    if place.exists():
+        files = [place]
+    else:
+        files = sorted(Path(name) for name in glob.glob(str(place), recursive=True) if Path(name).is_file())
+    if not files:
+        what = "no file matches" if glob.has_magic(path) else "no such file or folder"
+        raise InputError(f"data.source: {path}: {what} (looked in {Path.cwd()}); correct the path")
+    for file in files:
+        if not file.name.endswith(KNOWN):
+            raise InputError(f"{file}: unknown kind of file {file.suffix!r}; convert it to one of {', '.join(KNOWN)}")
+    return files
+
+
+def read_later(name: str, files: list[Path], source: Source) -> Documents:
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    column = source.text_column or "text"
+    return Documents(name, {"files": stats, "text_column": column}, lambda: read_files(files, column)).first(
+        source.max_documents
+    )
+
+
+def read_files(files: Iterable[Path], column: str) -> Iterator[str]:
+    for file in files:
+        count = 0
+        for text in read_file(file, column):
+            if text.strip():
+                count += 1
+                yield text
+        if not count:
+            raise InputError(f"{file}: no text in this file; remove it or leave it out of data.source")
+
+
+def read_file(file: Path, column: str) -> Iterator[str]:
+    try:
+        if file.name.endswith(".txt"):
+            yield read_text(file)
+        elif file.name.endswith(".parquet"):
+            yield from read_parquet(file, column)
+        else:
+            yield from read_jsonl(file, column)
+    except OSError as error:  # a damaged .gz file raises one, too
+        raise InputError(f"{file}: cannot be read ({error.strerror or error})") from error
+
+
+def read_text(file: Path) -> str:
+    """A UTF-8 text file, with or without a byte order mark.
+
+    Raises:
+        InputError: it is missing or not UTF-8.
+    """
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; correct the path")
+    raw = file.read_bytes()
+    try:
+        return raw.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{file}:{line}: byte {raw[error.start]:#04x} at offset {error.start} is not UTF-8; "
+            "convert the file, for example with iconv -f latin1 -t utf-8"
+        ) from error
+
+
+def read_jsonl(file: Path, column: str) -> Iterator[str]:
+    with gzip.open(file) if file.name.endswith(".gz") else file.open("rb") as lines:
+        try:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield parse_line(f"{file}:{number}", line, column)
+        except (EOFError, zlib.error) as error:
+            raise InputError(f"{file}: damaged gzip file ({error}); copy or download it again") from error
+
+
+def parse_line(where: str, line: bytes, column: str) -> str:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{where}: byte {line[error.start]:#04x} at offset {error.start} of the line is not UTF-8; convert the file"
+        ) from error
+    except ValueError as error:
+        raise InputError(f"{where}: not a line of JSON ({error}); correct or remove the line") from error
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected an object such as {{\"{column}\": \"...\"}}, got {type(row).__name__}")
+    if column not in row:
+        raise InputError(f"{where}: no column {column!r}, only {', '.join(map(repr, row))}; set data.text_column")
+    text = check_text(where, row[column], column)
+    if not text.isprintable() and any("\ud800" <= char <= "\udfff" for char in text):
+        raise InputError(f"{where}: half of a surrogate pair in column {column!r}; correct the line")
+    return text
+
+
+def check_text(where: str, text: Any, column: str) -> str:
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        kind = type(text).__name__
+        raise InputError(f"{where}: expected text in column {column!r}, got {kind}; set data.text_column")
+    return text
+
+
+def read_parquet(file: Path, column: str) -> Iterator[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(file)
+        if column not in table.schema_arrow.names:
+            names = ", ".join(map(repr, table.schema_arrow.names))
+            raise InputError(f"{file}: no column {column!r}, only {names}; set data.text_column")
+        kind = table.schema_arrow.field(column).type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind)):
+            raise InputError(f"{file}: expected text in column {column!r}, got {kind}; set data.text_column")
+        row = 0
+        for batch in table.iter_batches(batch_size=1024, columns=[column]):
+            for text in batch.column(0).to_pylist():
+                row += 1
+                yield check_text(f"{file}, row {row}", text, column)
+    except (pa.ArrowInvalid, pa.ArrowIOError) as error:
+        raise InputError(f"{file}: not a readable parquet file ({one_line(error)})") from error
+
+
+# --- the hub
+
+
+def open_hub(source: Source) -> Split:
+    validation: Documents | float = DEFAULT_VALIDATION
+    if isinstance(source.validation, float):
+        validation = source.validation
+    elif source.validation:
+        validation = hub_documents(source, source.validation)
+    return Split(hub_documents(source, source.split or "train"), validation)
+
+
+def hub_documents(source: Source, split: str) -> Documents:
+    identity = {
+        "hub": source.path, "split": split, "revision": source.revision, "text_column": source.text_column,
+        "max_documents": source.max_documents,
+    }  # fmt: skip
+    return Documents(f"{source.path} {split}", identity, lambda: read_hub(source, split))
+
+
+def read_hub(source: Source, split: str) -> Iterator[str]:
+    """The texts of a data set, downloaded if need be; with `max_documents` only as much as is needed of it.
+
+    Raises:
+        InputError: `datasets` cannot load it (the hub is offline, the name is wrong, it needs code of its own), or it
+            has no such column.
+    """
+    import datasets
+
+    name, _, config = source.path.partition(":")
+    column = source.text_column or "text"
+    try:
+        rows = datasets.load_dataset(
+            name, config or None, split=split, revision=source.revision, streaming=source.max_documents is not None
+        )
+        names = rows.column_names or list(next(iter(rows), {}))
+    except Exception as error:  # datasets, huggingface_hub and the formats they read have dozens of kinds
+        raise InputError(
+            f"data.source: {name}: no such file or folder here, and the hub data set cannot be loaded "
+            f"({type(error).__name__}: {one_line(error)}); correct data.source, go online or use local files"
+        ) from error
+    if column not in names:
+        raise InputError(
+            f"data.source: {name}: no column {column!r}, only {', '.join(map(repr, names))}; set data.text_column"
+        )
+    for number, row in enumerate(islice(rows.select_columns(column), source.max_documents), start=1):
+        yield check_text(f"{source.path}, row {number}", row[column], column)
+
+
+def one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:197] + "..."

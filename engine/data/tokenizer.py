@@ -1,0 +1,99 @@
+"""Tokenizers: the byte-level BPE that is trained on pydocs, or any fast one from a folder or the hub."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from ...models.objectives.view import SpecialTokens
+from ..errors import InputError
+
+SPECIAL = {
+    "pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "[BOS]", "eos_token": "[EOS]", "mask_token": "[MASK]",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer and what the rest of the program needs of it."""
+
+    tokenizer: PreTrainedTokenizerFast
+    tokens: SpecialTokens
+    fingerprint: str  # changes when the same text may get other ids
+    plain: Tokenizer  # encodes text as it stands: adds nothing, cuts nothing, and "[MASK]" in a text is five characters
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.plain.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: any text can be written in it and read back unchanged."""
+    tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL["unk_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL.values()),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIAL)
+
+
+def load(place: str) -> PreTrainedTokenizerFast:
+    """A tokenizer from a folder or the hub.
+
+    Raises:
+        InputError: it cannot be loaded, or it is not a fast one.
+    """
+    is_folder = Path(place).expanduser().is_dir()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(Path(place).expanduser()) if is_folder else place, trust_remote_code=False
+        )
+    except Exception as error:  # transformers, huggingface_hub and tokenizers have dozens of kinds
+        text = " ".join(str(error).split())
+        what = "" if is_folder else "no such folder here, and "
+        raise InputError(
+            f"data.tokenizer: {place}: {what}the tokenizer cannot be loaded ({type(error).__name__}: {text[:200]}); "
+            "give a folder with tokenizer.json, a hub id, or pydocs"
+        ) from error
+    if not isinstance(getattr(tokenizer, "backend_tokenizer", None), Tokenizer):
+        kind = type(tokenizer).__name__
+        raise InputError(f"data.tokenizer: {place}: {kind} is not a fast tokenizer; convert it to tokenizer.json")
+    return tokenizer
+
+
+def describe(tokenizer: PreTrainedTokenizerFast, place: str) -> Vocabulary:
+    """Checks that a tokenizer can serve, and takes from it what is needed.
+
+    Raises:
+        InputError: it has no mask token.
+    """
+    if tokenizer.mask_token_id is None:
+        raise InputError(
+            f"data.tokenizer: {place}: no mask token; choose another tokenizer, or add one with "
+            "tokenizer.add_special_tokens({'mask_token': '[MASK]'}) and save_pretrained"
+        )
+    text = tokenizer.backend_tokenizer.to_str()
+    plain = Tokenizer.from_str(text)
+    plain.no_truncation()
+    plain.no_padding()
+    plain.encode_special_tokens = True
+    special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
+    return Vocabulary(
+        tokenizer=tokenizer,
+        tokens=SpecialTokens(tokenizer.mask_token_id, frozenset(special), max(tokenizer.get_vocab().values()) + 1),
+        fingerprint=hashlib.sha256(text.encode()).hexdigest()[:16],
+        plain=plain,
+    )
+
+
+def save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, Any]:
+    tokenizer.save_pretrained(folder)
+    return {"vocab_size": len(tokenizer)}
