@@ -1,0 +1,216 @@
+"""How fast a recipe trains on this machine, and where a step's time goes.
+
+    conceptron bench step RECIPE [section.field=value ...] [--synthetic] [--steps 20] [--out runs/bench/step]
+
+The recipe's own model, data, batches and engine run for a few steps. Reported: tokens per second, model FLOPs
+utilisation (``flops.py`` over the matmul rate measured in the same run), time of data, forward, backward and optimizer,
+of each part of the model, and what padding would have cost. Data loading is also timed alone: a loader that is slower
+than the rest of a step starves the device. ``--synthetic`` reads random tokens in windows of full length, so that no
+corpus is needed; shipped recipes such as ``pretrain/mlm.yaml`` are the presets.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..engine import launch, zero
+from ..engine.data.corpus import open_corpus
+from ..engine.data.loader import Loader
+from ..engine.data.windows import Part, Windows, cut
+from ..engine.optimizer import build_optimizer
+from ..engine.recipe import Recipe, load_recipe
+from ..models.heads import ConceptForMaskedLM
+from ..models.objectives.view import SpecialTokens, View
+from .flops import Sizes, step_flops
+from .harness import markdown_table, write_results
+from .nvml import GpuMonitor
+
+PARTS = {"encoder": "encoder", "decoder": "decoder", "head": "lm_head"}  # part -> module of ConceptForMaskedLM
+SYNTHETIC_VOCABULARY = 50368
+
+
+def synthetic(recipe: Recipe) -> tuple[Windows, SpecialTokens]:
+    """A million random tokens in windows of full length; as many ids as the seeds' tokenizer has."""
+    tokens = np.random.default_rng(0).integers(8, SYNTHETIC_VOCABULARY, 1 << 20).astype(np.uint16)
+    starts, lengths = cut(np.array([0, len(tokens)]), np.array([0]), recipe.data.window)
+    special = SpecialTokens(mask_id=1, special_ids=frozenset(range(8)), vocab_size=SYNTHETIC_VOCABULARY)
+    return Windows([Part(tokens, starts, lengths)]), special
+
+
+def matmul_rate(device: torch.device, precision: str) -> float:
+    """FLOP/s of one large square product, the best of ten: the ceiling that utilisation is a share of."""
+    on_cuda = device.type == "cuda"
+    size, dtype = (8192 if on_cuda else 1024), (torch.bfloat16 if precision == "bf16" else torch.float32)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(10):
+        synchronize(device)
+        start = time.perf_counter()
+        torch.mm(a, a)
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def part_times(model: nn.Module, engine: Any, view: View, device: torch.device) -> dict[str, float]:
+    """Milliseconds of forward and of backward of each part, for one micro-batch.
+
+    The device is waited for at every boundary, so the sum is a little more than an undisturbed pass takes. Backward
+    runs through the parts in turn: the head's is over when the gradient of the decoder's output has come, the
+    decoder's when that of the concepts has, and the rest is the encoder's.
+    """
+    ms: dict[str, float] = {}
+    mark = 0.0
+
+    def lap(name: str | None = None) -> None:
+        nonlocal mark
+        synchronize(device)
+        now = time.perf_counter()
+        if name is not None:
+            ms[name] = ms.get(name, 0.0) + (now - mark) * 1e3
+        mark = now
+
+    handles = []
+    for part, attribute in PARTS.items():
+        module = getattr(model, attribute)
+        handles.append(module.register_forward_pre_hook(lambda m, i: lap()))
+        handles.append(module.register_forward_hook(lambda m, i, o, part=part: lap(f"{part} forward")))
+    arrived = {"decoder": "head backward", "encoder": "decoder backward"}
+    for attribute, name in arrived.items():
+        def watch(module: nn.Module, given: Any, out: Any, name: str = name) -> None:
+            tensor = out if isinstance(out, torch.Tensor) else out.last_hidden_state
+            tensor.register_hook(lambda grad: lap(name))
+
+        handles.append(getattr(model, attribute).register_forward_hook(watch))
+    try:
+        engine.set_gradient_accumulation_boundary(True)
+        loss = engine(view=view).loss
+        lap()
+        engine.backward(loss)
+        lap("encoder backward")
+        engine.step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {f"{name}_ms".replace(" ", "_"): value for name, value in ms.items()}
+
+
+class Stopwatch:
+    """Seconds by phase; waits for the device at every lap."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds, self.mark = device, {}, 0.0
+
+    def begin(self) -> None:
+        synchronize(self.device)
+        self.mark = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.mark
+        self.mark = now
+
+
+def train_step(engine: Any, views: Sequence[View], watch: Stopwatch) -> None:
+    """One step as the trainer takes it, with its phases timed."""
+    divisor = torch.stack([view.divisor for view in views]).sum()
+    for i, view in enumerate(views):
+        engine.set_gradient_accumulation_boundary(i == len(views) - 1)
+        loss = engine(view=replace(view, divisor=divisor)).loss
+        watch.lap("forward")
+        engine.backward(loss)
+        watch.lap("backward")
+    engine.step()
+    watch.lap("optimizer")
+
+
+def padding_waste(loader: Loader, steps: Sequence[int]) -> float:
+    """Share of rows that would be padding if each step's windows were padded to its longest."""
+    lengths = [loader.windows.lengths[loader.samples(step).windows] for step in steps]
+    return 1 - sum(int(n.sum()) for n in lengths) / sum(int(n.max()) * len(n) for n in lengths)
+
+
+def run(recipe: Recipe, num_steps: int, warm_up: int, use_synthetic: bool) -> dict[str, Any]:
+    """Every figure of one recipe on this device, as a flat row."""
+    with launch.world() as world:
+        if use_synthetic:
+            windows, tokens = synthetic(recipe)
+        else:
+            corpus = open_corpus(recipe.data)
+            windows, tokens = corpus.train, corpus.tokens
+        loader = Loader(
+            windows, recipe.build_objective(), tokens, seed=recipe.run.seed, tokens_per_step=recipe.batch.tokens,
+            micro_tokens=recipe.batch.micro_tokens,
+        )  # fmt: skip
+        config = recipe.build_config(vocab_size=tokens.vocab_size, mask_token_id=tokens.mask_id)
+        torch.manual_seed(recipe.run.seed)
+        model = ConceptForMaskedLM(config).to(world.device).train()
+        engine = zero.initialize(model, build_optimizer(model, recipe.optim), recipe)
+        steps = range(warm_up, warm_up + num_steps)
+
+        start = time.perf_counter()
+        batches = [loader.step(step) for step in steps]
+        alone_s = time.perf_counter() - start
+        flops = sum(step_flops(config, Sizes.of(view)) for views in batches for view in views)
+        num_tokens = sum(int(loader.windows.lengths[loader.samples(step).windows].sum()) for step in steps)
+        del batches
+
+        for step in range(warm_up):
+            train_step(engine, [view.to(world.device) for view in loader.step(step)], Stopwatch(world.device))
+        watch = Stopwatch(world.device)
+        monitor = GpuMonitor(world.device.index) if world.device.type == "cuda" else nullcontext()
+        with monitor:
+            watch.begin()
+            for views in loader.prefetch(steps.start, steps.stop):
+                on_device = [view.to(world.device, non_blocking=True) for view in views]
+                watch.lap("data")
+                train_step(engine, on_device, watch)
+        total_s = sum(watch.seconds.values())
+        parts = part_times(model, engine, loader.step(steps.start)[0].to(world.device), world.device)
+        rate = matmul_rate(world.device, recipe.train.precision)
+
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "tokens_per_step": num_tokens / num_steps, "tokens_per_s": num_tokens / total_s,
+        "step_ms": total_s / num_steps * 1e3,
+        **{f"{phase}_ms": seconds / num_steps * 1e3 for phase, seconds in watch.seconds.items()},
+        "data_alone_ms": alone_s / num_steps * 1e3, "data_alone_tokens_per_s": num_tokens / alone_s,
+        "starved": watch.seconds["data"] > 0.05 * total_s,
+        "tflops": flops / total_s / 1e12, "matmul_tflops": rate / 1e12, "mfu": flops / total_s / rate,
+        "padding_avoided": padding_waste(loader, steps), "batch_filled": loader.efficiency,
+        **parts,
+        **(monitor.summary(num_tokens) if isinstance(monitor, GpuMonitor) else {}),
+    }  # fmt: skip
+
+
+def main(argv: Sequence[str], stamp: Callable[[], dict], find_recipe: Callable[[str], Path]) -> int:
+    """The command line; ``stamp`` describes the machine, ``find_recipe`` turns a name into a file."""
+    parser = argparse.ArgumentParser(prog="conceptron bench step", description="How fast a recipe trains here.")
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    parser.add_argument("--synthetic", action="store_true", help="random tokens instead of the recipe's data")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--warm-up", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench/step"))
+    options = parser.parse_args(argv)
+    recipe = load_recipe(find_recipe(options.recipe), options.overrides)
+    row = run(recipe, options.steps, options.warm_up, options.synthetic)
+    name = Path(options.recipe).stem
+    write_results(options.out, name, [{"recipe": options.recipe, **row}], stamp(), title=f"Training step: {name}")
+    print(markdown_table([{"figure": key, "value": value} for key, value in row.items()], ["figure", "value"]))
+    print(f"written to {options.out / name}.json")
+    return 0
