@@ -152,9 +152,11 @@ def _backward_kernel(
     sequence = sequence.to(tl.int64)
     d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     in_d = d < D
-    scale = tl.load(scale_ptr + sequence * scale_stride_b + d * scale_stride_d, mask=in_d, other=0.0).to(tl.float32)
+    scale_cell = sequence * scale_stride_b + d * scale_stride_d
+    scale = tl.load(scale_ptr + scale_cell, mask=in_d, other=0.0).to(tl.float32)
     if RESIDUAL:
-        gate = tl.load(gate_ptr + sequence * gate_stride_b + d * gate_stride_d, mask=in_d, other=0.0).to(tl.float32)
+        gate_cell = sequence * gate_stride_b + d * gate_stride_d
+        gate = tl.load(gate_ptr + gate_cell, mask=in_d, other=0.0).to(tl.float32)
         dgate = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     # one sum a tile row, so that warps that own different rows meet only once, after the loop
     dshift = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
@@ -172,6 +174,8 @@ def _backward_kernel(
         mean = tl.load(mean_ptr + out_row + t, mask=in_t, other=0.0)
         rstd = tl.load(rstd_ptr + out_row + t, mask=in_t, other=0.0)
         xhat = tl.where(in_d[None, :], (h - mean[:, None]) * rstd[:, None], 0.0)
+        if BLOCK_D > 4096:  # 1024 threads have 64 registers each: too few to keep scale and gate
+            scale = tl.load(scale_ptr + scale_cell, mask=in_d, other=0.0).to(tl.float32)
         g = dy * (1.0 + scale[None, :])
         along_one = tl.sum(g, 1) / D
         along_xhat = tl.sum(g * xhat, 1) / D
@@ -184,6 +188,8 @@ def _backward_kernel(
         if RESIDUAL:
             branch_cell = sequence * branch_stride_b + t[:, None] * branch_stride_t + d[None, :] * branch_stride_d
             branch = tl.load(branch_ptr + branch_cell, mask=mask, other=0.0).to(tl.float32)
+            if BLOCK_D > 4096:
+                gate = tl.load(gate_ptr + gate_cell, mask=in_d, other=0.0).to(tl.float32)
             dgate += dx * branch
             tl.store(dbranch_ptr + out_cell, (gate[None, :] * dx).to(dbranch_ptr.dtype.element_ty), mask=mask)
         tl.store(dx_ptr + out_cell, dx.to(dx_ptr.dtype.element_ty), mask=mask)
