@@ -12,6 +12,7 @@ import pickle
 import re
 import sys
 import warnings
+from collections.abc import Iterator
 
 SETTERS = ("add_docstr", "add_newdoc")  # calls that give a docstring to what is written in C, in torch and numpy
 ROLE = re.compile(r":(?:[a-zA-Z]+:)+`[~!.]*([^`<]*?)\s*(?:<[^`]*>)?`")  # :class:`~torch.Tensor` -> torch.Tensor
@@ -37,26 +38,36 @@ def visit(node: ast.AST, name: str, found: list[Section]) -> None:
     """Collects the docstring of ``node``, whose dotted name is ``name``, and those inside it."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         collect(name, ast.get_docstring(node, clean=False), found)
-    for child in getattr(node, "body", []):
+    for child in children(node):
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             visit(child, f"{name}.{child.name}" if name else child.name, found)
         elif isinstance(child, ast.Expr) and isinstance(child.value, ast.Call):
             collect(*setter(child.value), found)
-        elif isinstance(child, ast.If | ast.Try | ast.With):
+        elif isinstance(child, ast.If | ast.Try | ast.ExceptHandler | ast.With):
             visit(child, name, found)
-    for other in getattr(node, "orelse", []) if isinstance(node, ast.If | ast.Try) else []:
-        visit(ast.Module([other], []), name, found)
+
+
+def children(node: ast.AST) -> Iterator[ast.AST]:
+    """The statements in all blocks of a statement."""
+    for block in ("body", "handlers", "orelse", "finalbody"):
+        yield from getattr(node, block, [])
 
 
 def setter(call: ast.Call) -> tuple[str, str | None]:
-    """(name, docstring) of ``add_docstr(torch.abs, "...")``, ("", None) of any other call."""
+    """(name, docstring) of ``add_docstr(torch.abs, "...")`` and the like, ("", None) of any other call."""
     called = getattr(call.func, "attr", getattr(call.func, "id", ""))
-    if called not in SETTERS:
+    if called not in SETTERS or len(call.args) < 2:
         return "", None
     texts = [part.value for part in ast.walk(call) if isinstance(part, ast.Constant) and isinstance(part.value, str)]
-    target = call.args[1] if called == "add_newdoc" and len(call.args) > 1 else call.args[0] if call.args else None
-    name = target.value if isinstance(target, ast.Constant) else ast.unparse(target) if target else ""
-    return str(name), max(texts, key=len, default=None)
+    return target(called, call.args), max(texts, key=len, default=None)
+
+
+def target(called: str, args: list[ast.expr]) -> str:
+    """What a call documents: add_docstr(object, text), add_newdoc(module, name, text or (attribute, text))."""
+    if called == "add_docstr":
+        return ast.unparse(args[0])
+    attribute = args[2].elts[:1] if len(args) > 2 and isinstance(args[2], ast.Tuple) else []
+    return ".".join(str(part.value) for part in [args[1], *attribute] if isinstance(part, ast.Constant))
 
 
 def collect(name: str, docstring: str | None, found: list[Section]) -> None:

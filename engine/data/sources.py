@@ -209,7 +209,8 @@ def read_parquet(file: Path, column: str) -> Iterator[str]:
             names = ", ".join(map(repr, table.schema_arrow.names))
             raise InputError(f"{file}: no column {column!r}, only {names}; set data.text_column")
         kind = table.schema_arrow.field(column).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind)):
+        known = (pa.types.is_string, pa.types.is_large_string, pa.types.is_dictionary, pa.types.is_null)
+        if not any(is_kind(kind) for is_kind in known):
             raise InputError(f"{file}: expected text in column {column!r}, got {kind}; set data.text_column")
         row = 0
         for batch in table.iter_batches(batch_size=1024, columns=[column]):
