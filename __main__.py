@@ -38,13 +38,33 @@ def generate(arguments: argparse.Namespace) -> int:
 def analyze(arguments: argparse.Namespace) -> int:
     from .bench.report import analyze
 
-    analyze(arguments.path)
+    analyze(arguments.path, arguments.text)
     return 0
 
 
 def compile_kernels(arguments: argparse.Namespace) -> int:
     from .kernels.compile import main
 
+    return main(arguments.rest)
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    """Each benchmark reads its own options."""
+    match arguments.what:
+        case "kernels":
+            from .bench.kernels.run import main
+        case "scaling":
+            from .bench.scaling import main
+        case "memory":
+            from .bench.memory import main
+        case "step":
+            from .bench.step import main
+        case "suite":
+            from .bench.suite import main
+        case "report":
+            from .bench.numbers import report_main as main
+        case "compare":
+            from .bench.numbers import compare_main as main
     return main(arguments.rest)
 
 
@@ -85,8 +105,13 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=generate)
 
     command = commands.add_parser("analyze", help="report on a run folder or a checkpoint: plots, figures, gates")
-    command.add_argument("path")
+    command.add_argument("path", help="runs/NAME, or a Hugging Face folder")
+    command.add_argument("--text", nargs="+", default=[], metavar="FILE", help="held-out text for a bare checkpoint")
     command.set_defaults(run=analyze)
+
+    command = commands.add_parser("bench", add_help=False, help="measure: operators, scaling, memory, training steps")
+    command.add_argument("what", choices=("kernels", "scaling", "memory", "step", "suite", "report", "compare"))
+    command.set_defaults(run=bench, takes_rest=True)
 
     kernels = commands.add_parser("kernels", help="what the Triton operators compile to").add_subparsers(
         required=True, metavar="ACTION"

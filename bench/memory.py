@@ -33,7 +33,7 @@ from ..models.objectives import OBJECTIVES
 from ..models.objectives.view import SampleKey, SpecialTokens, View
 from ..models.packing import pack
 from .allocator import allocator_peak
-from .harness import markdown_table, resident_peak, write_results
+from .harness import device_of, environment, markdown_table, resident_peak, write_results
 from .peers import Shape, bert
 from .plot import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, canvas
 
@@ -245,8 +245,8 @@ def snapshot(path: Path, shape: Shape, num_tokens: int, num_concepts: int) -> No
     torch.cuda.memory._record_memory_history(enabled=None)
 
 
-def main(argv: Sequence[str], stamp: Callable[[], dict]) -> int:
-    """The command line; ``stamp`` describes the machine for the result file."""
+def main(argv: Sequence[str]) -> int:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="conceptron bench memory", description="Where a training step's memory goes.")
     parser.add_argument("--min-tokens", type=int, default=512)
     parser.add_argument("--max-tokens", type=int, default=8192)
@@ -271,12 +271,12 @@ def main(argv: Sequence[str], stamp: Callable[[], dict]) -> int:
         rows.append(run_case(kind, shape, num_tokens, num_concepts, options.device))
         print(f"{kind} N={num_tokens} C={num_concepts or '-'}: peak {rows[-1]['allocator_peak'] / 2**20:.1f} MiB")
     checks = [check_prediction(rows, shape, c, options.fit, options.device) for c in options.concepts]
-    environment = stamp()
+    stamp = environment()
     options.out.mkdir(parents=True, exist_ok=True)
     title = f"Memory of a training step: d={options.width}, {options.layers} layers, one text of N tokens, bytes"
-    write_results(options.out, "memory", rows, environment, title=title)
-    write_results(options.out, "prediction", checks, environment, title="Longest N that fits: predicted and checked")
-    note = f"d = {options.width}, {options.layers} layers, float32, {environment.get('device', options.device)}"
+    write_results(options.out, "memory", rows, stamp, title=title)
+    write_results(options.out, "prediction", checks, stamp, title="Longest N that fits: predicted and checked")
+    note = f"d = {options.width}, {options.layers} layers, float32, {device_of(stamp)}"
     for suffix in ("png", "svg"):
         plot(options.out / f"memory.{suffix}", rows, note)
     if options.snapshot is not None:

@@ -31,7 +31,17 @@ from ..models.config import ConceptConfig
 from ..models.encoder import ConceptEncoder
 from ..models.packing import pack_padded
 from .allocator import allocator_peak
-from .harness import Refusal, Timing, cell, compare, markdown_table, write_results, write_text
+from .harness import (
+    Refusal,
+    Timing,
+    cell,
+    compare,
+    device_of,
+    environment,
+    markdown_table,
+    write_results,
+    write_text,
+)  # fmt: skip
 from .peers import Perceiver, Shape, bert, modernbert
 from .plot import BLUE, GREEN, GREY, ORANGE, canvas
 
@@ -258,8 +268,8 @@ def plot(
         panels[0].set_ylabel(unit)
 
 
-def main(argv: Sequence[str], stamp: Callable[[], dict]) -> int:
-    """The command line; ``stamp`` describes the machine for the result file."""
+def main(argv: Sequence[str]) -> int:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="conceptron bench scaling", description="Time and memory against N.")
     parser.add_argument("--min-tokens", type=int, default=512)
     parser.add_argument("--max-tokens", type=int, default=16384)
@@ -285,13 +295,13 @@ def main(argv: Sequence[str], stamp: Callable[[], dict]) -> int:
         crossover(rows, OURS, peer, phase) for phase in PHASES for peer in (FULL, UNPADDED, LOCAL, PERCEIVER)
         if OURS in options.only and peer in options.only
     ]  # fmt: skip
-    environment = stamp()
+    stamp = environment()
     sizes = f"d={options.width}, {options.layers} layers, {options.heads} heads"
     title = f"Scaling: {sizes}, two texts of N and 3N/4 tokens"
-    write_results(options.out, "scaling", rows, environment, title=title)
-    write_results(options.out, "exponents", table, environment, title=f"{title}: fitted exponents")
+    write_results(options.out, "scaling", rows, stamp, title=title)
+    write_results(options.out, "exponents", table, stamp, title=f"{title}: fitted exponents")
     write_text(options.out / "crossover.txt", "\n".join(verdicts) + "\n")
-    note = f"d = {options.width}, {options.layers} layers, {environment.get('device', device.type)}; lower is better"
+    note = f"d = {options.width}, {options.layers} layers, {device_of(stamp)}; lower is better"
     for quantity in ("time_ms", "peak_bytes"):
         for suffix in ("png", "svg"):
             plot(options.out / f"{quantity.split('_')[0]}.{suffix}", rows, table, options.only, quantity, note)

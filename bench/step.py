@@ -11,7 +11,7 @@ corpus is needed; shipped recipes such as ``pretrain/mlm.yaml`` are the presets.
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from ..engine.recipe import Recipe, load_recipe
 from ..models.heads import ConceptForMaskedLM
 from ..models.objectives.view import SpecialTokens, View
 from .flops import Sizes, step_flops
-from .harness import markdown_table, write_results
+from .harness import environment, markdown_table, write_results
 from .nvml import GpuMonitor
 
 PARTS = {"encoder": "encoder", "decoder": "decoder", "head": "lm_head"}  # part -> module of ConceptForMaskedLM
@@ -197,8 +197,8 @@ def run(recipe: Recipe, num_steps: int, warm_up: int, use_synthetic: bool) -> di
     }  # fmt: skip
 
 
-def main(argv: Sequence[str], stamp: Callable[[], dict], find_recipe: Callable[[str], Path]) -> int:
-    """The command line; ``stamp`` describes the machine, ``find_recipe`` turns a name into a file."""
+def main(argv: Sequence[str]) -> int:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="conceptron bench step", description="How fast a recipe trains here.")
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
@@ -207,10 +207,11 @@ def main(argv: Sequence[str], stamp: Callable[[], dict], find_recipe: Callable[[
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/bench/step"))
     options = parser.parse_args(argv)
-    recipe = load_recipe(find_recipe(options.recipe), options.overrides)
+    recipe = load_recipe(options.recipe, options.overrides)
     row = run(recipe, options.steps, options.warm_up, options.synthetic)
     name = Path(options.recipe).stem
-    write_results(options.out, name, [{"recipe": options.recipe, **row}], stamp(), title=f"Training step: {name}")
+    rows = [{"recipe": options.recipe, **row}]
+    write_results(options.out, name, rows, environment(recipe.run.seed), title=f"Training step: {name}")
     print(markdown_table([{"figure": key, "value": value} for key, value in row.items()], ["figure", "value"]))
     print(f"written to {options.out / name}.json")
     return 0
