@@ -18,6 +18,9 @@ from typing import Any
 from ..errors import InputError
 
 INDEX = "index.json"
+UNUSABLE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST,
+)  # fmt: skip
 CHECKED_BYTES = 1 << 30  # larger folders are checked by the sizes of their files only
 
 
@@ -64,7 +67,7 @@ def built(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, An
                 say(f"{folder}: damaged ({problem}); building it again")
             return _build(folder, build)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+        if error.errno not in UNUSABLE:
             raise
         raise InputError(
             f"{error.filename or folder}: cannot write the data cache ({error.strerror}); "
