@@ -276,12 +276,13 @@ def environment(seed: int | None = None) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = telemetry.environment(World(rank=0, local_rank=0, size=1, device=device))
     commit, dirty = checkout()
+    program, *rest = run.pop("command")
     return {
         "commit": commit,
         "dirty": dirty,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": seed,
-        "command": " ".join(run.pop("command")),
+        "command": " ".join([Path(program).name, *rest]),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "driver": first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
         "cudnn": torch.backends.cudnn.version(),
@@ -291,6 +292,11 @@ def environment(seed: int | None = None) -> dict[str, Any]:
         **run.pop("packages"),
         **run,
     }
+
+
+def device_of(environment: Mapping[str, Any]) -> str:
+    """The hardware that a result was measured on, in a few words."""
+    return environment.get("gpu") or f"{environment.get('cpu')}, {environment.get('threads')} threads"
 
 
 def checkout() -> tuple[str | None, bool | None]:
@@ -400,7 +406,14 @@ def cell(value: Any) -> str:
 
 
 def environment_lines(environment: Mapping[str, Any]) -> str:
-    return "".join(f"- {name}: {value}\n" for name, value in environment.items() if value not in (None, ""))
+    known = {name: in_words(value) for name, value in environment.items() if value is not None}
+    return "".join(f"- {name}: {text}\n" for name, text in known.items() if text)
+
+
+def in_words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {item}" for name, item in value.items() if item is not None)
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def write_json(path: Path, content: Any) -> None:

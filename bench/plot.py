@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
+from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -64,12 +65,17 @@ def canvas(
     write_bytes(path, content.getvalue())
 
 
-def level(axes: Axes, value: float, text: str, color: str = GREY, *, below: bool = False) -> None:
-    """A horizontal line over the whole width, named at its right end."""
-    axes.axhline(value, color=color, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1.5)
+def level(axes: Axes, value: float, label: str, color: str = GREY) -> None:
+    """A dashed line over the whole width, named in the legend, where it collides with nothing."""
+    axes.axhline(value, color=color, linewidth=1.4, linestyle=(0, (5, 3)), zorder=1.5, label=label)
+
+
+def name_point(axes: Axes, x: float, y: float, text: str, color: str = INK, *, below: bool = True) -> None:
+    """Text under or over a point, readable on top of lines."""
     axes.annotate(
-        text, (1, value), xycoords=("axes fraction", "data"), xytext=(-2, -3 if below else 3),
-        textcoords="offset points", ha="right", va="top" if below else "bottom", fontsize=9.5, color=color,
+        text, (x, y), xytext=(0, -8 if below else 8), textcoords="offset points", ha="center",
+        va="top" if below else "bottom", fontsize=9.5, color=color, zorder=5,
+        path_effects=[patheffects.withStroke(linewidth=3, foreground="white")],
     )  # fmt: skip
 
 

@@ -69,5 +69,5 @@ def spectrum_figure(concepts: Tensor, path: Path) -> None:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set(xlabel="direction, strongest first", ylabel="share of the singular values (%)")
-        axes.set_xlim(1, num_directions)
-        axes.legend(loc="lower left")
+        axes.set(xlim=(1, num_directions), ylim=(None, 100))
+        axes.legend(loc="upper right")
