@@ -1,0 +1,78 @@
+from pathlib import Path
+
+import pytest
+
+from conceptron.bench.harness import Timing, write_results
+from conceptron.bench.numbers import BLOCK, compare_folders, fill, report, slower
+from conceptron.bench.suite import CUT, DONE, FAILED, Stage, best_peers, run_stage
+
+ROOT = Path(__file__).parent.parent.parent
+DOCUMENTS = ("README.md", "docs/numbers.md")
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_pasted_tables_equal_the_committed_results(name):
+    text = (ROOT / name).read_text()
+    assert BLOCK.search(text), f"{name} has no table of measured numbers"
+    assert fill(text, ROOT) == text, f"{name}: run conceptron bench report bench/results/cpu --paste {name}"
+
+
+def test_fill_writes_the_columns_that_the_marker_names(tmp_path):
+    rows = [{"encoder": "a", "of time": 1.5, "hidden": 3}]
+    write_results(tmp_path, "x", rows, {"cpu": "some cpu", "date": "today"})
+    text = "before\n<!-- numbers: x.json encoder of_time -->\nstale\n<!-- end -->\nafter\n"
+    filled = fill(text, tmp_path)
+    assert "| a | 1.5 |" in filled and "cpu some cpu; date today" in filled
+    assert "stale" not in filled and "hidden" not in filled and filled.endswith("after\n")
+    assert fill(filled, tmp_path) == filled
+    with pytest.raises(ValueError, match="no column 'nonsense'"):
+        fill(text.replace("of_time", "nonsense"), tmp_path)
+    with pytest.raises(FileNotFoundError):
+        fill(text.replace("x.json", "y.json"), tmp_path)
+
+
+def measured(ms: float, spread: float, provider: str = "conceptron") -> dict:
+    quantiles = {"ms": ms, "ms_p20": ms * (1 - spread / 2), "ms_p80": ms * (1 + spread / 2)}
+    return {"operator": "o", "case": "c", "mode": "both", "provider": provider, **quantiles}
+
+
+@pytest.mark.parametrize(
+    ("now", "spread", "found"),
+    [(1.04, 0.0, False), (1.06, 0.0, True), (1.25, 0.2, False), (1.5, 0.2, True), (0.5, 0.0, False)],
+)
+def test_slower_means_beyond_the_noise(now, spread, found):
+    assert bool(slower([measured(1.0, spread)], [measured(now, spread)])) == found
+
+
+def test_compare_folders(tmp_path):
+    for folder, ms in (("old", 1.0), ("new", 2.0)):
+        rows = [{"operator": "o", "case": "c", "mode": "both", "provider": "p", "ms": Timing(ms, ms, ms, 5, "clock")}]
+        write_results(tmp_path / folder / "kernels", "kernels", rows, {})
+    found, count = compare_folders(tmp_path / "old", tmp_path / "new")
+    assert count == 1 and found[0]["slower by"] == "100 %"
+    with pytest.raises(FileNotFoundError, match="no result"):
+        compare_folders(tmp_path / "old", tmp_path)
+
+
+def test_best_peer_must_be_accurate():
+    rows = [
+        {**measured(2.0, 0), "accurate": True, "share_of_floor": 0.5},
+        {**measured(1.0, 0, "wrong"), "accurate": False},
+        {**measured(3.0, 0, "right"), "accurate": True},
+        {**measured(9.0, 0, "slow"), "accurate": True},
+        {"operator": "o", "case": "c", "mode": "both", "provider": "absent", "ms": "not installed"},
+    ]
+    (line,) = best_peers(rows)
+    assert (line["best peer"], line["ours is faster by"]) == ("right", 1.5)
+
+
+def test_report_of_an_empty_folder_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no result files"):
+        report(tmp_path)
+
+
+@pytest.mark.parametrize(("code", "seconds", "ending"), [("0", 30, DONE), ("3", 30, FAILED), ("sleep", 1, CUT)])
+def test_a_stage_ends_as_it_ended(tmp_path, code, seconds, ending):
+    body = "import time; print('begun', flush=True); time.sleep(60)" if code == "sleep" else f"raise SystemExit({code})"
+    assert run_stage(Stage("s", ["python3", "-c", body]), seconds, tmp_path / "log") == ending
+    assert ("begun" in (tmp_path / "log").read_text()) == (code == "sleep")
