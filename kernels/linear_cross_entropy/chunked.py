@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .budget import chunk_megabytes, chunk_rows
+from .products import add_product, product
 
 
 def forward(
@@ -49,7 +50,7 @@ def forward(
         ignored = targets[part] == ignore_index
         target = targets[part].masked_fill(ignored, 0)[:, None]
         x = (hidden[part] if index is None else hidden[index[part]]).masked_fill(ignored[:, None], 0)
-        logits = _matmul(x.to(operand), words.t(), buffer[: x.shape[0]])
+        logits = product(x.to(operand), words.t(), buffer[: x.shape[0]])
         if bias is not None:
             logits += bias
         x = x.to(exact)
@@ -65,9 +66,9 @@ def forward(
         logits.scatter_add_(1, target, (label_smoothing - 1) * total)
         mixed = logits.to(operand)
         if want_x:
-            dx[part] = torch.addmm(_matmul(mixed, words) * scale, gain, mean_word[None], alpha=-label_smoothing)
+            dx[part] = torch.addmm(product(mixed, words) * scale, gain, mean_word[None], alpha=-label_smoothing)
         if want_w:
-            _add_matmul(dweight, mixed.t(), (scale * x).to(operand))
+            add_product(dweight, mixed.t(), (scale * x).to(operand))
             pull += x.t() @ gain[:, 0]
         if want_b:
             dbias += logits.t() @ scale[:, 0]
@@ -76,18 +77,3 @@ def forward(
     if want_b:
         dbias -= row_weight.masked_fill(targets == ignore_index, 0).sum() * (label_smoothing / num_words)
     return nll, dx, dweight, dbias
-
-
-def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b with float32 sums kept in float32."""
-    if a.dtype == torch.bfloat16:
-        return torch.mm(a, b, out_dtype=torch.float32, out=out)
-    return torch.mm(a, b, out=out)
-
-
-def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b"""
-    if a.dtype == torch.bfloat16:
-        total += torch.mm(a, b, out_dtype=torch.float32)
-    else:
-        total.addmm_(a, b)

@@ -1,4 +1,4 @@
-"""The door of linear_cross_entropy: contract, checks, choice of backend, registration, autograd."""
+"""The door of linear_cross_entropy: contract, checks, choice of backend."""
 
 import math
 import numbers
@@ -6,11 +6,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backend import choose
 from ..checks import check_float, check_like, check_size, check_tensor, readable
-from . import chunked
+from .library import LinearCrossEntropy
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -96,9 +95,9 @@ def linear_cross_entropy(
         row_weight = row_weight / total.where(total != 0, 1)
     elif divisor is not None:
         row_weight = (row_weight / divisor).to(exact).where(row_weight != 0, 0)  # 0/0: an empty batch has divisor 0
-    return _LinearCrossEntropy.apply(
+    return LinearCrossEntropy.apply(
         hidden, weight, bias, targets, index, row_weight,
-        (float(label_smoothing), int(ignore_index), reduction == "none", torch.is_grad_enabled(), dtype, chosen),
+        float(label_smoothing), int(ignore_index), reduction == "none", torch.is_grad_enabled(), dtype, chosen,
     )  # fmt: skip
 
 
@@ -179,103 +178,3 @@ def _check_reduction(reduction: object, divisor: object, hidden: Tensor) -> None
         raise ValueError(f"divisor: expected hidden's device {hidden.device} or the CPU, got {divisor.device}")
     if readable(divisor) and not 0 <= float(divisor) < math.inf:
         raise ValueError(f"divisor: expected a positive finite number, or 0 for an empty batch, got {float(divisor)}")
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, index, row_weight, options):
-        smoothing, ignore, per_row, grad_enabled, dtype, backend = options
-        wanted = tuple(grad_enabled and needed for needed in ctx.needs_input_grad[:3])
-        at_once = (False, False, False) if per_row else wanted
-        ctx.options, ctx.wanted, ctx.num_rows = options, wanted, hidden.shape[0]
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        nll, *grads = torch.ops.conceptron.linear_cross_entropy(
-            hidden.to(dtype), weight.to(dtype), targets, row_weight, index, None if bias is None else bias.to(dtype),
-            smoothing, ignore, *at_once, backend,
-        )  # fmt: skip
-        losses = nll * row_weight
-        if per_row:
-            ctx.save_for_backward(index, hidden, weight, bias, targets, row_weight)
-            return losses
-        ctx.save_for_backward(index, *grads)
-        return losses.sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream):
-        smoothing, ignore, per_row, _, dtype, backend = ctx.options
-        if per_row:
-            index, hidden, weight, bias, targets, row_weight = ctx.saved_tensors
-            _, *grads = torch.ops.conceptron.linear_cross_entropy(
-                hidden.to(dtype), weight.to(dtype), targets, row_weight * upstream, index,
-                None if bias is None else bias.to(dtype), smoothing, ignore, *ctx.wanted, backend,
-            )  # fmt: skip
-        else:
-            index, *grads = ctx.saved_tensors
-            grads = [grad * upstream for grad in grads]
-        if index is not None and ctx.wanted[0]:
-            grads[0] = _scatter_rows(grads[0], index, ctx.num_rows)
-        cast = [grad.to(kind) if want else None for grad, kind, want in zip(grads, ctx.dtypes, ctx.wanted, strict=True)]
-        return *cast, None, None, None, None
-
-
-def _scatter_rows(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
-    """[num_rows, d] with row i of ``rows`` added to row index[i], in an order that is always the same."""
-    out = rows.new_zeros(num_rows, rows.shape[1])
-    if rows.is_cuda:
-        return out.index_put_((index,), rows, accumulate=True)  # sorts; index_add_ would use atomics here
-    return out.index_add_(0, index, rows)  # in order; index_put_ would use atomics here
-
-
-def _run(
-    hidden: Tensor, weight: Tensor, targets: Tensor, row_weight: Tensor, index: Tensor | None, bias: Tensor | None,
-    label_smoothing: float, ignore_index: int, grad_hidden: bool, grad_weight: bool, grad_bias: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    _check_values(hidden, weight, targets, index, ignore_index)
-    implementation = chunked
-    if backend == "triton":
-        from . import fused as implementation
-    with torch.autocast(hidden.device.type, enabled=False):  # the products below choose their own precision
-        return implementation.forward(
-            hidden, weight, targets, row_weight, index, bias, label_smoothing, ignore_index,
-            (grad_hidden, grad_weight, grad_bias),
-        )  # fmt: skip
-
-
-def _check_values(hidden: Tensor, weight: Tensor, targets: Tensor, index: Tensor | None, ignore_index: int) -> None:
-    if readable(targets):
-        wrong = ((targets < 0) | (targets >= weight.shape[0])) & (targets != ignore_index)
-        _refuse("targets", f"a word in [0, V = {weight.shape[0]}) or ignore_index = {ignore_index}", targets, wrong)
-    if index is not None and readable(index):
-        wrong = (index < 0) | (index >= hidden.shape[0])
-        _refuse("index", f"a row of hidden in [0, T = {hidden.shape[0]})", index, wrong)
-
-
-def _refuse(name: str, expected: str, values: Tensor, wrong: Tensor) -> None:
-    if bool(wrong.any()):
-        at = int(wrong.nonzero()[0])
-        raise ValueError(f"{name}: expected {expected}, got {int(values[at])} at entry {at}")
-
-
-def _fake(
-    hidden: Tensor, weight: Tensor, targets: Tensor, row_weight: Tensor, index: Tensor | None, bias: Tensor | None,
-    label_smoothing: float, ignore_index: int, grad_hidden: bool, grad_weight: bool, grad_bias: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    num_words, width = weight.shape
-    return (
-        row_weight.new_empty(targets.shape[0]),
-        row_weight.new_empty(targets.shape[0] if grad_hidden else 0, width),
-        row_weight.new_empty(num_words if grad_weight else 0, width),
-        row_weight.new_empty(num_words if grad_bias else 0),
-    )
-
-
-_library = torch.library.Library("conceptron", "FRAGMENT")
-_library.define(
-    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, Tensor row_weight, Tensor? index, "
-    "Tensor? bias, float label_smoothing, int ignore_index, bool grad_hidden, bool grad_weight, bool grad_bias, "
-    "str backend) -> (Tensor nll, Tensor dx, Tensor dweight, Tensor dbias)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.impl("linear_cross_entropy", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("conceptron::linear_cross_entropy", _fake, lib=_library)
