@@ -173,7 +173,7 @@ def _backward_kernel(
         h = tl.load(h_ptr + h_cell, mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + out_row + t, mask=in_t, other=0.0)
         rstd = tl.load(rstd_ptr + out_row + t, mask=in_t, other=0.0)
-        xhat = tl.where(in_d[None, :], (h - mean[:, None]) * rstd[:, None], 0.0)
+        xhat = (h - mean[:, None]) * rstd[:, None]  # beyond D dy is 0, and so is every product below
         if BLOCK_D > 4096:  # 1024 threads have 64 registers each: too few to keep scale and gate
             scale = tl.load(scale_ptr + scale_cell, mask=in_d, other=0.0).to(tl.float32)
         g = dy * (1.0 + scale[None, :])
