@@ -29,6 +29,7 @@ from ..engine.optimizer import build_optimizer
 from ..engine.recipe import Recipe, load_recipe
 from ..models.heads import ConceptForMaskedLM
 from ..models.objectives.view import SpecialTokens, View
+from .ceilings import matmul_flops, synchronize
 from .flops import Sizes, step_flops
 from .harness import environment, markdown_table, write_results
 from .nvml import GpuMonitor
@@ -43,26 +44,6 @@ def synthetic(recipe: Recipe) -> tuple[Windows, SpecialTokens]:
     starts, lengths = cut(np.array([0, len(tokens)]), np.array([0]), recipe.data.window)
     special = SpecialTokens(mask_id=1, special_ids=frozenset(range(8)), vocab_size=SYNTHETIC_VOCABULARY)
     return Windows([Part(tokens, starts, lengths)]), special
-
-
-def matmul_rate(device: torch.device, precision: str) -> float:
-    """FLOP/s of one large square product, the best of ten: the ceiling that utilisation is a share of."""
-    on_cuda = device.type == "cuda"
-    size, dtype = (8192 if on_cuda else 1024), (torch.bfloat16 if precision == "bf16" else torch.float32)
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(10):
-        synchronize(device)
-        start = time.perf_counter()
-        torch.mm(a, a)
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def part_times(model: nn.Module, engine: Any, view: View, device: torch.device) -> dict[str, float]:
@@ -181,7 +162,7 @@ def run(recipe: Recipe, num_steps: int, warm_up: int, use_synthetic: bool) -> di
                 train_step(engine, on_device, watch)
         total_s = sum(watch.seconds.values())
         parts = part_times(model, engine, loader.step(steps.start)[0].to(world.device), world.device)
-        rate = matmul_rate(world.device, recipe.train.precision)
+        rate = matmul_flops(world.device, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
 
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -1,0 +1,247 @@
+"""Runs the comparison: checks every provider against float64, times those that pass beside each other.
+
+    conceptron bench kernels [OPERATOR ...] [--matrix cpu|anchor|wide] [--providers NAME ...] [--out runs/bench/kernels]
+
+"error" is the largest difference to the oracle in float64 over all outputs and gradients, as a share of the largest
+true value. A provider passes when it is no worse than three times plain torch in the same dtype (and a few units of
+rounding). One that does not pass is timed, and marked; no speed-up over it is stated.
+"""
+
+import argparse
+import gc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..allocator import allocator_peak
+from ..ceilings import measure_ceilings
+from ..harness import (
+    Refusal,
+    Timing,
+    cell,
+    compare,
+    environment,
+    markdown_table,
+    num_cold_copies,
+    read_results,
+    refusal,
+    write_results,
+)  # fmt: skip
+from ..roofline import Ceilings, Floor, work_of
+from .cases import OPERATORS, Case, Inputs, lengths_of, make_inputs, oracle
+from .matrix import MATRICES
+from .providers import PROVIDERS, Prepared, Provider, Tensors, Unavailable, providers_of
+
+OURS = ("conceptron", "conceptron (torch)")
+SLACK = 3.0  # times the error of plain torch in the same dtype
+MODES = ("forward", "backward", "both")
+
+
+class Checked(NamedTuple):
+    prepared: Prepared
+    upstream: Tensors  # gradients of the outputs
+    error: float
+
+
+def results_of(prepared: Prepared, upstream: Tensors) -> Tensors:
+    """Outputs and gradients in packed layout."""
+    outputs = prepared.call()
+    grads = torch.autograd.grad(outputs, prepared.leaves, upstream)
+    return (*prepared.outputs(outputs), *prepared.grads(grads))
+
+
+def upstream_of(prepared: Prepared, packed_upstream: Sequence[Tensor]) -> Tensors:
+    """The same upstream gradients for every provider, in the layout of its outputs."""
+    outputs = prepared.call()
+    shaped = prepared.outputs(outputs)
+    probes = [torch.zeros_like(x, requires_grad=True) for x in outputs]
+    brought = prepared.outputs(tuple(probes))
+    pairs = [(b, u.to(b.dtype)) for b, s, u in zip(brought, shaped, packed_upstream, strict=True)]
+    return torch.autograd.grad([b for b, _ in pairs], probes, [u for _, u in pairs])
+
+
+def draw_upstream(truth: Sequence[Tensor]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        torch.ones_like(x) if x.ndim == 0 else torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
+        for x in truth
+    ]
+
+
+def truth_of(inputs: Inputs) -> tuple[Tensors, list[Tensor]]:
+    """Outputs and gradients of the oracle in float64, and the upstream gradients (of ``inputs``' own precision)."""
+    exact = inputs.to(torch.float64)
+    outputs = oracle(exact)
+    upstream = [u.to(inputs.tensors[inputs.wanted[0]].dtype).double() for u in draw_upstream(outputs)]
+    grads = torch.autograd.grad(outputs, [exact.tensors[name] for name in exact.wanted], upstream)
+    return (*(x.detach() for x in outputs), *grads), upstream
+
+
+def error_of(results: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+    """Largest error over all tensors, each relative to its own largest true value; infinite for a NaN."""
+    worst = 0.0
+    for ours, exact in zip(results, truth, strict=True):
+        size = float(exact.abs().max()) or 1.0
+        error = float((ours.detach().double() - exact).abs().max()) / size
+        worst = max(worst, error if error == error else float("inf"))
+    return worst
+
+
+def check(provider: Provider, inputs: Inputs, truth: Tensors, upstream: list[Tensor]) -> Checked | Refusal:
+    """One untimed call of forward and backward, against the truth."""
+    try:
+        prepared = provider(inputs)
+        shaped = upstream_of(prepared, upstream)
+        return Checked(prepared, shaped, error_of(results_of(prepared, shaped), truth))
+    except Unavailable as error:
+        return Refusal(str(error))
+    except Exception as error:  # whatever a peer raises is its result here
+        return refusal(error)
+
+
+def allowed_error(inputs: Inputs, truth: Tensors, upstream: list[Tensor], dtype: torch.dtype) -> float:
+    """What plain torch in the same dtype gets wrong, times three, and a few units of rounding."""
+    yardstick = check(PROVIDERS["eager"], inputs, truth, upstream)
+    if isinstance(yardstick, Refusal):
+        name = f"{inputs.case.operator} {inputs.case.label}"
+        raise RuntimeError(f"{name}: plain torch, the yardstick, failed: {yardstick.reason}")
+    return SLACK * yardstick.error + 4 * torch.finfo(dtype).eps
+
+
+def floor_of(case: Case, mode: str, dtype: torch.dtype, ceilings: Ceilings) -> Floor:
+    sizes = dict(case.sizes)
+    if "N" in sizes:
+        sizes["T"] = sum(lengths_of(case))
+    return work_of(case.operator, mode, sizes, dtype.itemsize).floor(ceilings)
+
+
+def calls_of(checked: Checked, mode: str) -> Callable[[], object]:
+    prepared, upstream = checked.prepared, checked.upstream
+    if mode == "forward":
+        return torch.no_grad()(prepared.call)
+    if mode == "both":
+        return lambda: torch.autograd.grad(prepared.call(), prepared.leaves, upstream)
+    outputs = prepared.call()
+    return lambda: torch.autograd.grad(outputs, prepared.leaves, upstream, retain_graph=True)
+
+
+def modes_of(case: Case) -> tuple[str, ...]:
+    """A head may compute its gradients in its forward pass, so its backward alone means nothing."""
+    return ("forward", "both") if case.operator == "linear_cross_entropy" else MODES
+
+
+def run_case(
+    case: Case, names: Sequence[str], dtype: torch.dtype, device: torch.device, ceilings: Ceilings,
+    *, budget_s: float,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """One row for each mode and provider."""
+    inputs = make_inputs(case, dtype, device)
+    truth, upstream = truth_of(inputs)
+    allowed = allowed_error(inputs, truth, upstream, dtype)
+    checked = {name: check(PROVIDERS[name], inputs, truth, upstream) for name in names}
+    copies = num_copies(inputs, device)
+    rows = []
+    for mode in modes_of(case):
+        calls = {name: copied(name, result, case, dtype, device, mode, copies) for name, result in checked.items()
+                 if isinstance(result, Checked)}  # fmt: skip
+        timings = compare(calls, device=device, budget_s=budget_s)
+        floor = floor_of(case, mode, dtype, ceilings)
+        fastest_ours = min(
+            (timings[name].median_ms for name in OURS if name in timings and isinstance(timings[name], Timing)
+             and checked[name].error <= allowed), default=None,
+        )  # fmt: skip
+        for name, result in checked.items():
+            timing = result if isinstance(result, Refusal) else timings[name]
+            row = {"operator": case.operator, "case": case.label, "mode": mode, "provider": name, "ms": timing}
+            if isinstance(timing, Timing):
+                passed = result.error <= allowed
+                memory = allocator_peak(calls_of(result, mode), device).extra_bytes
+                row |= {
+                    "tflops": floor.flops / timing.median_ms / 1e9, "gb_s": floor.bytes / timing.median_ms / 1e6,
+                    "share_of_floor": floor.share(timing.median_ms * 1e3), "bound": floor.bound,
+                    "peak_mb": memory / 1e6, "error": result.error, "error_allowed": allowed, "accurate": passed,
+                    "ours_is_faster_by": timing.median_ms / fastest_ours
+                    if passed and fastest_ours and name not in OURS else None,
+                }  # fmt: skip
+            rows.append(row)
+    del checked, truth
+    gc.collect()
+    return rows
+
+
+def num_copies(inputs: Inputs, device: torch.device) -> int:
+    """Copies of the inputs to walk over, so that a GPU's L2 does not hold a call's own."""
+    if device.type != "cuda":
+        return 1
+    return num_cold_copies(sum(x.numel() * x.element_size() for x in inputs.tensors.values()), limit=8)
+
+
+def copied(
+    name: str, checked: Checked, case: Case, dtype: torch.dtype, device: torch.device, mode: str, copies: int
+) -> list[Callable[[], object]]:
+    """The provider's call, once for each copy of the inputs."""
+    calls = [calls_of(checked, mode)]
+    for _ in range(copies - 1):
+        prepared = PROVIDERS[name](make_inputs(case, dtype, device))
+        calls.append(calls_of(Checked(prepared, checked.upstream, checked.error), mode))
+    return calls
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line."""
+    on_cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(prog="conceptron bench kernels", description="Every operator beside its peers.")
+    parser.add_argument("operators", nargs="*", metavar="OPERATOR", help=f"of {', '.join(OPERATORS)}; all by default")
+    parser.add_argument("--matrix", choices=MATRICES, default="anchor" if on_cuda else "cpu")
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, metavar="NAME", help="all by default")
+    dtype_name = "bfloat16" if on_cuda else "float32"
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default=dtype_name)
+    parser.add_argument("--seconds", type=float, default=0.3, help="timed for each provider and mode")
+    parser.add_argument("--resume", action="store_true", help="keep the cases that --out holds already")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if on_cuda else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench/kernels"))
+    options = parser.parse_args(argv)
+    unknown = [name for name in options.operators if name not in OPERATORS]
+    if unknown:
+        parser.error(f"OPERATOR: expected one of {', '.join(OPERATORS)}, got {unknown[0]!r}")
+    cases = [c for c in MATRICES[options.matrix]() if not options.operators or c.operator in options.operators]
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    ceilings = measure_ceilings(device, dtype)
+    print(f"ceilings measured now: copy {ceilings.copy_gb_s:.0f} GB/s, matmul {ceilings.matmul_tflops:.2f} TF/s")
+    rows = earlier(options.out) if options.resume else []
+    done = {(row["operator"], row["case"]) for row in rows}
+    for case in (case for case in cases if (case.operator, case.label) not in done):
+        names = [n for n in providers_of(case.operator) if options.providers is None or n in options.providers]
+        rows += run_case(case, names, dtype, device, ceilings, budget_s=options.seconds)
+        print(summary(rows, case))
+        stamp = {**environment(), **ceilings._asdict(), "dtype": options.dtype}
+        write_results(options.out, "kernels", rows, stamp, title="Operators beside their peers", columns=COLUMNS)
+    print(f"written to {options.out}")
+    return 0
+
+
+def earlier(folder: Path) -> list[dict]:
+    """The rows that an interrupted comparison left."""
+    path = folder / "kernels.json"
+    return read_results(path)[0] if path.exists() else []
+
+
+COLUMNS = ("operator", "case", "mode", "provider", "ms", "tflops", "gb_s", "share_of_floor", "peak_mb", "error",
+           "ours_is_faster_by")  # fmt: skip
+
+
+def summary(rows: Sequence[dict], case: Case) -> str:
+    """The rows of one case as a short table: a line for each provider, its time in each mode."""
+    lines = []
+    mine = [row for row in rows if (row["operator"], row["case"]) == (case.operator, case.label)]
+    for name in dict.fromkeys(row["provider"] for row in mine):
+        line: dict[str, Any] = {f"{case.operator} {case.label}": name}
+        for row in (row for row in mine if row["provider"] == name):
+            ms = row["ms"]
+            line[f"{row['mode']} ms"] = cell(ms.median_ms) if isinstance(ms, Timing) else ms.reason
+            line["error"] = f"{row['error']:.1e}" + ("" if row["accurate"] else " FAILS") if "error" in row else "-"
+        lines.append(line)
+    return markdown_table(lines, list(lines[0]))

@@ -1,0 +1,49 @@
+"""The comparison of `conceptron bench kernels` through pytest-benchmark.
+
+    python -m pytest tests/benchmarks --benchmark-only --benchmark-autosave
+    pytest-benchmark compare
+
+Without --benchmark-only each case runs once, as a check that it still runs and is accurate.
+"""
+
+import pytest
+import torch
+
+from conceptron.bench.harness import Refusal
+from conceptron.bench.kernels.cases import make_inputs
+from conceptron.bench.kernels.matrix import MATRICES
+from conceptron.bench.kernels.providers import PROVIDERS, providers_of
+from conceptron.bench.kernels.run import allowed_error, calls_of, check, modes_of, truth_of
+
+ON_GPU = torch.cuda.is_available()
+DEVICE, DTYPE = (torch.device("cuda"), torch.bfloat16) if ON_GPU else (torch.device("cpu"), torch.float32)
+CASES = MATRICES["anchor" if ON_GPU else "small"]()
+NAMES = [name for name in PROVIDERS if name != "torch.compile" or ON_GPU]  # minutes of compilation on a CPU
+PARAMETERS = [
+    pytest.param(case, name, mode, id=f"{case.operator}-{case.label}-{mode}-{name}".replace(" ", "_"))
+    for case in CASES for name in providers_of(case.operator) if name in NAMES for mode in modes_of(case)
+]  # fmt: skip
+KNOWN: dict = {}
+
+
+def prepared(case):
+    """Inputs, truth and tolerance of a case, made once."""
+    if case not in KNOWN:
+        inputs = make_inputs(case, DTYPE, DEVICE)
+        truth, upstream = truth_of(inputs)
+        KNOWN[case] = (inputs, truth, upstream, allowed_error(inputs, truth, upstream, DTYPE))
+    return KNOWN[case]
+
+
+@pytest.mark.parametrize(("case", "name", "mode"), PARAMETERS)
+def test_operator(case, name, mode, benchmark):
+    inputs, truth, upstream, allowed = prepared(case)
+    result = check(PROVIDERS[name], inputs, truth, upstream)
+    if isinstance(result, Refusal):
+        pytest.skip(result.reason)
+    if result.error > allowed:
+        message = f"{name}: error {result.error:.1e}, allowed {allowed:.1e}"
+        assert not name.startswith("conceptron"), message
+        pytest.skip(message)  # a peer's inaccuracy is a result, not a fault of ours
+    benchmark.extra_info.update(error=result.error, operator=case.operator, case=case.label, provider=name, mode=mode)
+    benchmark(calls_of(result, mode))
