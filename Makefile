@@ -13,7 +13,7 @@ demo: $(READY)
 	$(BIN)/conceptron analyze runs/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --benchmark-disable
 
 lint: $(READY)
 	$(BIN)/ruff check .
