@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from .build import Build
 
@@ -94,6 +95,15 @@ class Row:
             f"{self.name:<64} {self.arch:<7} {self.registers:>4} {self.stack_bytes:>6} {self.spills:>6} "
             f"{self.shared_bytes / 1024:>7.1f}  {matrix:<20} {self.seconds:>6.2f}"
         )
+
+
+class Task(NamedTuple):
+    """The build at ``index`` of what ``source`` lists, for one architecture."""
+
+    source: str
+    index: int
+    build: Build
+    arch: str
 
 
 HEADER = f"{'operator/configuration':<64} {'arch':<7} {'regs':>4} {'stack':>6} {'spills':>6} {'smem KB':>7}"
@@ -206,32 +216,42 @@ def cache_path(build: Build, arch: str) -> Path:
     return Path(root) / "conceptron" / "compile" / f"{digest}.json"
 
 
-def measure(source: str, index: int, arch: str, use_cache: bool) -> Row:
-    """One row; runs in a worker process, which loads the builds again since a kernel does not travel."""
+def recall(build: Build, path: Path) -> Row | None:
+    """The row of an earlier run."""
+    if not path.exists():
+        return None
+    return replace(Row(**json.loads(path.read_text())), name=build.name, has_dot=build.has_dot, cached=True)
+
+
+def measure(source: str, index: int, arch: str) -> Row:
+    """One row, kept for later runs. Runs in a worker, which lists the builds again since a kernel does not travel."""
     build = load(source)[index]
-    path = cache_path(build, arch) if use_cache else None
-    if path is not None and path.exists():
-        return replace(Row(**json.loads(path.read_text())), name=build.name, has_dot=build.has_dot, cached=True)
     try:
         row = compile_build(build, arch)
     except Exception as error:  # whatever the compiler raises is this row's result
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
         return Row(build.name, arch, build.num_warps, build.has_dot, error=f"{type(error).__name__}: {first}")
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(json.dumps(asdict(row)))
-        unfinished.replace(path)
+    path = cache_path(build, arch)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps(asdict(row)))
+    unfinished.replace(path)
     return row
 
 
-def table(tasks: Sequence[tuple[str, int, str]], jobs: int, use_cache: bool) -> list[Row]:
+def table(tasks: Sequence[Task], jobs: int, use_cache: bool) -> list[Row]:
     """Prints each row as it is known, in order."""
+    known = [recall(task.build, cache_path(task.build, task.arch)) if use_cache else None for task in tasks]
+    context = multiprocessing.get_context("fork")  # nothing but imports ran in this process: see main
     rows = []
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for row in pool.map(measure, *zip(*tasks, strict=True), [use_cache] * len(tasks)):
-            print(row.line(), flush=True)
-            rows.append(row)
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        pending = [
+            None if row else pool.submit(measure, task.source, task.index, task.arch)
+            for row, task in zip(known, tasks, strict=True)
+        ]
+        for row, future in zip(known, pending, strict=True):
+            rows.append(row or future.result())
+            print(rows[-1].line(), flush=True)
     return rows
 
 
@@ -271,26 +291,33 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when every configuration is clean, 1 when one fails, 2 on a wrong argument (argparse)."""
-    arguments = parse(argv)
-    if os.environ.get("TRITON_INTERPRET", "0") == "1":  # decided when triton was imported: start afresh without it
-        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-        command = [sys.executable, "-m", "conceptron.kernels.compile", *(sys.argv[1:] if argv is None else argv)]
-        return subprocess.run(command, env=environment, check=False).returncode
+    """0 when every configuration is clean, 1 when one fails, 2 on a wrong argument (argparse).
+
+    The work is done by a fresh process: Triton's interpreter, chosen when Triton is imported, must be off, and workers
+    are forked from a process that has done nothing but import.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parse(argv)
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "conceptron.kernels.compile", *argv]
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def run(arguments: argparse.Namespace) -> int:
     tasks, unreadable = list_tasks(arguments)
     if not tasks and not unreadable:
         print(f"no configuration for {', '.join(arguments.arch)} has a name that contains {arguments.only!r}")
         return 1
     print(HEADER)
-    rows = table(tasks, arguments.jobs, not arguments.no_cache) if tasks else []
+    rows = table(tasks, arguments.jobs, not arguments.no_cache)
     if arguments.json:
         entries = [{**asdict(row), "failures": row.failures()} for row in rows]
         Path(arguments.json).write_text(json.dumps(entries, indent=1))
     return judge(rows, unreadable)
 
 
-def list_tasks(arguments: argparse.Namespace) -> tuple[list[tuple[str, int, str]], list[str]]:
-    """(source, index, architecture) of all that is to be compiled, and what could not be listed."""
+def list_tasks(arguments: argparse.Namespace) -> tuple[list[Task], list[str]]:
+    """All that is to be compiled, and what could not be listed."""
     builds, unreadable = {}, []
     for source in [arguments.builds] if arguments.builds else OPERATORS:
         try:
@@ -299,7 +326,7 @@ def list_tasks(arguments: argparse.Namespace) -> tuple[list[tuple[str, int, str]
             if arguments.only.split("/")[0] in source:
                 unreadable.append(f"{source}: its builds cannot be listed: {type(error).__name__}: {error}")
     tasks = [
-        (source, index, arch)
+        Task(source, index, build, arch)
         for arch in arguments.arch
         for source, found in builds.items()
         for index, build in enumerate(found)
@@ -309,4 +336,4 @@ def list_tasks(arguments: argparse.Namespace) -> tuple[list[tuple[str, int, str]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(parse(sys.argv[1:])))
