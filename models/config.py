@@ -32,13 +32,14 @@ class ConceptConfig(PretrainedConfig):
         token_positions: str = "rope",
         concept_positions: str = "rope",  # rope: a concept stands at its anchor; none: all stand at position 0
         rope_theta: float = 10000.0,
-        anchor_bias: float = 1.0,  # 0: attention starts blind to distance; larger: it starts by reading near the anchor
+        anchor_bias: float = 3.0,  # 0: attention starts blind to distance; larger: it starts by reading near the anchor
+        anchor_sharpness: float = 2.0,  # initial weight of the norms of queries and keys: how near is near
         num_decoder_layers: int = 2,
         decoder_queries: str = "token+position",
         timestep_conditioning: bool = True,  # AdaLN-Zero in the decoder
         hidden_tokens: str = "drop",  # what stands for a hidden token in the encoder's input: nothing, or [MASK]
         dropout: float = 0.0,  # of every residual branch
-        initializer_range: float = 0.02,
+        initializer_range: float = 0.02,  # of embeddings; every other matrix starts at 1 / sqrt(fan in)
         norm_eps: float = 1e-6,
         tie_word_embeddings: bool = True,
         pad_token_id: int | None = None,
@@ -58,6 +59,7 @@ class ConceptConfig(PretrainedConfig):
         self.concept_positions = concept_positions
         self.rope_theta = rope_theta
         self.anchor_bias = anchor_bias
+        self.anchor_sharpness = anchor_sharpness
         self.num_decoder_layers = num_decoder_layers
         self.decoder_queries = decoder_queries
         self.timestep_conditioning = timestep_conditioning
@@ -86,7 +88,7 @@ class ConceptConfig(PretrainedConfig):
             self._expect(name, f"one of {', '.join(allowed)}", lambda x, allowed=allowed: x in allowed)
         self._expect("dropout", "a number in [0, 1)", lambda x: _is_number(x) and 0 <= x < 1)
         self._expect("timestep_conditioning", "true or false", lambda x: isinstance(x, bool))
-        for name in ("rope_theta", "initializer_range", "norm_eps"):
+        for name in ("rope_theta", "anchor_sharpness", "initializer_range", "norm_eps"):
             self._expect(name, "a number above 0", lambda x: _is_number(x) and x > 0)
         self._expect("anchor_bias", "a number of at least 0", lambda x: _is_number(x) and x >= 0)
         self._expect(

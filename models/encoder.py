@@ -14,7 +14,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .config import ConceptConfig
-from .layers import ConceptAttention, FeedForward, HeadBias, LanguageModelHead, ResidualLinear, ZeroLinear
+from .layers import ConceptAttention, FeedForward, HeadBias, HeadNorm, LanguageModelHead, ResidualLinear, ZeroLinear
 from .packing import Packed, pack_padded
 from .positions import anchors, rotary_angles, segment_offsets
 
@@ -35,38 +35,40 @@ class ConceptPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """normal(initializer_range), and:
+        """Everything starts here, by kind of module:
 
-        - what writes into a residual stream: divided by sqrt(2L), so that depth does not grow the stream;
+        - a matrix: normal(1 / sqrt(fan in)), so that rows of norm sqrt(d) keep it; where it writes into a residual
+          stream, divided by sqrt(2L), so that depth does not grow the stream;
+        - embeddings and the head: normal(initializer_range);
         - modulations of AdaLN-Zero: zero, whatever the framework did before;
         - concepts: orthogonal rows of norm sqrt(d), as large as a normalised token, so that no two start alike;
-        - the vector on the heads' queries and keys: anchor_bias on the half that RoPE reads as angle zero.
+        - the vector on queries and keys: anchor_bias on the half that RoPE reads as angle zero, and their norms:
+          anchor_sharpness.
         """
-        std = self.config.initializer_range
+        config = self.config
         if isinstance(module, ZeroLinear):
             init.zeros_(module.weight)
-            init.zeros_(module.bias)
+        elif isinstance(module, ResidualLinear):
+            depth = max(config.num_hidden_layers, config.num_decoder_layers)
+            init.normal_(module.weight, std=1 / math.sqrt(2 * depth * module.in_features))
         elif isinstance(module, nn.Linear):
-            depth = max(self.config.num_hidden_layers, self.config.num_decoder_layers)
-            is_residual = isinstance(module, ResidualLinear)
-            init.normal_(module.weight, std=std / math.sqrt(2 * depth) if is_residual else std)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=std)
-        elif isinstance(module, LanguageModelHead):
-            init.normal_(module.weight, std=std)
-            init.zeros_(module.bias)
+            init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
+        elif isinstance(module, nn.Embedding | LanguageModelHead):
+            init.normal_(module.weight, std=config.initializer_range)
         elif isinstance(module, ConceptQueries):
-            if self.config.init_queries == "embedding":
-                init.normal_(module.weight, std=std)
+            if config.init_queries == "embedding":
+                init.normal_(module.weight, std=config.initializer_range)
             else:
                 init.copy_(module.weight, orthogonal_rows(*module.weight.shape))
         elif isinstance(module, HeadBias):
             half = module.bias.shape[0] // 2
-            init.copy_(module.bias, torch.cat((torch.full((half,), self.config.anchor_bias), torch.zeros(half))))
+            init.copy_(module.bias, torch.cat((torch.full((half,), float(config.anchor_bias)), torch.zeros(half))))
+        elif isinstance(module, HeadNorm):
+            init.constant_(module.weight, config.anchor_sharpness)
         elif isinstance(module, nn.RMSNorm | nn.LayerNorm) and module.weight is not None:
             init.ones_(module.weight)
+        if isinstance(module, nn.Linear | LanguageModelHead) and module.bias is not None:
+            init.zeros_(module.bias)
 
 
 def orthogonal_rows(num_rows: int, width: int) -> Tensor:

@@ -29,16 +29,21 @@ class ZeroLinear(nn.Linear):
 class HeadBias(nn.Module):
     """Adds one learned vector to every head: x [..., H, D] + bias [D].
 
-    The same vector on queries and keys, turned by RoPE, is a score that depends on the distance alone and peaks at
-    distance zero: attention starts by reading near the anchor and learns from there.
+    The same vector on queries and keys, turned by RoPE, is a score that depends on the distance alone and falls with
+    its logarithm: attention weights start as a power of the distance, at every scale below theta, and training goes
+    on from there. Without it a small model spends most of its time finding out that near tokens matter.
     """
 
     def __init__(self, head_dim: int):
         super().__init__()
-        self.bias = nn.Parameter(torch.zeros(head_dim))
+        self.bias = nn.Parameter(torch.empty(head_dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.bias
+
+
+class HeadNorm(nn.RMSNorm):
+    """The norm of queries and keys; its weight sets how sharp scores are."""
 
 
 class Heads(nn.Module):
@@ -49,7 +54,7 @@ class Heads(nn.Module):
         self.num_heads, self.head_dim = num_heads, config.head_dim
         self.project = nn.Linear(config.hidden_size, num_heads * config.head_dim, bias=False)
         self.bias = HeadBias(config.head_dim)
-        self.norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+        self.norm = HeadNorm(config.head_dim, eps=config.norm_eps)
 
     def forward(self, x: Tensor, angles: Angles) -> Tensor:
         heads = self.project(x).unflatten(-1, (self.num_heads, self.head_dim))

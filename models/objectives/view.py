@@ -103,7 +103,7 @@ def clean_text(batch: Packed, keys: Sequence[SampleKey], tokens: SpecialTokens) 
 def per_sequence(text: Text, keys: Sequence[SampleKey], stream: int, draw: Callable) -> np.ndarray:
     """[T]: ``draw(generator, N)`` of each sequence end to end. A sequence's draw depends on its own key only."""
     parts = [draw(key.generator(stream), int(n)) for key, n in zip(keys, text.lengths, strict=True)]
-    return np.concatenate(parts) if parts else np.zeros(0)
+    return np.concatenate([np.zeros(0, dtype=np.int64), *parts])  # of integers still, where there is no sequence
 
 
 def low_discrepancy_t(keys: Sequence[SampleKey], eps: float) -> np.ndarray:
