@@ -6,7 +6,6 @@ one that scatters rows, which a compiler would turn into atomic additions. Autog
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..checks import readable
 from . import chunked
@@ -116,8 +115,17 @@ class LinearCrossEntropy(torch.autograd.Function):
         return losses.sum()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream):
+        with torch.no_grad():
+            found = LinearCrossEntropy.gradients(ctx, upstream)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            found = [
+                None if grad is None else _Final.apply(grad, grad.new_ones((), requires_grad=True)) for grad in found
+            ]
+        return *found, None, None, None, None, None, None, None, None, None
+
+    @staticmethod
+    def gradients(ctx, upstream):
         smoothing, ignore, per_row, dtype, backend, num_rows = ctx.settings
         if per_row:
             index, hidden, weight, bias, targets, row_weight = ctx.saved_tensors
@@ -130,11 +138,22 @@ class LinearCrossEntropy(torch.autograd.Function):
             index, *grads = ctx.saved_tensors
         if index is not None and ctx.wanted[0]:
             grads[0] = OPS.linear_cross_entropy_scatter(grads[0], index, num_rows)
-        found = [
+        return [
             _scaled(grad, upstream, kind) if wanted else None
             for grad, kind, wanted in zip(grads, ctx.dtypes, ctx.wanted, strict=True)
         ]
-        return *found, None, None, None, None, None, None, None, None, None
+
+
+class _Final(torch.autograd.Function):
+    """The identity, whose own derivative is an error: torch would else take ours for constants, and say nothing."""
+
+    @staticmethod
+    def forward(ctx, grad, attach):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        raise RuntimeError("linear_cross_entropy: a second derivative was asked for, and there is none")
 
 
 def _scaled(grad: Tensor, upstream: Tensor | None, dtype: torch.dtype) -> Tensor:

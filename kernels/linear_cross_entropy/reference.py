@@ -24,7 +24,9 @@ def linear_cross_entropy(
     log_p = torch.log_softmax(logits, dim=1)  # [M, V]
     valid = targets != ignore_index
     picked = log_p.gather(1, targets.where(valid, 0)[:, None])[:, 0]
-    nll = -((1 - label_smoothing) * picked + label_smoothing * log_p.mean(1))  # [M]
+    nll = -picked  # [M]
+    if label_smoothing:
+        nll = -(1 - label_smoothing) * picked - label_smoothing * log_p.mean(1)
     share = torch.ones_like(nll) if token_weight is None else token_weight.to(nll.dtype)
     share = share.where(valid, 0)
     losses = nll.where(valid, 0) * share

@@ -4,7 +4,8 @@
     dX_i  = g_i (sum_v G_iv W_v - eps wbar)              a program per block of rows and of d; V passes by
     dW_v  = sum_i g_i G_iv x_i - eps/V sum_i g_i x_i     a program per block of words and of d; the rows pass by
     db_v  = sum_i g_i G_iv - eps/V sum_i g_i
-    G_iv  = exp(z_iv - lse_i), at v = y: eps - S_i / total_i     (p - (1 - eps), without cancellation)
+    G_iv  = exp(z_iv - m_i) / total_i,   total_i = exp(z_iy - m_i) + S_i,   at v = y: eps - S_i / total_i, which is
+            p - (1 - eps) without its cancellation
 
 This is attention with the rows as queries and the words as keys and values. The first pass alone serves a loss without
 gradients.
@@ -82,12 +83,12 @@ def _statistics_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "num_splits"])
 def _join_kernel(
-    word_ptr, target_logit_ptr, mean_logit_ptr, peak_ptr, sum_ptr, nll_ptr, lse_ptr, hit_ptr,
+    word_ptr, target_logit_ptr, mean_logit_ptr, peak_ptr, sum_ptr, nll_ptr, top_ptr, inverse_ptr, hit_ptr,
     num_rows, num_splits,
     smoothing,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """nll, lse and G at the target, [M], from the splits in order."""
+    """nll, m, 1 / total and G at the target, [M], from the splits in order."""
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     there = i < num_rows
     live = tl.load(word_ptr + i, mask=there, other=-1) >= 0
@@ -108,13 +109,14 @@ def _join_kernel(
     if mean_logit_ptr is not None:
         nll += smoothing * (own - tl.load(mean_logit_ptr + i, mask=there, other=0.0))
     tl.store(nll_ptr + i, tl.where(live, nll, 0.0), mask=there)
-    tl.store(lse_ptr + i, tl.where(live, peak + tl.log(total), float("inf")), mask=there)
+    tl.store(top_ptr + i, peak, mask=there)
+    tl.store(inverse_ptr + i, 1.0 / total, mask=there)
     tl.store(hit_ptr + i, smoothing - others / total, mask=there)
 
 
 @triton.jit(do_not_specialize=["num_rows", "span"])
 def _drows_kernel(
-    hidden_ptr, weight_ptr, bias_ptr, row_ptr, word_ptr, lse_ptr, hit_ptr, out_ptr,
+    hidden_ptr, weight_ptr, bias_ptr, row_ptr, word_ptr, top_ptr, inverse_ptr, hit_ptr, out_ptr,
     num_rows, num_words, width, span,
     stride_xt, stride_xd, stride_wv, stride_wd,
     EVEN_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_OUT: tl.constexpr,
@@ -126,7 +128,8 @@ def _drows_kernel(
     there = i < num_rows
     row = tl.load(row_ptr + i, mask=there, other=0).to(tl.int64)
     word = tl.load(word_ptr + i, mask=there, other=-1)
-    lse = tl.load(lse_ptr + i, mask=there, other=float("inf"))
+    top = tl.load(top_ptr + i, mask=there, other=0.0)
+    inverse = tl.load(inverse_ptr + i, mask=there, other=0.0) * tl.exp2(BOOST)
     hit = tl.load(hit_ptr + i, mask=there, other=0.0) * tl.exp2(BOOST)
     x_rows = hidden_ptr + row * stride_xt
     acc = tl.zeros([BLOCK_M, BLOCK_OUT], tl.float32)
@@ -137,7 +140,7 @@ def _drows_kernel(
         z = scores(x_rows, w_rows, stride_xd, stride_wd, width, EVEN_D, BLOCK_M, BLOCK_V, BLOCK_D)
         if bias_ptr is not None:
             z += tl.load(bias_ptr + v, mask=inside, other=0.0).to(tl.float32)[None, :]
-        g = tl.exp2((z - lse[:, None]) * LOG2E + BOOST)
+        g = tl.exp2((z - top[:, None]) * LOG2E) * inverse[:, None]
         g = tl.where(v[None, :] == word[:, None], hit[:, None], g)
         g = tl.where(inside[None, :] & (word >= 0)[:, None], g, 0.0)
         w = tl.load(w_rows[:, None] + d[None, :] * stride_wd, mask=(d < width)[None, :], other=0.0)
@@ -148,7 +151,7 @@ def _drows_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _dwords_kernel(
-    hidden_ptr, weight_ptr, bias_ptr, row_ptr, word_ptr, lse_ptr, hit_ptr, share_ptr, unit_ptr, pull_ptr,
+    hidden_ptr, weight_ptr, bias_ptr, row_ptr, word_ptr, top_ptr, inverse_ptr, hit_ptr, share_ptr, unit_ptr, pull_ptr,
     out_ptr, dbias_ptr,
     num_rows, num_words, width,
     stride_xt, stride_xd, stride_wv, stride_wd,
@@ -168,16 +171,17 @@ def _dwords_kernel(
         there = i < num_rows
         row = tl.load(row_ptr + i, mask=there, other=0).to(tl.int64)
         word = tl.load(word_ptr + i, mask=there, other=-1)
-        lse = tl.load(lse_ptr + i, mask=there, other=float("inf"))
-        hit = tl.load(hit_ptr + i, mask=there, other=0.0) * tl.exp2(BOOST)
-        share = tl.load(share_ptr + i, mask=there, other=0.0)
+        top = tl.load(top_ptr + i, mask=there, other=0.0)
+        share = tl.load(share_ptr + i, mask=there, other=0.0) * tl.exp2(BOOST)
+        inverse = tl.load(inverse_ptr + i, mask=there, other=0.0) * share
+        hit = tl.load(hit_ptr + i, mask=there, other=0.0) * share
         x_rows = hidden_ptr + row * stride_xt
         z = scores(w_rows, x_rows, stride_wd, stride_xd, width, EVEN_D, BLOCK_V, BLOCK_M, BLOCK_D)  # [BLOCK_V, BLOCK_M]
         if bias_ptr is not None:
             z += bias[:, None]
-        g = tl.exp2((z - lse[None, :]) * LOG2E + BOOST)
+        g = tl.exp2((z - top[None, :]) * LOG2E) * inverse[None, :]
         g = tl.where(v[:, None] == word[None, :], hit[None, :], g)
-        g = tl.where((word >= 0)[None, :], g * share[None, :], 0.0)
+        g = tl.where((word >= 0)[None, :], g, 0.0)
         mask = (word >= 0)[:, None] & (d < width)[None, :]
         x = tl.load(x_rows[:, None] + d[None, :] * stride_xd, mask=mask, other=0.0)
         acc = tl.dot(g.to(x.dtype), x, acc, input_precision="ieee")
@@ -196,14 +200,14 @@ def _dwords_kernel(
 
 def statistics(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, nll: Tensor, smoothing: float, arch: str
-) -> tuple[Tensor, Tensor]:
-    """Fills nll [M]; returns lse and G at the target, [M]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fills nll [M]; returns m, 1 / total and G at the target, [M]."""
     num_rows, (num_words, width) = nll.shape[0], weight.shape
     tile = STATISTICS["float32" if hidden.dtype == torch.float32 else "half"][arch]
     blocks = triton.cdiv(num_rows, tile.block_m)
     num_splits, span = _split(num_words, tile.block_v, blocks)
     peak, total = (nll.new_empty(num_splits, num_rows) for _ in range(2))
-    lse, hit = (torch.empty_like(nll) for _ in range(2))
+    top, inverse, hit = (torch.empty_like(nll) for _ in range(3))
     _statistics_kernel[(blocks, num_splits)](
         hidden, weight, bias, rows.row, rows.word, rows.target_logit, peak, total,
         num_rows, num_words, width, span,
@@ -212,12 +216,12 @@ def statistics(
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     _join_kernel[(triton.cdiv(num_rows, JOIN_M),)](
-        rows.word, rows.target_logit, rows.mean_logit, peak, total, nll, lse, hit,
+        rows.word, rows.target_logit, rows.mean_logit, peak, total, nll, top, inverse, hit,
         num_rows, num_splits,
         smoothing,
         BLOCK_M=JOIN_M, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    return lse, hit
+    return top, inverse, hit
 
 
 def gradients(
@@ -227,7 +231,7 @@ def gradients(
 ) -> None:  # fmt: skip
     """Fills nll [M], dx [M, d] and dweight [V, d], to which it adds pull [d], and adds to dbias [V]."""
     num_rows, (num_words, width) = nll.shape[0], weight.shape
-    lse, hit = statistics(hidden, weight, bias, rows, nll, smoothing, arch)
+    facts = statistics(hidden, weight, bias, rows, nll, smoothing, arch)
     kind = "float32" if hidden.dtype == torch.float32 else "half"
     shared = (*hidden.stride(), *weight.stride())
     if dx is not None:
@@ -237,7 +241,7 @@ def gradients(
         num_splits, span = _split(num_words, tile.block_v, blocks * num_columns)
         parts = dx[None] if num_splits == 1 else dx.new_empty(num_splits, *dx.shape)
         _drows_kernel[(blocks, num_columns, num_splits)](
-            hidden, weight, bias, rows.row, rows.word, lse, hit, parts,
+            hidden, weight, bias, rows.row, rows.word, *facts, parts,
             num_rows, num_words, width, span, *shared, **constants,
         )  # fmt: skip
         if num_splits > 1:
@@ -251,7 +255,7 @@ def gradients(
         unit = rows.weight.abs().amax()
         share = rows.weight / unit.where(unit > 0, 1)  # float16 could not hold small weights
         _dwords_kernel[(triton.cdiv(num_words, tile.block_v), 1 if dweight is None else num_columns)](
-            hidden, weight, bias, rows.row, rows.word, lse, hit, share, unit, pull, dweight, dbias,
+            hidden, weight, bias, rows.row, rows.word, *facts, share, unit, pull, dweight, dbias,
             num_rows, num_words, width, *shared, **constants,
         )  # fmt: skip
 
