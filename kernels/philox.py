@@ -1,4 +1,4 @@
-"""Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") in torch integer arithmetic.
+"""Philox4x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") in torch integer arithmetic.
 
 The dropout masks of the fused operators are functions of (seed, position) alone, so that splits, tiles and the
 backward pass see the same mask; this is the same function for the oracles and the torch backend.
@@ -10,14 +10,14 @@ from torch import Tensor
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _KEY_STEP_0, _KEY_STEP_1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
-ROUNDS = 10
+ROUNDS = 7  # the fewest that pass BigCrush (section 5 of the paper)
 
 
-def philox(seed: Tensor, *counter: Tensor) -> list[Tensor]:
+def philox(seed: Tensor, *counter: Tensor, rounds: int = ROUNDS) -> list[Tensor]:
     """Four int64 tensors of uint32 words, for a 64-bit key ``seed`` and four broadcastable uint32 counter words."""
     x0, x1, x2, x3 = torch.broadcast_tensors(*counter)
     key_0, key_1 = seed & _LOW, (seed >> 32) & _LOW
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         # the product wraps in int64; masking after the shift gives the unsigned high word all the same
         product_0, product_1 = x0 * _MULTIPLIER_0, x2 * _MULTIPLIER_1
         x0, x1, x2, x3 = (
@@ -31,8 +31,8 @@ def philox(seed: Tensor, *counter: Tensor) -> list[Tensor]:
 
 
 def drop_threshold(dropout_p: float) -> int:
-    """A position is dropped when its uint32 word is below this."""
-    return min(int(dropout_p * 2**32), _LOW)
+    """A position is dropped when its word, read as int32, is below this."""
+    return min(int(dropout_p * 2**32), _LOW) - 2**31
 
 
 def keep_mask(seed: Tensor, dropout_p: float, b: Tensor, h: Tensor, row: Tensor, num_columns: int) -> Tensor:
@@ -42,6 +42,7 @@ def keep_mask(seed: Tensor, dropout_p: float, b: Tensor, h: Tensor, row: Tensor,
     """
     group = torch.arange((num_columns + 3) // 4, device=seed.device)
     words = torch.stack(philox(seed, group, row, h, b), dim=-1)  # [..., ceil(num_columns / 4), 4]
+    words = torch.where(words < 2**31, words, words - 2**32)  # as int32: what the kernels compare
     return words.flatten(-2)[..., :num_columns] >= drop_threshold(dropout_p)
 
 

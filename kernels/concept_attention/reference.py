@@ -28,4 +28,6 @@ def concept_attention(
             weights = torch.where(keep, weights / (1 - dropout_p), 0.0)
         outs.append(torch.einsum("hcn,nhd->chd", weights, values))
         lses.append(scores.to(torch.promote_types(q.dtype, torch.float32)).logsumexp(-1))
+    if not outs:
+        return q.clone(), q.new_empty(0, *q.shape[2:0:-1])
     return torch.stack(outs), torch.stack(lses)
