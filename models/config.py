@@ -36,7 +36,7 @@ class ConceptConfig(PretrainedConfig):
         anchor_sharpness: float = 2.0,  # initial weight of the norms of queries and keys: how near is near
         num_decoder_layers: int = 2,
         decoder_queries: str = "token+position",
-        timestep_conditioning: bool = True,  # AdaLN-Zero in the decoder
+        timestep_conditioning: bool = False,  # AdaLN-Zero in the decoder
         hidden_tokens: str = "drop",  # what stands for a hidden token in the encoder's input: nothing, or [MASK]
         dropout: float = 0.0,  # of every residual branch
         initializer_range: float = 0.02,  # of embeddings; every other matrix starts at 1 / sqrt(fan in)

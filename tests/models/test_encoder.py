@@ -127,11 +127,11 @@ def test_every_weight_starts_as_designed():
         torch.float32, hidden_size=128, vocab_size=500, intermediate_size=256, num_concepts=16, num_decoder_layers=3
     )
     layer = model.layers[1]
-    assert float(model.embed_tokens.weight.std()) == pytest.approx(0.02, rel=0.03)
+    assert model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.03)
     for linear, fan_in in ((layer.read.query.project, 128), (layer.mix.value, 128), (layer.feed.gate_up, 128)):
-        assert float(linear.weight.std()) == pytest.approx(1 / math.sqrt(fan_in), rel=0.03)
+        assert linear.weight.std().item() == pytest.approx(1 / math.sqrt(fan_in), rel=0.03)
     for linear, fan_in in ((layer.read.out, 128), (layer.feed.down, 256)):
-        assert float(linear.weight.std()) == pytest.approx(1 / math.sqrt(fan_in * 2 * 3), rel=0.03)  # deeper part: 3
+        assert linear.weight.std().item() == pytest.approx(1 / math.sqrt(fan_in * 2 * 3), rel=0.03)  # deeper part: 3
     gram = model.concepts.weight @ model.concepts.weight.T
     assert torch.allclose(gram, 128 * torch.eye(16), atol=1e-3)
     assert torch.equal(layer.read.query.bias.bias, layer.read.key.bias.bias)

@@ -200,7 +200,7 @@ def tiny_model(**options) -> ConceptForMaskedLM:
 
 
 def test_the_bound_equals_its_enumeration():
-    """Three tokens, seven ways to hide k of them, each with probability t^k (1-t)^(n-k), integrated over t on a grid."""
+    """Three tokens, seven ways to hide k of them, each with chance t^k (1-t)^(n-k), integrated over t on a grid."""
     model, words, n, eps = tiny_model(), [5, 7, 4], 3, 0.05
     exact, t = 0.0, eps + (1 - eps) * (np.arange(100000) + 0.5) / 100000
     for subset in itertools.product([False, True], repeat=n):

@@ -1,0 +1,179 @@
+"""The decoder: rows are independent, conditions start as the identity, positions are relative."""
+
+import pytest
+import torch
+
+from conceptron.models.config import ConceptConfig
+from conceptron.models.decoder import ConceptDecoder
+from conceptron.models.layers import AdaptiveResidualNorm, TimestepEmbedding, ZeroLinear
+
+SMALL = dict(
+    vocab_size=60, hidden_size=32, num_concepts=6, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
+    num_decoder_layers=2, timestep_conditioning=True, mask_token_id=3,
+)  # fmt: skip
+
+
+def decoder(**options) -> ConceptDecoder:
+    torch.manual_seed(0)
+    return ConceptDecoder(ConceptConfig(**{**SMALL, **options})).double().eval()
+
+
+def open_gates(model: ConceptDecoder) -> None:
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, ZeroLinear):
+                module.weight.normal_(std=0.2)
+                module.bias.normal_(std=0.2)
+
+
+def inputs(seed: int = 0) -> dict:
+    """Three sequences that ask for 4, 0 and 3 rows."""
+    generator = torch.Generator().manual_seed(seed)
+    return dict(
+        concepts=torch.randn(3, 6, 32, dtype=torch.float64, generator=generator),
+        anchors=torch.arange(6.0).repeat(3, 1) * 2,
+        position_ids=torch.tensor([1, 2, 5, 9, 0, 4, 11]),
+        cu_seqlens=torch.tensor([0, 4, 4, 7], dtype=torch.int32),
+        max_seqlen=4,
+        input_ids=torch.tensor([3, 3, 9, 3, 3, 17, 3]),
+        timesteps=torch.tensor([0.2, 0.9, 1.0]),
+    )
+
+
+@torch.no_grad()
+def run(model: ConceptDecoder, **changes) -> torch.Tensor:
+    return model(**{**inputs(), **changes})
+
+
+def test_modulation_is_the_identity_after_the_hooks_of_transformers():
+    """The zeros survive post_init, and with them every branch is closed: the result is the norm of the query."""
+    model = decoder()
+    zeros = [m for m in model.modules() if isinstance(m, ZeroLinear)]
+    assert len(zeros) == 5 and all((p == 0).all() for m in zeros for p in m.parameters())
+    query = model.query_norm(model.embed_tokens(inputs()["input_ids"]))
+    expected = torch.nn.functional.layer_norm(query, (32,), eps=model.config.norm_eps)
+    assert torch.allclose(run(model), expected, atol=1e-12)
+    open_gates(model)
+    assert (run(model) - expected).abs().max() > 0.1
+
+
+def test_every_sequence_has_its_own_time():
+    model = decoder()
+    open_gates(model)
+    base, other = run(model), run(model, timesteps=torch.tensor([0.2, 0.9, 0.5]))
+    assert torch.equal(base[:4], other[:4]) and (base[4:] - other[4:]).abs().min(1).values.max() > 1e-6
+    assert torch.equal(
+        run(decoder(timestep_conditioning=False)), run(decoder(timestep_conditioning=False), timesteps=None)
+    )
+
+
+def test_gates_open_in_the_first_step_and_then_concepts_are_learned():
+    """Closed gates give the concepts no gradient; one step of descent later they have one."""
+    model, batch = decoder().train(), inputs()
+    concepts = batch["concepts"].requires_grad_()
+    target = torch.randn(7, 32, dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    norms = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        concepts.grad = None
+        (model(**batch) - target).square().mean().backward()
+        norms.append(float(concepts.grad.norm()))
+        optimizer.step()
+    assert norms[0] == 0 and norms[1] > 0
+
+
+@pytest.mark.parametrize("queries", ["position", "token+position"])
+@pytest.mark.parametrize("timed", [False, True])
+def test_a_row_does_not_depend_on_the_other_rows(queries, timed):
+    model = decoder(decoder_queries=queries, timestep_conditioning=timed)
+    open_gates(model)
+    whole, batch = run(model), inputs()
+    keep = torch.tensor([0, 3, 5])
+    part = run(
+        model, position_ids=batch["position_ids"][keep], input_ids=batch["input_ids"][keep],
+        cu_seqlens=torch.tensor([0, 2, 2, 3], dtype=torch.int32), max_seqlen=2,
+    )  # fmt: skip
+    assert torch.allclose(part, whole[keep], atol=1e-12)
+
+
+def test_token_queries_differ_from_position_queries_by_the_token_alone():
+    tokens, positions = (
+        decoder(timestep_conditioning=False),
+        decoder(decoder_queries="position", timestep_conditioning=False),
+    )
+    batch = inputs()
+    positions.load_state_dict(
+        {**{k: v for k, v in tokens.state_dict().items() if "embed_tokens" not in k},
+         "query.embedding.weight": tokens.state_dict()["embed_tokens.weight"][3:4]}
+    )  # fmt: skip
+    same = batch["input_ids"] == 3
+    difference = (run(tokens) - run(positions)).abs().amax(1)
+    assert (difference[same] < 1e-12).all() and (difference[~same] > 1e-3).all()
+    assert torch.equal(run(positions, input_ids=None), run(positions))
+
+
+def test_places_are_relative():
+    """Rows and anchors moved by the same distance give the same result; rows alone do not."""
+    model = decoder(timestep_conditioning=False)
+    batch = inputs()
+    base = run(model)
+    both = run(model, position_ids=batch["position_ids"] + 1000, anchors=batch["anchors"] + 1000)
+    assert torch.allclose(both, base, atol=1e-3)
+    assert (run(model, position_ids=batch["position_ids"] + 3) - base).abs().max() > 1e-2
+
+
+def test_no_rows_give_no_rows_and_no_gradient():
+    for timed in (False, True):
+        model, batch = decoder(timestep_conditioning=timed).train(), inputs()
+        empty = torch.zeros(0, dtype=torch.int64)
+        batch |= dict(position_ids=empty, input_ids=empty, cu_seqlens=torch.zeros(4, dtype=torch.int32), max_seqlen=0)
+        concepts = batch["concepts"].requires_grad_()
+        out = model(**batch)
+        assert out.shape == (0, 32)
+        out.sum().backward()
+        assert concepts.grad is None or (concepts.grad == 0).all()
+
+
+def test_times_look_different():
+    model = TimestepEmbedding(ConceptConfig(**SMALL))
+    half = model.NUM_FEATURES // 2
+    seen = []
+    model.up.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    model(torch.tensor([0.3, 1.0]), torch.float32)
+    assert torch.nn.functional.cosine_similarity(seen[0][0], seen[0][1], dim=0) < 0.5
+    assert torch.allclose(seen[0][:, 0], torch.tensor([300.0, 1000.0]).cos(), atol=1e-4) and half == 128
+
+
+def test_parameters_equal_their_closed_form():
+    d, V, I, H, D, L = 32, 60, 48, 4, 8, 2
+    attention, feed = 4 * d * H * D + 2 * (D + D), 3 * d * I
+    time = 256 * d + d + d * d + d
+    modulation = (2 * L) * (3 * d * d + 3 * d) + 2 * d * d + 2 * d  # the first norm closes no branch: no gate
+    assert decoder().num_parameters() == V * d + d + L * (attention + feed) + time + modulation
+    plain = decoder(timestep_conditioning=False, decoder_queries="position")
+    assert plain.num_parameters() == d + d + L * (attention + feed) + (2 * L + 1) * d
+
+
+def test_missing_inputs_are_refused():
+    with pytest.raises(ValueError, match="timesteps: this decoder has timestep_conditioning"):
+        run(decoder(), timesteps=None)
+    with pytest.raises(ValueError, match=r"input_ids: this decoder has token\+position queries"):
+        run(decoder(), input_ids=None)
+
+
+def test_the_adaptive_norm_is_its_formula():
+    torch.manual_seed(0)
+    norm = AdaptiveResidualNorm(ConceptConfig(**SMALL), has_branch=True).double()
+    with torch.no_grad():
+        norm.modulation.weight.normal_()
+        norm.modulation.bias.normal_()
+    x, branch, condition = (torch.randn(n, 32, dtype=torch.float64) for n in (5, 5, 2))
+    gate, shift, scale = norm.modulation(condition).chunk(3, -1)
+    owner = torch.tensor([0, 0, 0, 1, 1])
+    h = x + gate[owner] * branch
+    y = (h - h.mean(1, keepdim=True)) / (h.var(1, unbiased=False, keepdim=True) + norm.eps).sqrt()
+    out = norm(x, branch, condition, torch.tensor([0, 3, 5], dtype=torch.int32))
+    assert torch.allclose(out[0], h, atol=1e-12) and torch.allclose(
+        out[1], y * (1 + scale[owner]) + shift[owner], atol=1e-9
+    )
