@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from conceptron.bench.geometry import gates, metrics
 
 
