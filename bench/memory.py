@@ -35,7 +35,7 @@ from ..models.packing import pack
 from .allocator import allocator_peak
 from .harness import device_of, environment, markdown_table, resident_peak, write_results
 from .peers import Shape, bert
-from .plot import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, canvas
+from .plot import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, canvas, length_axis
 
 GIB = 2**30
 OURS, FULL = "concept", "full attention"
@@ -221,9 +221,9 @@ def plot(path: Path, rows: Sequence[dict], note: str) -> None:
                     [row["N"] for row in kept], [row[key] / 2**20 for row in kept], style, color=colour, markersize=4,
                     label=label if key == "allocator_peak" else None,
                 )  # fmt: skip
-        against.set(xscale="log", yscale="log", xlabel="N, tokens of the text", ylabel="MiB")
+        against.set(yscale="log", ylabel="MiB")
         against.set_title("peak: allocator (solid), process (dotted)", fontsize=10.5)
-        against.set_xscale("log", base=2)
+        length_axis(against, [row["N"] for row in rows])
         against.legend(fontsize=9)
         last = max((row for row in rows if row["encoder"] == OURS), key=lambda row: (row["N"], row["C"]))
         names = ["parameters", "gradients", "optimizer", *(n for n in last if n.startswith("activations")), "temporary"]

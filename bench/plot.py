@@ -1,7 +1,7 @@
 """One look for every figure: drawn off screen, titled at the left, few lines, units on every axis."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -83,3 +83,12 @@ def thousands(axes: Axes, axis: str = "x") -> None:
     """Ticks 1,000 apart read 1,000 and not 1000."""
     which = axes.xaxis if axis == "x" else axes.yaxis
     which.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
+
+
+def length_axis(axes: Axes, lengths: Iterable[int]) -> None:
+    """A logarithmic axis of text lengths, each marked as people say it: 512, 1K, 16K."""
+    marks = sorted(set(lengths))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(marks, [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in marks])
+    axes.minorticks_off()
+    axes.set_xlabel("N, tokens of a text")

@@ -43,7 +43,7 @@ from .harness import (
     write_text,
 )  # fmt: skip
 from .peers import Perceiver, Shape, bert, modernbert
-from .plot import BLUE, GREEN, GREY, ORANGE, canvas
+from .plot import BLUE, GREEN, GREY, ORANGE, canvas, length_axis
 
 OURS, GROWING = "concept", "concept, C grows"
 FULL, UNPADDED, LOCAL, PERCEIVER = "full attention", "full, no padding", "local + full", "plain Perceiver"
@@ -248,7 +248,7 @@ def plot(
         "time_ms": ("Time against length", "time of a batch (ms)", 1.0),
         "peak_bytes": ("Memory against length", "peak memory of a batch (MiB)", 2.0**20),
     }[quantity]
-    with canvas(path, title, note, size=(10.4, 4.6), columns=2) as panels:
+    with canvas(path, title, note, size=(10.4, 5.6), columns=2) as panels:
         for axes, phase in zip(panels, PHASES, strict=True):
             for name in names:
                 lengths, values = points(rows, name, phase, quantity)
@@ -262,9 +262,10 @@ def plot(
                 axes.plot(
                     lengths, [v / scale for v in values], STYLES[name], color=COLOURS[name], label=label, markersize=4
                 )
-            axes.set(xscale="log", yscale="log", xlabel="N, tokens of the longer text", title=phase)
-            axes.set_xscale("log", base=2)
-            axes.legend(fontsize=8.5, loc="upper left")
+            axes.set_yscale("log")
+            axes.set_title(phase)
+            length_axis(axes, [row["N"] for row in rows])
+            axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2)
         panels[0].set_ylabel(unit)
 
 
