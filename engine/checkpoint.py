@@ -232,6 +232,8 @@ def _start(parent: Path, unfinished: Path) -> None:
 def _finish(unfinished: Path, final: Path, progress: Progress, files: dict[str, Any], world_size: int) -> None:
     trainer = unfinished / TRAINER
     _write_json(trainer, vars(progress))
+    for name in files:
+        shutil.copymode(trainer, unfinished / name)  # safetensors lets only the owner read
     files[TRAINER] = {"size": trainer.stat().st_size, "sha256": sha256(trainer)}
     _write_json(
         unfinished / MANIFEST, {"format": FORMAT, "step": progress.step, "world_size": world_size, "files": files}

@@ -19,14 +19,15 @@ def choose_accelerator() -> None:
     """Faults: without a GPU, DeepSpeed warns about it on every start, and the first process group compiles a
     shared-memory extension (over a minute; the run dies where there is no compiler) that only inference uses.
 
-    Must run before DeepSpeed sees a process group.
+    To DeepSpeed no extension is then compatible, and it need not run the compiler to find out. Must run before DeepSpeed
+    sees a process group.
     """
     if torch.cuda.is_available():
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed.ops
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.ops.__compatible_ops__ = {}
 
 
 def quiet() -> None:
@@ -35,12 +36,15 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed(\.|$)")
 
 
-def forget_process_group() -> None:
-    """Fault: DeepSpeed keeps its wrapper of a process group after the group is destroyed, and the next
-    `deepspeed.initialize` of the same process fails on it."""
-    import deepspeed.comm.comm
+def destroy_process_group() -> None:
+    """Fault: DeepSpeed keeps its own references to groups that torch destroys, and the next `deepspeed.initialize` of the
+    same process fails on them. Its own function drops them, but exists only after `deepspeed.initialize`."""
+    import deepspeed.comm
 
-    deepspeed.comm.comm.cdb = None
+    if deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
+    else:
+        torch.distributed.destroy_process_group()
 
 
 def set_timeouts(seconds: float) -> None:

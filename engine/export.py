@@ -1,8 +1,12 @@
 """The result of a run: a Hugging Face folder with float32 safetensors and the tokenizer."""
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from transformers.utils import logging
 
 from . import compat
 from .launch import World
@@ -29,8 +33,11 @@ def export(world: World, engine: Any, tokenizer: Any, folder: Path) -> Path:
         try:
             bare = type(engine.module)(engine.module.config)
             bare.load_state_dict(gathered)
-            bare.save_pretrained(unfinished)
+            with quiet():
+                bare.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
+            for weights in unfinished.glob("*.safetensors"):
+                shutil.copymode(unfinished / "config.json", weights)  # safetensors lets only the owner read
             shutil.rmtree(folder, ignore_errors=True)
             unfinished.rename(folder)
         except OSError:
@@ -39,3 +46,15 @@ def export(world: World, engine: Any, tokenizer: Any, folder: Path) -> Path:
 
     world.first_then_share(write)
     return folder
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars."""
+    was_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            logging.enable_progress_bar()

@@ -85,6 +85,7 @@ def world() -> Iterator[World]:
         InputError: the launcher's variables are incomplete.
     """
     compat.choose_accelerator()
+    compat.quiet()
     if dist.is_initialized():
         yield _world(int(os.environ.get("LOCAL_RANK", 0)))
         return
@@ -107,8 +108,7 @@ def world() -> Iterator[World]:
     try:
         yield _world(local_rank)
     finally:
-        compat.forget_process_group()
-        dist.destroy_process_group()
+        compat.destroy_process_group()
 
 
 LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -126,11 +126,19 @@ class Recipe(Section):
     def build_config(self, **from_tokenizer: Any) -> ConceptConfig:
         """The model's config; vocabulary size and special ids come from the tokenizer.
 
+        `hidden_tokens` follows `objective.hidden`, so that the finished model hides tokens as it was taught.
+
         Raises:
             InputError: the fields do not fit together.
         """
+        hidden = self.objective.get("hidden", self.model.get("hidden_tokens", "drop"))
+        if self.model.get("hidden_tokens", hidden) != hidden:
+            raise InputError(
+                f"model.hidden_tokens: {self.model['hidden_tokens']!r} does not fit objective.hidden, which is "
+                f"{hidden!r}; leave it out, and it follows"
+            )
         try:
-            return ConceptConfig(**self.model, **from_tokenizer)
+            return ConceptConfig(**{**self.model, "hidden_tokens": hidden}, **from_tokenizer)
         except (ValueError, TypeError) as error:
             raise InputError(f"model: {one_line(error)}") from error
 

@@ -86,15 +86,13 @@ class Trainer:
 
     def build_config(self) -> ConceptConfig:
         """The model's config, if the objective provides what the model asks for."""
-        tokens, view = self.corpus.tokens, self.loader.step(self.progress.step)[0]
+        tokens = self.corpus.tokens
         config = self.recipe.build_config(
             vocab_size=tokens.vocab_size, mask_token_id=tokens.mask_id, pad_token_id=self.corpus.tokenizer.pad_token_id
         )
-        name = self.recipe.objective["name"]
-        if config.timestep_conditioning and view.timesteps is None:
+        if config.timestep_conditioning and self.loader.step(0)[0].timesteps is None:
+            name = self.recipe.objective["name"]
             raise InputError(f"model.timestep_conditioning: objective {name} has no timesteps; set it to false")
-        if config.decoder_queries == "token+position" and view.decoder_input_ids is None:
-            raise InputError(f"model.decoder_queries: objective {name} gives the decoder no tokens; set it to position")
         return config
 
     def fit(self, warnings: Sequence[str]) -> None:
@@ -242,10 +240,9 @@ def dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
 
 def text_identity(corpus: Corpus) -> dict[str, Any]:
     """What must be the same for a resumed run to read the same text in the same words."""
-    vocabulary = corpus.tokenizer.backend_tokenizer.to_str().encode()
     return {
         "vocabulary size": corpus.tokens.vocab_size,
-        "tokenizer": hashlib.sha256(vocabulary).hexdigest()[:16],
-        "training windows": len(corpus.train),
-        "training tokens": corpus.train.num_tokens,
+        "tokenizer": corpus.description["tokenizer"]["id"],
+        "tokens of training text": corpus.train.num_tokens,
+        "training text": hashlib.sha256(corpus.train.lengths.tobytes()).hexdigest()[:16],  # lengths stand for the text
     }

@@ -34,7 +34,14 @@ def test_defaults_and_name(write):
 
 
 def test_overrides_are_yaml_and_the_last_one_wins(write):
-    overrides = ["optim.lr=1e-3", "optim.betas=[0.8, 0.9]", "train.steps=3", "train.steps=4", "resume=auto", "run.name=7"]
+    overrides = [
+        "optim.lr=1e-3",
+        "optim.betas=[0.8, 0.9]",
+        "train.steps=3",
+        "train.steps=4",
+        "resume=auto",
+        "run.name=7",
+    ]
     recipe = load_recipe(write(SMALLEST), [*overrides, "model.num_concepts=9", "objective.t_floor=2e-1"])
     assert recipe.optim.lr == 1e-3  # YAML itself reads 1e-3 as text
     assert recipe.optim.betas == (0.8, 0.9) and recipe.train.steps == 4 and recipe.resume == "auto"
@@ -131,5 +138,12 @@ def test_trajectory_holds_what_decides_the_losses(write):
     base = load_recipe(path).trajectory()
     for free in ("run.folder=x", "zero.stage=3", "batch.micro_tokens=128", "eval.every=1", "checkpoint.keep=9"):
         assert load_recipe(path, [free, "run.name=other", "resume=auto"]).trajectory() == base
-    for fixed in ("run.seed=1", "optim.lr=1", "batch.tokens=128", "data.window=64", "model.dropout=0.1", "train.steps=9"):
+    for fixed in (
+        "run.seed=1",
+        "optim.lr=1",
+        "batch.tokens=128",
+        "data.window=64",
+        "model.dropout=0.1",
+        "train.steps=9",
+    ):
         assert load_recipe(path, [fixed]).trajectory() != base

@@ -1,0 +1,131 @@
+"""A world of one, a tiny model under ZeRO, and steps over made-up text."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conceptron.engine import checkpoint, launch, zero
+from conceptron.engine.data import tokenizer
+from conceptron.engine.launch import World
+from conceptron.engine.optimizer import build_optimizer
+from conceptron.engine.recipe import Recipe
+from conceptron.models.config import ConceptConfig
+from conceptron.models.heads import ConceptForMaskedLM
+from conceptron.models.objectives import OBJECTIVES, SampleKey, SpecialTokens, View
+from conceptron.models.packing import pack
+
+TOKENS = SpecialTokens(mask_id=1, special_ids=frozenset({0, 1}), vocab_size=97)
+# no size is a multiple of 2, so that every fragment is cut somewhere awkward when two ranks share it
+SHAPE = dict(
+    vocab_size=97, hidden_size=30, num_concepts=5, num_hidden_layers=1, num_attention_heads=3, intermediate_size=33,
+    num_decoder_layers=1, mask_token_id=1,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    torch.set_num_threads(1)  # sums are then taken in one order, here and in the processes that tests start
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    with launch.world() as world:
+        yield world
+
+
+@pytest.fixture
+def build(world) -> Callable[..., Any]:
+    """A DeepSpeed engine around a small diffusion model, at the start of training or as a checkpoint holds it."""
+
+    def build(stage: int = 1, precision: str = "fp32", found: Any = None, **optim: Any) -> Any:
+        torch.manual_seed(0)
+        model = ConceptForMaskedLM(ConceptConfig(**SHAPE, dropout=0.1))
+        if found:
+            checkpoint.load_weights(found, model)
+        sections = {"data": {}, "objective": {"name": "diffusion"}, "optim": optim, "zero": {"stage": stage}}
+        recipe = Recipe.model_validate({**sections, "train": {"steps": 9, "precision": precision}})
+        engine = zero.initialize(model.train(), build_optimizer(model, recipe.optim), recipe)
+        if found:
+            checkpoint.load_moments(found, engine, checkpoint.load_progress(found).optimizer_steps)
+        return engine
+
+    return build
+
+
+def views(step: int) -> list[View]:
+    """Three micro-batches of one step, the second of them empty."""
+    generator = np.random.default_rng(step)
+    batches = [pack([generator.integers(2, 97, size=n) for n in lengths]) for lengths in ((7, 0, 40), (), (1, 23))]
+    keys = [[SampleKey(0, step, 10 * i + j) for j in range(b.num_sequences)] for i, b in enumerate(batches)]
+    objective = OBJECTIVES["diffusion"]()
+    return [objective.view(batch, of, TOKENS) for batch, of in zip(batches, keys, strict=True)]
+
+
+@pytest.fixture
+def steps() -> Callable[..., list[tuple[float, float]]]:
+    """Trains over the steps `start` to `stop` and returns each one's loss and gradient norm."""
+
+    def steps(engine: Any, start: int, stop: int) -> list[tuple[float, float]]:
+        history = []
+        for step in range(start, stop):
+            parts = views(step)
+            divisor, loss = sum(view.divisor for view in parts), 0.0
+            for i, view in enumerate(parts):
+                torch.manual_seed(100 * step + i)
+                engine.set_gradient_accumulation_boundary(i == len(parts) - 1)
+                output = engine(view=replace(view, divisor=divisor))
+                engine.backward(output.loss)
+                loss += float(output.loss.detach())
+            engine.step()
+            history.append((loss, float(engine.get_global_grad_norm())))
+        return history
+
+    return steps
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    """A folder with a few dozen short documents, and one with a tokenizer for them."""
+    folder = tmp_path_factory.mktemp("text")
+    generator = np.random.default_rng(0)
+    words = ["concept", "token", "reads", "writes", "the", "a", "of", "encoder", "decoder", "slowly", "again", "text"]
+    for i in range(40):
+        lines = [" ".join(generator.choice(words, size=n)) for n in generator.integers(3, 30, size=1 + i % 4)]
+        (folder / f"{i:02d}.txt").write_text("\n".join(lines))
+    tokenizer.save(tokenizer.train((path.read_text() for path in folder.glob("*.txt")), 300), folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recipe_in(text) -> Callable[[Path], Path]:
+    """Writes a recipe that trains a tiny model on `text` within seconds; its run is FOLDER/runs/tiny."""
+
+    def write(folder: Path) -> Path:
+        path = folder / "tiny.yaml"
+        path.write_text(
+            f"""
+run: {{folder: {folder}/runs}}
+model: {{hidden_size: 30, num_concepts: 5, num_hidden_layers: 1, num_attention_heads: 3, intermediate_size: 33,
+        num_decoder_layers: 1, dropout: 0.1}}
+data: {{source: {text}, tokenizer: {text}/tokenizer, window: 48, validation: 0.2, cache: {text}/cache}}
+objective: {{name: diffusion}}
+optim: {{lr: 3e-3, warmup_steps: 3}}
+batch: {{tokens: 256, micro_tokens: 64}}
+train: {{steps: 12, precision: fp32, label_smoothing: 0.05}}
+eval: {{every: 5, tokens: 400}}
+checkpoint: {{every: 4, keep: 2}}
+"""
+        )
+        return path
+
+    return write
+
+
+@pytest.fixture
+def recipe(recipe_in, tmp_path) -> Path:
+    return recipe_in(tmp_path)
