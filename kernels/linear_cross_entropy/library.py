@@ -72,8 +72,10 @@ def _fake(
 def _scatter(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
     """[num_rows, d] with row i of ``rows`` added to row index[i], always in the same order."""
     out = rows.new_zeros(num_rows, rows.shape[1])
-    if rows.is_cuda:
-        return out.index_put_((index,), rows, accumulate=True)  # sorts; index_add_ would use atomics here
+    if rows.is_cuda and rows.numel():
+        # Sorts, where index_add_ would use atomics. unsafe: without it some versions of torch read the range of index
+        # back; an index out of range wraps around, and its row is NaN already.
+        return torch.ops.aten._index_put_impl_(out, [index], rows, accumulate=True, unsafe=True)
     return out.index_add_(0, index, rows)  # in order; index_put_ would use atomics here
 
 

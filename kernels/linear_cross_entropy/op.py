@@ -56,8 +56,9 @@ def linear_cross_entropy(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it. The values of targets and index are
-        checked on a CPU; on a GPU only with CONCEPTRON_CHECK=1 because that synchronises: without it a target or index
-        out of range makes the loss NaN and reads nothing out of bounds.
+        checked on a CPU; on a GPU only with CONCEPTRON_CHECK=1 because that synchronises: without it one out of range
+        makes the loss NaN on the Triton backend, which reads nothing out of bounds, and is a device-side assertion of
+        torch's on the torch backend.
         RuntimeError: a second derivative is asked for.
 
     Gradients: "mean" and "sum" compute them in the forward pass, from the logits that are there anyway, and only scale
@@ -66,8 +67,9 @@ def linear_cross_entropy(
     Sums over V, over M and the gradient of weight are kept in float32 and rounded once, to the inputs' dtype.
 
     Memory: beside the gradients themselves one chunk of CONCEPTRON_LCE_CHUNK_MB megabytes (256 on a GPU, 64 on a CPU),
-    the float32 gradient of weight [V, d] and of the rows [M, d], each only where wanted. 0 selects the mode of the
-    Triton backend that holds no logits at all, for one product more.
+    the float32 gradient of weight [V, d] and of the rows [M, d], each only where wanted; for half precision on a CPU
+    also a float32 copy of weight. 0 selects the mode of the Triton backend that holds no logits at all, for two
+    products more (and more again where d is above 512).
 
     Autocast: hidden, weight and bias are rounded to the autocast dtype as for torch's linear, the gradients are not.
     Source: the chunks follow Liger (arXiv:2410.10989), the online sums Cut Your Losses (arXiv:2411.09009); label

@@ -155,6 +155,7 @@ def test_nothing_to_predict(mode, rows, reduction, device, poisoned):
 
 def test_ignored_rows_may_hold_nan(mode, device, poisoned):
     *leaves, targets, _, shares = problem(device, 33, 33, 16, 50)
+    targets[0] = -100  # row 0 is what kernels read where there is nothing to read
     options = {"token_weight": shares, "label_smoothing": 0.1, "backend": backend(mode)}
     clean = differentiate(linear_cross_entropy, leaves, targets, **options)
     with torch.no_grad():
@@ -163,7 +164,8 @@ def test_ignored_rows_may_hold_nan(mode, device, poisoned):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("spread", [60.0, 600.0])
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # the interpreter, where a kernel overflows knowingly
+@pytest.mark.parametrize("spread", [20.0, 60.0, 600.0])
 def test_targets_of_no_probability(mode, spread, device, no_worse):
     """Losses of hundreds and thousands of nats in some rows, where exponentials at the target's logit overflow."""
     *leaves, targets, _, shares = problem(device, 33, 33, 32, 129, spread=spread)
@@ -172,10 +174,10 @@ def test_targets_of_no_probability(mode, spread, device, no_worse):
     options = {"token_weight": shares, "label_smoothing": 0.1}
     truth = differentiate(reference, doubled(leaves), targets, **options)
     nll = reference(*leaves[:2], targets, bias=leaves[2], reduction="none")
-    assert nll.max() > 2 * spread and (nll < 10).sum() > 10
+    assert nll.max() > 2 * spread and (nll < 10).sum() > 8
     ours = differentiate(linear_cross_entropy, leaves, targets, backend=backend(mode), **options)
     # streamed computes its logits twice, and may so be off by a rounding of the largest in a probability of one
-    largest = (doubled(leaves)[0] @ doubled(leaves)[1].t()).abs().max()
+    largest = (doubled(leaves)[0] @ doubled(leaves)[1].t()).detach().abs().max()
     slack = float(largest) if mode == "streamed" else 4.0
     agree(no_worse, ours, differentiate(reference, leaves, targets, **options), truth, slack)
 
