@@ -10,11 +10,12 @@ from . import plot
 
 
 def loss_figure(
-    history: Sequence[Mapping[str, Any]], unigram_entropy: float | None, path: Path, note: str = "",
+    history: Sequence[Mapping[str, Any]], path: Path, note: str = "", *,
+    unigram_entropy: float | None = None, smoothing_floor: float = 0.0,
 ) -> None:  # fmt: skip
     """The training loss of every step, its running median, and the held-out NLL at each evaluation.
 
-    ``history``: the lines of metrics.jsonl.
+    ``history``: the lines of metrics.jsonl; ``smoothing_floor``: the smallest training loss under label smoothing.
     """
     train = [(line["step"], line["loss"]) for line in history if line["kind"] == "train" and line["loss"] is not None]
     evals = [line for line in history if line["kind"] == "eval"]
@@ -32,6 +33,8 @@ def loss_figure(
         if unigram_entropy is not None and unseen:
             label = f"unigram entropy of the held-out text: {unigram_entropy:.2f}"
             plot.level(axes, unigram_entropy, label, plot.GREEN)
+        if smoothing_floor:
+            plot.level(axes, smoothing_floor, f"floor of the smoothed training loss: {smoothing_floor:.2f}")
         axes.set(xlabel="step", ylabel="nats per token")
         axes.set_ylim(bottom=0)
         axes.margins(x=0.02)
@@ -46,7 +49,7 @@ def running_median(values: np.ndarray) -> np.ndarray:
 
 
 def nll_figure(
-    by_view: Mapping[str, float], is_seen: bool, levels: Mapping[str, float], path: Path, note: str = "",
+    by_view: Mapping[str, float], levels: Mapping[str, float], path: Path, note: str = "", *, is_seen: bool = False,
 ) -> None:  # fmt: skip
     """Held-out nats per token against the share of the text that is hidden.
 
@@ -55,7 +58,8 @@ def nll_figure(
     """
     points = sorted((100 * float(name.split("=")[1]), value) for name, value in by_view.items() if value is not None)
     color = plot.ORANGE if is_seen else plot.BLUE
-    with plot.canvas(path, "How well is held-out text predicted?", note) as (axes,):
+    verb = "copied" if is_seen else "predicted"
+    with plot.canvas(path, f"How well is held-out text {verb}?", note) as (axes,):
         shares, values = zip(*points, strict=True)
         label = "this model, copying" if is_seen else "this model"
         axes.plot(shares, values, color=color, marker="o", markersize=6, label=label)

@@ -149,6 +149,7 @@ class Sample(NamedTuple):
     source: str
     hidden: str
     filled: str
+    num_tokens: int
     num_hidden: int
     num_right: int  # tokens that are those of the source
     how: str
@@ -187,6 +188,7 @@ def sample(
         source=marked(ids, is_hidden, tokenizer, between=not from_concepts),
         hidden=marked(ids, is_hidden, tokenizer, blank="__"),
         filled=marked(written, is_hidden, tokenizer, between=not from_concepts),
+        num_tokens=len(ids),
         num_hidden=int(is_hidden.sum()),
         num_right=int((written == ids)[is_hidden].sum()),
         how=(
