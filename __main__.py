@@ -18,20 +18,24 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def generate(arguments: argparse.Namespace) -> int:
-    from .models.generation import generate_text
+    from .engine.data.sources import read_text
+    from .engine.errors import InputError
+    from .engine.generate import generate
+    from .models.generation import Sampling
 
-    if arguments.file is not None:
-        from .engine.data.sources import read_text
-
-        text = read_text(Path(arguments.file))
-    else:
-        text = arguments.text
-    for sample in generate_text(
-        arguments.checkpoint, text, mode=arguments.mode, length=arguments.length, steps=arguments.steps,
-        schedule=arguments.schedule, order=arguments.order, temperature=arguments.temperature,
-        num_samples=arguments.samples, seed=arguments.seed,
-    ):  # fmt: skip
-        print(sample)
+    try:
+        sampling = Sampling(
+            steps=arguments.steps, schedule=arguments.schedule, unmask=arguments.unmask,
+            temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed,
+        )  # fmt: skip
+    except ValueError as error:
+        raise InputError(f"--{error}") from error
+    text = arguments.text if arguments.file is None else read_text(Path(arguments.file))
+    samples = generate(
+        arguments.checkpoint, text, mode=arguments.mode, length=arguments.length, sampling=sampling,
+        num_samples=arguments.samples,
+    )  # fmt: skip
+    print("\n---\n".join(samples))
     return 0
 
 
@@ -98,8 +102,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--length", type=int, default=32, help="tokens to generate (prefix)")
     command.add_argument("--steps", type=int, default=16, help="denoising steps")
     command.add_argument("--schedule", choices=("linear", "cosine"), default="cosine")
-    command.add_argument("--order", choices=("confidence", "random"), default="confidence")
+    command.add_argument("--unmask", choices=("confidence", "random"), default="confidence", help="which come first")
     command.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token")
+    command.add_argument("--top-k", type=int, default=0, help="draw from the k most likely tokens; 0: from all")
+    command.add_argument("--top-p", type=float, default=1.0, help="draw from the fewest tokens of this probability")
     command.add_argument("--samples", type=int, default=1)
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=generate)
