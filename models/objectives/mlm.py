@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..packing import Packed
+from .masking import Masking
 from .view import (
     SampleKey,
     SpecialTokens,
@@ -24,11 +25,13 @@ EVALUATION_RATES = (0.15, 0.3, 0.5)
 
 @dataclass(frozen=True)
 class MaskedLM:
-    """Every token that is not special is a target with ``probability``, independently.
+    """A share ``probability`` of the tokens that are not special is asked for.
+
+    Which ones: ``masking``, ``span`` and ``phrases``, see ``Masking``; by default each token independently.
 
     Of the targets, a share ``random`` is replaced by random tokens and a share ``unchanged`` stays as it is (BERT: 0.1
-    and 0.1); the others are hidden. The encoder sees an unchanged target, so its loss is labelled *seen*. Each target
-    has weight 1 and the divisor is their number.
+    and 0.1), a word or span always as a whole; the others are hidden. The encoder sees an unchanged target, so its
+    loss is labelled *seen*. Each target has weight 1 and the divisor is their number.
 
     ``hidden``: what stands for a hidden token in the encoder's input, "drop": nothing, positions keep their gaps, or
     "mask": [MASK]. The decoder's ids are those of the corrupted text.
@@ -40,6 +43,9 @@ class MaskedLM:
     random: float = 0.0
     unchanged: float = 0.0
     hidden: str = "drop"
+    masking: str = "random"
+    span: str = "uniform"
+    phrases: str | None = None
 
     def __post_init__(self):
         check_option("probability", self.probability, "a number in (0, 1]", 0 < self.probability <= 1)
@@ -47,12 +53,16 @@ class MaskedLM:
         expected = f"a number in [0, 1 - random = {1 - self.random:g}]"
         check_option("unchanged", self.unchanged, expected, 0 <= self.unchanged <= 1 - self.random)
         check_option("hidden", self.hidden, "'drop' or 'mask'", self.hidden in ("drop", "mask"))
+        self.choice()
+
+    def choice(self) -> Masking:
+        return Masking(self.masking, self.span, self.phrases)
 
     def view(self, batch: Packed, keys: Sequence[SampleKey], tokens: SpecialTokens) -> View:
         """A pure function of its arguments; the corruption of a sequence depends on its own key only."""
         text = clean_text(batch, keys, tokens)
-        is_target = text.maskable & (per_sequence(text, keys, CHOICE, np.random.Generator.random) < self.probability)
-        fate = per_sequence(text, keys, FATE, np.random.Generator.random)
+        is_target, leader = self.choice().choose(self.probability, text, keys, tokens, CHOICE)
+        fate = per_sequence(text, keys, FATE, np.random.Generator.random)[leader]
         is_random = is_target & (fate < self.random)
         is_unchanged = is_target & (fate >= 1 - self.unchanged)
         is_hidden = is_target & ~is_random & ~is_unchanged

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..packing import Packed, pack_flat
 
 GOLDEN = 0.6180339887498949  # frac(k * GOLDEN) fills [0, 1) evenly for any run of consecutive k
+OPENS_WORD, ENDS_WORD = 1, 2  # a word begins with this token whatever is before it, or with the token after it
 SHIFT_STREAM = 2**20  # the stream of the shift that an epoch's times share; objectives number theirs from 0
 
 
@@ -38,6 +39,7 @@ class SpecialTokens(NamedTuple):
     mask_id: int
     special_ids: frozenset[int]  # never masked, never drawn, never generated; contains mask_id
     vocab_size: int
+    word_edges: bytes | None = None  # [V] OPENS_WORD | ENDS_WORD of each id; None: the tokenizer does not tell
 
 
 @dataclass(frozen=True)
