@@ -68,6 +68,8 @@ def nll_figure(
             plot.name_point(axes, share, value, f"{value:.2f}", color, below=value > 0.15 * top)
         for (name, value), shade in zip(levels.items(), (plot.GREEN, plot.PURPLE, plot.GREY), strict=False):
             plot.level(axes, value, f"{name}: {value:.2f}", shade)
-        axes.set(xlabel="share of the text that is hidden (%)", ylabel="nats per token")
+        what = "asked for" if is_seen else "hidden"
+        axes.set(xlabel=f"share of the text that is {what} (%)", ylabel="nats per token")
         axes.set(xlim=(0, 1.06 * max(shares)), ylim=(0, top * 1.12))
-        axes.legend(loc="best")
+        if levels:
+            axes.legend(loc="best")

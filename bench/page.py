@@ -13,7 +13,7 @@ from .findings import (
     run_environment,
     smoothing_floor,
     vocab_size,
-)  # fmt: skip
+)
 from .geometry import gates
 
 

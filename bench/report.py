@@ -23,7 +23,7 @@ from .findings import (
     targets_line,
     training_line,
     vocab_size,
-)  # fmt: skip
+)
 from .geometry import plots
 from .page import markdown
 from .subject import open_subject
