@@ -17,6 +17,7 @@ from .sources import Documents, Split, open_source
 from .store import FORMAT, Store, open_store
 from .tokenizer import Vocabulary
 from .windows import Part, Windows, cut
+from .words import word_edges
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ def open_corpus(data: DataRecipe) -> Corpus:
         train.append(parts[0])
         validation.append(parts[1])
         described.append(facts)
-    corpus = Corpus(Windows(train), Windows(validation), vocabulary.tokenizer, vocabulary.tokens, {
+    tokens = vocabulary.tokens._replace(word_edges=word_edges(vocabulary.tokenizer, vocabulary.tokens.vocab_size))
+    corpus = Corpus(Windows(train), Windows(validation), vocabulary.tokenizer, tokens, {
         "sources": described,
         "tokenizer": {"name": data.tokenizer, "vocab_size": vocabulary.tokens.vocab_size, "id": vocabulary.fingerprint},
         "window": data.window,
