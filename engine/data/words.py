@@ -54,7 +54,7 @@ def parts(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def byte_characters() -> dict[int, str]:
-    """The character that byte-level BPE writes for each byte: itself where it can be printed, else one from U+0100 on."""
+    """The character that byte-level BPE writes for each byte: itself if it can be printed, else one from U+0100 on."""
     printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printed]
     return {byte: chr(byte) for byte in printed} | {byte: chr(256 + i) for i, byte in enumerate(others)}

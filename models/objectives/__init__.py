@@ -1,9 +1,15 @@
 """Objectives: functions from clean packed text and keyed randomness to a view. A plain dict, no registry."""
 
+from .contrastive import Contrastive
 from .diffusion import Diffusion
 from .mlm import MaskedLM
+from .prefix import PrefixDiffusion
+from .tsdae import TSDAE
 from .view import SampleKey, SpecialTokens, View
 
-OBJECTIVES = {"mlm": MaskedLM, "diffusion": Diffusion}
+OBJECTIVES = {"mlm": MaskedLM, "diffusion": Diffusion, "tsdae": TSDAE, "prefix_diffusion": PrefixDiffusion}
 
-__all__ = ["OBJECTIVES", "Diffusion", "MaskedLM", "SampleKey", "SpecialTokens", "View"]
+__all__ = [
+    "OBJECTIVES", "TSDAE", "Contrastive", "Diffusion", "MaskedLM", "PrefixDiffusion", "SampleKey", "SpecialTokens",
+    "View",
+]  # fmt: skip

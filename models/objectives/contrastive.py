@@ -1,0 +1,264 @@
+"""Contrast: two views of one text should have similar concepts, views of different texts should not.
+
+An auxiliary loss beside any objective: ``views`` makes two packed batches, the encoder turns each into concepts, and
+``loss`` compares them.
+
+B texts of this rank, R ranks, C concepts, d model width, e width of what is compared.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..packing import Packed, pack
+from .tsdae import CHOICE, deletions
+from .view import SampleKey, SpecialTokens, check_option, clean_text, keep_rows, per_sequence
+
+PAIR, OTHER_DELETION = 16, 17  # streams of a key, above those of the objectives
+NO_PAIR = -1  # the id of a text that is too short for two views
+PAIRS = ("adjacent", "overlapping", "deletion", "dropout")
+
+
+@dataclass(frozen=True)
+class Contrastive:
+    """Symmetric InfoNCE over all texts of all ranks:
+
+        loss = mean over i of  1/2 * ( CE(s(a_i, b_.) / temperature, i) + CE(s(b_i, a_.) / temperature, i) )
+
+    ``pairs``, the two views of a text of N tokens:
+        "adjacent"     what is before and after a cut between N/3 and 2N/3.
+        "overlapping"  two spans of more than N/2 and up to 3N/4 tokens, wherever they fall.
+        "deletion"     two deletions of the text, each of a share ``deletion``; positions keep their gaps. The first is
+                       what ``TSDAE`` of that probability lets the encoder read, so its concepts can serve both losses.
+        "dropout"      the text twice; the model's dropout makes the difference.
+    ``similarity``:
+        "pooled"       s = cosine of the means over the concepts.
+        "slots"        s = mean over the concepts of the cosine of concept c of one view with concept c of the other.
+    Texts with the same id (the same document, or the same tokens) are not each other's negatives.
+
+    Source: van den Oord et al. 2018 (InfoNCE), arXiv:1807.03748; Gao et al. 2021 (SimCSE), arXiv:2104.08821; Giorgi et
+    al. 2021 (DeCLUTR, spans), arXiv:2006.03659.
+    """
+
+    pairs: str = "adjacent"
+    similarity: str = "pooled"
+    temperature: float = 0.05
+    deletion: float = 0.6
+    across_ranks: bool = True  # negatives from all ranks, where there are several
+
+    def __post_init__(self):
+        check_option("pairs", self.pairs, f"one of {', '.join(PAIRS)}", self.pairs in PAIRS)
+        check_option("similarity", self.similarity, "'pooled' or 'slots'", self.similarity in ("pooled", "slots"))
+        check_option("temperature", self.temperature, "a number above 0", self.temperature > 0)
+        check_option("deletion", self.deletion, "a number in (0, 1]", 0 < self.deletion <= 1)
+        check_option("across_ranks", self.across_ranks, "true or false", isinstance(self.across_ranks, bool))
+
+    def views(
+        self, batch: Packed, keys: Sequence[SampleKey], tokens: SpecialTokens, documents: Sequence[int] | None = None
+    ) -> tuple[Packed, Packed, Tensor]:
+        """Two batches of B texts, and their ids [B] int64. A pure function of its arguments.
+
+        Args:
+            documents: [B] a number of at least 0 for the document of each text; by default a hash of its tokens.
+        """
+        text = clean_text(batch, keys, tokens)
+        bounds = np.concatenate([[0], np.cumsum(text.lengths)])
+        texts = [text.ids[begin:end] for begin, end in pairwise(bounds)]
+        shortest = 2 if self.pairs in ("adjacent", "overlapping") else 1
+        names = [fingerprint(ids) for ids in texts] if documents is None else list(documents)
+        ids = [name if len(text) >= shortest else NO_PAIR for name, text in zip(names, texts, strict=True)]
+        ids = torch.tensor(ids, dtype=torch.int64)
+        if self.pairs == "dropout":
+            return batch, batch, ids
+        if self.pairs == "deletion":
+            a, b = (deletions(text, keys, tokens, stream, self.deletion) for stream in (CHOICE, OTHER_DELETION))
+            return keep_rows(text, ~a), keep_rows(text, ~b), ids
+        draw = cut if self.pairs == "adjacent" else overlap
+        spans = per_sequence(text, keys, PAIR, draw).reshape(-1, 2, 2).astype(np.int64)
+        a, b = ([ids[slice(*span)] for ids, span in zip(texts, spans[:, i], strict=True)] for i in range(2))
+        return pack(a), pack(b), ids
+
+    def loss(
+        self, concepts_a: Tensor, concepts_b: Tensor, ids: Tensor, temperature: Tensor | float | None = None
+    ) -> Tensor:
+        """The part of the loss that belongs to this rank's texts, 0-d; in float32 or wider, whatever the autocast.
+
+        Its *mean over ranks* is the mean over all texts of all ranks, also where ranks have different numbers of them,
+        so gradients that are averaged over ranks are right. With ``across_ranks`` every rank must call it, and run its
+        backward, even with B = 0; it then costs one host synchronisation and [R * B, e] of memory for each view, with
+        e = d ("pooled") or C * d ("slots").
+
+        Args:
+            concepts_a, concepts_b: [B, C, d] concepts of the two views.
+            ids: [B] int64 as ``views`` returned them; below 0: leave this text out.
+            temperature: instead of the option, such as the output of a ``Temperature``.
+        """
+        if concepts_a.shape != concepts_b.shape:
+            raise ValueError(
+                f"concepts_b: expected the shape of concepts_a, {list(concepts_a.shape)}, got {list(concepts_b.shape)}"
+            )
+        temperature = self.temperature if temperature is None else temperature
+        with torch.autocast(concepts_a.device.type, enabled=False):
+            pair_B2e = torch.stack([self.embed(concepts_a), self.embed(concepts_b)], dim=1)
+            ids_B = ids.to(pair_B2e.device)
+            everyone, all_ids, rank, num_ranks = pair_B2e, ids_B, 0, 1
+            if self.across_ranks and dist.is_initialized() and dist.get_world_size() > 1:
+                rank, num_ranks = dist.get_rank(), dist.get_world_size()
+                everyone, all_ids = gather(pair_B2e, ids_B)
+            mine = torch.nonzero(ids_B >= 0)[:, 0]
+            own = mine + rank * (len(all_ids) // num_ranks)  # where this rank's texts stand among all
+            blocked = (ids_B[mine, None] == all_ids) | (all_ids < 0)
+            blocked[torch.arange(len(mine), device=mine.device), own] = False
+            total = 0.0
+            for one, other in ((0, 1), (1, 0)):
+                scores = pair_B2e[mine, one] @ everyone[:, other].T / temperature
+                total = total + F.cross_entropy(scores.masked_fill(blocked, -torch.inf), own, reduction="sum") / 2
+            return total * num_ranks / (all_ids >= 0).sum().clamp_min(1)
+
+    def embed(self, concepts: Tensor) -> Tensor:
+        """[B, C, d] -> [B, e] of norm 1, whose inner products are the similarity."""
+        z = concepts.to(torch.promote_types(concepts.dtype, torch.float32))
+        if self.similarity == "pooled":
+            return F.normalize(z.mean(1), dim=-1)
+        return (F.normalize(z, dim=-1) / math.sqrt(max(z.shape[1], 1))).flatten(1)
+
+
+class Temperature(nn.Module):
+    """A learnable temperature that never falls below ``floor``, for ``Contrastive.loss``. 0-d float32."""
+
+    def __init__(self, initial: float = 0.05, floor: float = 0.01):
+        super().__init__()
+        check_option("floor", floor, "a number above 0", floor > 0)
+        check_option("initial", initial, f"a number above floor = {floor:g}", initial > floor)
+        self.floor = floor
+        self.log_excess = nn.Parameter(torch.tensor(math.log(initial - floor)))
+
+    def forward(self) -> Tensor:
+        return self.floor + self.log_excess.float().exp()
+
+
+def cut(g: np.random.Generator, num_tokens: int) -> np.ndarray:
+    """Two spans (begin, end), flat: what is before a cut and what is after it."""
+    middle = g.integers(-(-num_tokens // 3), 2 * num_tokens // 3 + 1) if num_tokens > 1 else num_tokens
+    return np.array([0, middle, middle, num_tokens])
+
+
+def overlap(g: np.random.Generator, num_tokens: int) -> np.ndarray:
+    """Two spans (begin, end), flat; each is longer than half of the text, so that they share a token."""
+    if num_tokens < 2:
+        return np.array([0, num_tokens, 0, num_tokens])
+    shortest = num_tokens // 2 + 1
+    sizes = g.integers(shortest, max(shortest, 3 * num_tokens // 4) + 1, size=2)
+    begins = g.integers(0, num_tokens - sizes + 1)
+    return np.stack([begins, begins + sizes], axis=1).ravel()
+
+
+def fingerprint(ids: np.ndarray) -> int:
+    """A hash of token ids, at least 0 and below 2**63, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(ids).tobytes(), digest_size=8).digest(), "little") >> 1
+
+
+class Gather(torch.autograd.Function):
+    """[B, ...] of each rank -> [R * B, ...] of all; B is the same everywhere. Gradients are added up over ranks."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of all ranks in rank order; ranks with fewer than the most are filled up with rows of id ``NO_PAIR``."""
+    most = torch.tensor(len(ids), device=ids.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    missing = max(int(most), 1) - len(ids)  # at least one row, so that the gradient always passes every rank
+    filled = torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
+    return Gather.apply(filled), Gather.apply(torch.cat([ids, ids.new_full((missing,), NO_PAIR)]))
+
+
+def cached_backward(
+    encode: Callable[[Packed], Tensor], a: Packed, b: Packed, loss: Callable[[Tensor, Tensor], Tensor],
+    max_texts: int, backward: Callable[[Tensor], None] = Tensor.backward,
+) -> Tensor:  # fmt: skip
+    """The gradient of ``loss(encode(a), encode(b))`` with the activations of only ``max_texts`` texts at a time.
+
+    Encodes everything twice: first without a graph, for the loss and its gradient by the concepts; then part by part,
+    each followed by a backward pass with its share of that gradient. Dropout draws the same numbers both times. The
+    result equals the direct gradient up to rounding, if texts do not influence each other in ``encode``.
+
+    Args:
+        encode: a packed batch -> concepts [B, C, d].
+        loss: concepts of both -> 0-d. Parameters inside it get their gradient from a plain ``backward``.
+        backward: takes the scalar of each part, for engines that want to run it themselves.
+
+    Returns:
+        The loss, detached. Gradients are added to ``.grad`` as by ``backward``.
+
+    Source: Gao et al. 2021 (GradCache), arXiv:2101.06983.
+    """
+    check_option("max_texts", max_texts, "a whole number of at least 1", max_texts >= 1)
+    views = [split(packed, max_texts) for packed in (a, b)]
+    states, concepts = [], []
+    with torch.no_grad():
+        for parts in views:
+            states.append([])
+            outputs = []
+            for part in parts:
+                states[-1].append(random_state(part.input_ids.device))
+                outputs.append(encode(part))
+            concepts.append(torch.cat(outputs))
+    leaves = [z.detach().requires_grad_() for z in concepts]
+    with torch.enable_grad():
+        value = loss(*leaves)
+        value.backward()
+    for parts, of_parts, leaf in zip(views, states, leaves, strict=True):
+        sizes = [part.num_sequences for part in parts]
+        for part, state, gradient in zip(parts, of_parts, leaf.grad.split(sizes), strict=True):
+            with replay(state, part.input_ids.device):
+                backward((encode(part) * gradient).sum())
+    return value.detach()
+
+
+def split(packed: Packed, max_sequences: int) -> list[Packed]:
+    """Parts of at most ``max_sequences`` sequences; a batch without any stays as it is. One host synchronisation."""
+    bounds = packed.cu_seqlens.tolist()
+    parts = []
+    for first in range(0, max(packed.num_sequences, 1), max_sequences):
+        last = min(first + max_sequences, packed.num_sequences)
+        rows = slice(bounds[first], bounds[last])
+        parts.append(Packed(
+            packed.input_ids[rows], packed.position_ids[rows], packed.cu_seqlens[first : last + 1] - bounds[first],
+            packed.max_seqlen, packed.num_positions()[first:last],
+        ))  # fmt: skip
+    return parts
+
+
+def random_state(device: torch.device) -> list[Tensor]:
+    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *on_device]
+
+
+@contextmanager
+def replay(state: list[Tensor], device: torch.device) -> Iterator[None]:
+    """Inside, random numbers go on from ``state``; afterwards from where they were before."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.set_rng_state(state[0])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state[1], device)
+        yield
