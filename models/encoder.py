@@ -42,8 +42,8 @@ class ConceptPreTrainedModel(PreTrainedModel):
         - embeddings and the head: normal(initializer_range);
         - modulations of AdaLN-Zero: zero, whatever the framework did before;
         - concepts: orthogonal rows of norm sqrt(d), as large as a normalised token, so that no two start alike;
-        - the vector on queries and keys: anchor_bias on the half that RoPE reads as angle zero, and their norms:
-          anchor_sharpness.
+        - the vector on queries and keys: anchor_bias on the half that RoPE reads as angle zero (nothing, where concepts
+          have no anchor to be near to), and their norms: anchor_sharpness.
         """
         config = self.config
         if isinstance(module, ZeroLinear):
@@ -62,7 +62,8 @@ class ConceptPreTrainedModel(PreTrainedModel):
                 init.copy_(module.weight, orthogonal_rows(*module.weight.shape))
         elif isinstance(module, HeadBias):
             half = module.bias.shape[0] // 2
-            init.copy_(module.bias, torch.cat((torch.full((half,), float(config.anchor_bias)), torch.zeros(half))))
+            strength = 0.0 if config.concept_positions == "none" else float(config.anchor_bias)
+            init.copy_(module.bias, torch.cat((torch.full((half,), strength), torch.zeros(half))))
         elif isinstance(module, HeadNorm):
             init.constant_(module.weight, config.anchor_sharpness)
         elif isinstance(module, nn.RMSNorm | nn.LayerNorm) and module.weight is not None:

@@ -177,6 +177,7 @@ def test_attention_starts_near_the_anchor():
         pull = gradient.norm(dim=1)
         shares[bias] = float(pull[28:44].sum() / pull.sum())
     assert shares[3.0] > 0.6 and shares[0.0] < 0.45
+    assert (encoder(concept_positions="none").layers[0].read.query.bias.bias == 0).all()
 
 
 def test_saved_and_loaded_bit_for_bit(tmp_path):

@@ -197,7 +197,7 @@ print(tuple(out.logits.shape), out.loss.item() > 0)
 def test_every_parameter_is_read_inside_its_own_module():
     """ZeRO-3 gathers a module's weights around that module's forward only: elsewhere they have no elements here."""
     built = model()
-    expected = float(built(view=view()).loss)
+    expected = built(view=view()).loss.item()
     whole = {parameter: parameter.data for parameter in built.parameters()}
 
     def gather(module, *_):
@@ -245,6 +245,31 @@ def test_it_learns_what_it_is_shown(options):
         optimizer.step()
         losses.append(loss.item())
     assert losses[0] > 3.9 and losses[-1] < 0.5
+
+
+def test_the_vocabulary_can_grow(tmp_path):
+    built, (ids, mask, _) = model().float(), padded()
+    before = built(ids, mask).logits
+    built.resize_token_embeddings(64)
+    after = built(ids, mask).logits
+    assert after.shape[-1] == 64 and torch.equal(after[..., :60], before)
+    assert built.lm_head.weight is built.encoder.embed_tokens.weight and built.config.vocab_size == 64
+    built.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForMaskedLM.from_pretrained(tmp_path)(ids, mask).logits, after)
+
+
+def test_it_is_one_graph_for_every_batch():
+    """torch.compile without a break, and no new graph for other lengths."""
+    built = model(timestep_conditioning=False).float()
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compiled = torch.compile(built, fullgraph=True, backend="eager", dynamic=True)
+    for lengths in ((20, 9, 7), (11, 12, 30), (2, 5, 3)):
+        given = view(lengths=lengths)
+        assert torch.allclose(compiled(view=given).loss, built(view=given).loss, rtol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
 
 
 def test_training_never_returns_logits_and_wrong_calls_are_refused():
