@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..packing import Packed, pack
+from ..similarity import unit, wide
 from .tsdae import CHOICE, deletions
 from .view import SampleKey, SpecialTokens, check_option, clean_text, keep_rows, per_sequence
 
@@ -126,10 +127,9 @@ class Contrastive:
 
     def embed(self, concepts: Tensor) -> Tensor:
         """[B, C, d] -> [B, e] of norm 1, whose inner products are the similarity."""
-        z = concepts.to(torch.promote_types(concepts.dtype, torch.float32))
         if self.similarity == "pooled":
-            return F.normalize(z.mean(1), dim=-1)
-        return (F.normalize(z, dim=-1) / math.sqrt(max(z.shape[1], 1))).flatten(1)
+            return unit(wide(concepts).mean(1))
+        return (unit(concepts) / math.sqrt(concepts.shape[1])).flatten(1)
 
 
 class Temperature(nn.Module):
