@@ -1,0 +1,184 @@
+"""Forward of bixt_attention in Triton. Contract: op.py. Oracle: reference.py.
+
+    S = concept_qk token_qk^T, a = scale * log2(e)         one [BLOCK_C, BLOCK_N] tile serves both softmaxes
+    tokens:   w = exp2(a S - max_c a S),  token_out = (w / sum_c w)^T concept_v      exact: the tile has all concepts
+    concepts: running maximum m, l = sum_n exp2(a S - m), acc = sum_n exp2(a S - m) token_v
+
+A program owns one head and one chunk of one sequence, holds all its concepts and walks the chunk in tiles of BLOCK_N
+tokens: three products, tokens read once. With several chunks a sequence, each leaves (out, lse) of its chunk in
+float32, and concept_attention's merge_kernel merges them in their order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..build import Build
+from ..concept_attention.forward import LN2, LOG2E, merge_kernel
+from ..splits import REDUCE, Split, choose_chunk, locate, matrix_units, split_build
+from ..tiles import load_tile, store_tile
+
+
+@triton.jit
+def weights_over_concepts(s, in_c, scale_log2, EVEN_C: tl.constexpr):
+    """(w [BLOCK_C, BLOCK_N], 1 / sum_c w [BLOCK_N]) of raw products s: the softmax of each column is their product."""
+    if not EVEN_C:
+        s = tl.where(in_c[:, None], s, -float("inf"))
+    w = tl.exp2(s * scale_log2 - (tl.max(s, 0) * scale_log2)[None, :])
+    return w, 1.0 / tl.sum(w, 0)
+
+
+@triton.jit(do_not_specialize=["num_sequences", "num_concepts", "chunk"])
+def forward_kernel(
+    concept_qk_ptr, concept_v_ptr, token_qk_ptr, token_v_ptr, cu_ptr, concept_out_ptr, token_out_ptr, lse_ptr,
+    num_sequences, num_heads, num_concepts, chunk,
+    concept_qk_stride_b, concept_qk_stride_c, concept_qk_stride_h, concept_v_stride_b, concept_v_stride_c,
+    concept_v_stride_h, token_qk_stride_t, token_qk_stride_h, token_v_stride_t, token_v_stride_h,
+    scale,
+    D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    EVEN_C: tl.constexpr, SINGLE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    head = (pid % num_heads).to(tl.int64)
+    slot = pid // num_heads
+    b, first = locate(slot, cu_ptr, num_sequences, chunk, SINGLE)
+    start = tl.load(cu_ptr + b)
+    length = tl.minimum(tl.load(cu_ptr + b + 1) - start - first, chunk)
+
+    c = tl.arange(0, BLOCK_C)
+    in_c = c < num_concepts
+    sequence = b.to(tl.int64)
+    m = tl.full([BLOCK_C], -float("inf"), tl.float32)
+    l = tl.zeros([BLOCK_C], tl.float32)
+    acc = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+    if length > 0:
+        concept_qk_ptr += sequence * concept_qk_stride_b + head * concept_qk_stride_h
+        concept_v_ptr += sequence * concept_v_stride_b + head * concept_v_stride_h
+        # concept_qk, concept_v [BLOCK_C, BLOCK_D]
+        concept_qk = load_tile(concept_qk_ptr, c.to(tl.int64) * concept_qk_stride_c, in_c, D, BLOCK_D, not EVEN_C)
+        concept_v = load_tile(concept_v_ptr, c.to(tl.int64) * concept_v_stride_c, in_c, D, BLOCK_D, not EVEN_C)
+        token = (start + first).to(tl.int64)
+        token_qk_ptr += head * token_qk_stride_h
+        token_v_ptr += head * token_v_stride_h
+        scale_log2 = scale * LOG2E
+        n = tl.arange(0, BLOCK_N)
+        for i in range(0, length, BLOCK_N):
+            in_n = n < length - i
+            # token_qk, token_v [BLOCK_N, BLOCK_D]
+            token_qk = load_tile(
+                token_qk_ptr + (token + i) * token_qk_stride_t, n * token_qk_stride_t, in_n, D, BLOCK_D, True
+            )
+            s = tl.dot(concept_qk, tl.trans(token_qk), input_precision=PRECISION)  # [BLOCK_C, BLOCK_N]
+            w, share = weights_over_concepts(s, in_c, scale_log2, EVEN_C)
+            read = tl.dot(tl.trans(concept_v), w.to(concept_v.dtype), input_precision=PRECISION)  # [BLOCK_D, BLOCK_N]
+            cell = ((token + i) * num_heads + head) * D
+            store_tile(token_out_ptr + cell, n * num_heads * D, tl.trans(read * share[None, :]), in_n, D, BLOCK_D, True)
+
+            s = tl.where(in_n[None, :], s, -float("inf"))
+            new_m = tl.maximum(m, tl.max(s, 1))
+            p = tl.exp2(s * scale_log2 - (new_m * scale_log2)[:, None])
+            alpha = tl.exp2((m - new_m) * scale_log2)
+            l = l * alpha + tl.sum(p, 1)
+            m = new_m
+            token_v = load_tile(
+                token_v_ptr + (token + i) * token_v_stride_t, n * token_v_stride_t, in_n, D, BLOCK_D, True
+            )
+            acc = tl.dot(p.to(token_v.dtype), token_v, acc * alpha[:, None], input_precision=PRECISION)
+    # a sequence without tokens: acc = 0, l = 0, and lse = -inf
+    safe_l = tl.where(l > 0, l, 1.0)
+    out = acc * (1.0 / safe_l)[:, None]
+    lse = tl.where(l > 0, m * scale + tl.log2(safe_l) * LN2, -float("inf"))
+    if SINGLE:  # [B, C, H, D] and [B, H, C]
+        rows = ((sequence * num_concepts + c) * num_heads + head) * D
+        store_tile(concept_out_ptr, rows, out, in_c, D, BLOCK_D, not EVEN_C)
+        tl.store(lse_ptr + (sequence * num_heads + head) * num_concepts + c, lse, mask=in_c)
+    elif length > 0:  # partials [slots, H, C, D] and [slots, H, C]
+        row = (slot.to(tl.int64) * num_heads + head) * num_concepts + c
+        store_tile(concept_out_ptr, row * D, out, in_c, D, BLOCK_D, not EVEN_C)
+        tl.store(lse_ptr + row, lse, mask=in_c)
+
+
+# {(units, D > 64): {BLOCK_C: (BLOCK_N, num_warps, num_stages)}}; units as splits.matrix_units. Chosen from the compile
+# table: the largest tiles that spill nothing and leave room for a second stage. More concepts: see fused.py.
+TILES = {
+    ("wgmma", False): {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 3), 128: (64, 8, 2)},
+    ("wgmma", True): {16: (64, 4, 3), 32: (64, 4, 3), 64: (32, 4, 3), 128: (32, 8, 3)},
+    ("mma", False): {16: (64, 4, 2), 32: (64, 4, 2), 64: (32, 4, 2), 128: (32, 8, 2)},
+    ("mma", True): {16: (64, 4, 2), 32: (32, 4, 2), 64: (32, 4, 2)},
+    ("fma", False): {16: (16, 4, 1), 32: (16, 4, 1), 64: (16, 8, 1)},
+    ("fma", True): {16: (16, 4, 1)},
+}
+
+
+def tile_of(tiles: dict, x: Tensor) -> dict[str, int] | None:
+    """The launch for concepts [B, C, H, D] by a table like TILES; None where C exceeds its tiles."""
+    num_concepts, head_dim = x.shape[1], x.shape[3]
+    block_d = max(triton.next_power_of_2(head_dim), 16)
+    block_c = max(triton.next_power_of_2(num_concepts), 16)
+    found = tiles[matrix_units(x), block_d > 64].get(block_c)
+    if found is None:
+        return None
+    names = "BLOCK_N", "num_warps", "num_stages"
+    return {"BLOCK_C": block_c, "BLOCK_D": block_d, **dict(zip(names, found, strict=True))}
+
+
+def forward(
+    concept_qk: Tensor, concept_v: Tensor, token_qk: Tensor, token_v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+    scale: float, chunk: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(concept_out, token_out, lse). ``chunk`` overrides the length of a chunk, in tokens (tests)."""
+    (num_sequences, num_concepts, num_heads, head_dim), num_tokens = concept_qk.shape, token_qk.shape[0]
+    config = tile_of(TILES, concept_qk)
+    if chunk is None:
+        chunk = choose_chunk(num_tokens, max_seqlen, num_heads, config["num_warps"], config["BLOCK_N"])
+    split = Split(num_tokens, num_sequences, max_seqlen, chunk)
+    single = {"dtype": torch.float32, "device": concept_qk.device}
+    concept_out = torch.empty(concept_qk.shape, dtype=concept_qk.dtype, device=concept_qk.device)
+    token_out = torch.empty(token_qk.shape, dtype=token_qk.dtype, device=token_qk.device)
+    lse = torch.empty(num_sequences, num_heads, num_concepts, **single)
+    part, part_lse = concept_out, lse
+    if not split.single:
+        part_lse = torch.empty(split.num_slots, num_heads, num_concepts, **single)
+        part = torch.empty(*part_lse.shape, head_dim, **single)
+    forward_kernel[(split.num_slots * num_heads,)](
+        concept_qk, concept_v, token_qk, token_v, cu_seqlens, part, token_out, part_lse,
+        num_sequences, num_heads, num_concepts, chunk,
+        *concept_qk.stride()[:3], *concept_v.stride()[:3], *token_qk.stride()[:2], *token_v.stride()[:2],
+        scale,
+        D=head_dim, EVEN_C=num_concepts == config["BLOCK_C"], SINGLE=split.single, PRECISION="ieee",
+        enable_fp_fusion=True, **config,
+    )  # fmt: skip
+    if not split.single:
+        merge_kernel[(triton.cdiv(num_concepts, REDUCE["BLOCK_R"]) * num_heads * num_sequences,)](
+            part, part_lse, cu_seqlens, concept_out, lse, num_heads, num_concepts, num_concepts, chunk,
+            GROUP=1, D=head_dim, BLOCK_D=config["BLOCK_D"], enable_fp_fusion=True, **REDUCE,
+        )  # fmt: skip
+    return concept_out, token_out, lse
+
+
+def builds() -> list[Build]:
+    """Every tile at D = 64 and 128, in bfloat16 or float32; narrow heads, a tile that C does not fill, one chunk."""
+    return tile_builds("bixt_attention/forward", forward_kernel, TILES, ("lse_ptr", "concept_out_ptr"), ("lse_ptr",))
+
+
+def tile_builds(name: str, kernel, tiles: dict, part: tuple[str, ...], single: tuple[str, ...]) -> list[Build]:
+    """``part``, ``single``: the pointers that hold float32 with several chunks a sequence and with one."""
+    found = []
+
+    def add(units, dtype, head_dim, block_c, launch, even_c=True, one=False):
+        constants = {"D": head_dim, "BLOCK_C": block_c, "BLOCK_N": launch[0], "BLOCK_D": head_dim, "PRECISION": "ieee"}
+        constants |= {"EVEN_C": even_c, "SINGLE": one}
+        label = (
+            f"{name}/{units}/{dtype}/C{block_c}xN{launch[0]}xD{head_dim}" + "/ragged" * (not even_c) + "/single" * one
+        )
+        found.append(split_build(label, kernel, dtype, constants, launch[1:], units, single if one else part))
+
+    for (units, wide), table in tiles.items():
+        for block_c, launch in table.items():
+            add(units, "fp32" if units == "fma" else "bf16", 128 if wide else 64, block_c, launch)
+    add("wgmma", "bf16", 64, 128, tiles["wgmma", False][128], even_c=False, one=True)
+    add("mma", "fp16", 64, 128, tiles["mma", False][128], even_c=False, one=True)
+    add("wgmma", "fp16", 32, 128, tiles["wgmma", False][128])
+    add("mma", "bf16", 16, 64, tiles["mma", False][64], one=True)
+    return found

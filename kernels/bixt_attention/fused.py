@@ -1,0 +1,90 @@
+"""bixt_attention in Triton for autograd and torch.compile: registered operators, gradient, builds."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..build import Build
+from . import backward, forward
+
+_library = torch.library.Library("conceptron", "FRAGMENT")
+_library.define(
+    "bixt_attention(Tensor concept_qk, Tensor concept_v, Tensor token_qk, Tensor token_v, Tensor cu_seqlens, "
+    "SymInt max_seqlen, float scale) -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "bixt_attention_backward(Tensor? dconcept_out, Tensor? dtoken_out, Tensor concept_qk, Tensor concept_v, "
+    "Tensor token_qk, Tensor token_v, Tensor concept_out, Tensor lse, Tensor cu_seqlens, SymInt max_seqlen, "
+    "float scale) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _forward(concept_qk, concept_v, token_qk, token_v, cu_seqlens, max_seqlen, scale):
+    inputs = (_unit_stride(x) for x in (concept_qk, concept_v, token_qk, token_v))
+    return forward.forward(*inputs, cu_seqlens, max_seqlen, scale)
+
+
+def _backward(
+    dconcept_out, dtoken_out, concept_qk, concept_v, token_qk, token_v, concept_out, lse, cu_seqlens, max_seqlen, scale
+):
+    dconcept_out = torch.zeros_like(concept_out) if dconcept_out is None else _unit_stride(dconcept_out)
+    dtoken_out = torch.zeros_like(token_qk) if dtoken_out is None else _unit_stride(dtoken_out)
+    inputs = (_unit_stride(x) for x in (concept_qk, concept_v, token_qk, token_v))
+    return backward.backward(
+        dconcept_out, _unit_stride(dtoken_out), *inputs, concept_out.contiguous(), lse.contiguous(), cu_seqlens,
+        max_seqlen, scale,
+    )  # fmt: skip
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    """Kernels take any strides but the last, which must be 1: the one copy that strides can cost."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+for _key in ("CPU", "CUDA"):  # on the CPU in Triton's interpreter only; the door has checked
+    _library.impl("bixt_attention", _forward, _key)
+    _library.impl("bixt_attention_backward", _backward, _key)
+
+
+@torch.library.register_fake("conceptron::bixt_attention", lib=_library)
+def _(concept_qk, concept_v, token_qk, token_v, cu_seqlens, max_seqlen, scale):
+    num_sequences, num_concepts, num_heads, _ = concept_qk.shape
+    lse = concept_qk.new_empty(num_sequences, num_heads, num_concepts, dtype=torch.float32)
+    return concept_qk.new_empty(concept_qk.shape), token_qk.new_empty(token_qk.shape), lse
+
+
+@torch.library.register_fake("conceptron::bixt_attention_backward", lib=_library)
+def _(dconcept_out, dtoken_out, concept_qk, concept_v, token_qk, token_v, *rest):
+    return tuple(x.new_empty(x.shape) for x in (concept_qk, concept_v, token_qk, token_v))
+
+
+class _BixtAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, concept_qk, concept_v, token_qk, token_v, cu_seqlens, max_seqlen, scale):
+        ctx.set_materialize_grads(False)
+        inputs = concept_qk, concept_v, token_qk, token_v
+        concept_out, token_out, lse = torch.ops.conceptron.bixt_attention(*inputs, cu_seqlens, max_seqlen, scale)
+        ctx.save_for_backward(*inputs, concept_out, lse, cu_seqlens)
+        ctx.scalars = max_seqlen, scale
+        return concept_out, token_out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dconcept_out, dtoken_out):
+        if dconcept_out is None and dtoken_out is None:
+            return (None,) * 7
+        gradients = torch.ops.conceptron.bixt_attention_backward(
+            dconcept_out, dtoken_out, *ctx.saved_tensors, *ctx.scalars
+        )
+        return *gradients, None, None, None
+
+
+def bixt_attention(
+    concept_qk: Tensor, concept_v: Tensor, token_qk: Tensor, token_v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _BixtAttention.apply(concept_qk, concept_v, token_qk, token_v, cu_seqlens, max_seqlen, scale)
+
+
+def builds() -> list[Build]:
+    return forward.builds() + backward.builds()
