@@ -4,6 +4,7 @@ when upstream has mended the fault, so that the work-around can go.
 Seen with DeepSpeed 0.19.8; `pyproject.toml` allows no 0.20.
 """
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -15,30 +16,39 @@ import torch
 from torch import Tensor
 
 
+def uses_cuda() -> bool:
+    """DS_ACCELERATOR=cpu, DeepSpeed's own variable, keeps a run off the GPU."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+
+
 def choose_accelerator() -> None:
     """Faults: without a GPU, DeepSpeed warns about it on every start, and the first process group compiles a
     shared-memory extension (over a minute; the run dies where there is no compiler) that only inference uses.
 
-    To DeepSpeed no extension is then compatible, and it need not run the compiler to find out. Must run before DeepSpeed
-    sees a process group.
+    To DeepSpeed no extension is then compatible, and it need not run the compiler to find out. Must run before
+    DeepSpeed sees a process group.
     """
-    if torch.cuda.is_available():
+    if uses_cuda():
         return
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__ = {}
 
 
 def quiet() -> None:
-    """Fault: ZeRO-3 calls collectives by names that torch 2.13 deprecates, one warning per rank and call site."""
+    """Faults: ZeRO-3 calls collectives by names that torch 2.13 deprecates, one warning per rank and call site; and
+    DeepSpeed logs to standard output, such as every step that it skips, which the trainer reports itself."""
+    import deepspeed.utils
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed(\.|$)")
 
 
 def destroy_process_group() -> None:
-    """Fault: DeepSpeed keeps its own references to groups that torch destroys, and the next `deepspeed.initialize` of the
-    same process fails on them. Its own function drops them, but exists only after `deepspeed.initialize`."""
+    """Fault: DeepSpeed keeps references to groups that torch destroys, and the next `deepspeed.initialize` of the same
+    process fails on them. Its own function drops them, but works only after a `deepspeed.initialize`."""
     import deepspeed.comm
 
     if deepspeed.comm.is_initialized():

@@ -91,8 +91,8 @@ def world() -> Iterator[World]:
         return
     place = os.environ if "RANK" in os.environ else slurm_place(os.environ)
     local_rank = int(place.get("LOCAL_RANK", 0))
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if torch.cuda.is_available():
+    backend = "nccl" if compat.uses_cuda() else "gloo"
+    if compat.uses_cuda():
         torch.cuda.set_device(local_rank)
     if "RANK" in place:
         missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in place]
@@ -115,7 +115,7 @@ LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_P
 
 
 def _world(local_rank: int) -> World:
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", local_rank) if compat.uses_cuda() else torch.device("cpu")
     return World(dist.get_rank(), local_rank, dist.get_world_size(), device)
 
 
@@ -143,7 +143,7 @@ def first_host(nodes: str) -> str:
 
 def share_cores(num_local_ranks: int) -> None:
     """Ranks on one CPU each take their part of the cores, unless OMP_NUM_THREADS says otherwise."""
-    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+    if not compat.uses_cuda() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_local_ranks))
 
 

@@ -136,7 +136,7 @@ def environment(world: World) -> dict[str, Any]:
             installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             installed[name] = None
-    cuda = torch.cuda.is_available()
+    cuda = world.device.type == "cuda"
     return {
         "command": sys.argv,
         "python": platform.python_version(),

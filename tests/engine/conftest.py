@@ -1,5 +1,6 @@
 """A world of one, a tiny model under ZeRO, and steps over made-up text."""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,8 +29,14 @@ SHAPE = dict(
 
 
 @pytest.fixture(autouse=True, scope="session")
-def one_thread() -> None:
+def on_the_cpu() -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"  # also where there is a GPU: test_gpu.py goes there, in processes of its own
     torch.set_num_threads(1)  # sums are then taken in one order, here and in the processes that tests start
+
+
+@pytest.fixture
+def tokens() -> SpecialTokens:
+    return TOKENS
 
 
 @pytest.fixture

@@ -117,7 +117,7 @@ def test_a_damaged_checkpoint_is_passed_over(world, saved, damage):
 def test_never_starts_anew_when_all_are_damaged(world, saved):
     for folder in checkpoint.list_checkpoints(saved):
         flip_a_bit(folder / "state-00000-of-00001.safetensors")
-    with pytest.raises(InputError, match="no valid checkpoint left .*does not match its checksum"):
+    with pytest.raises(InputError, match=r"no valid checkpoint left .*does not match its checksum"):
         checkpoint.find(world, saved)
 
 
@@ -129,7 +129,7 @@ def test_nothing_saved_is_nothing_found(world, tmp_path):
 def test_a_model_of_another_shape_is_refused(saved):
     folder, shape = saved / "step-00000003", dict(hidden_size=30, num_attention_heads=3, intermediate_size=33)
     wider = ConceptForMaskedLM(ConceptConfig(**shape, vocab_size=98, num_concepts=5, num_hidden_layers=1))
-    with pytest.raises(InputError, match="encoder.embed_tokens.weight has 2910 of the 2940 elements"):
+    with pytest.raises(InputError, match=r"encoder.embed_tokens.weight has 2910 of the 2940 elements"):
         checkpoint.load_weights(folder, wider)
     shallow = torch.nn.ModuleDict({"encoder": torch.nn.ModuleDict({"embed_tokens": torch.nn.Embedding(97, 30)})})
     with pytest.raises(InputError, match="which the model of this recipe lacks"):
@@ -137,7 +137,7 @@ def test_a_model_of_another_shape_is_refused(saved):
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoints(world, build, saved):
-    """The limit on the size of a file stands in for a full disk: the writer meets an error in the middle of the file."""
+    """A limit on the size of files stands in for a full disk: the writer meets an error in the middle of one."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))

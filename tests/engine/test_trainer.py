@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -69,7 +70,7 @@ def test_a_run_leaves_what_it_promises(straight):
     assert environment["packages"]["torch"] == torch.__version__ and environment["world_size"] == 1
     steps = lines(straight)
     assert [entry["step"] for entry in steps] == list(range(1, 13))
-    assert all(a["tokens"] < b["tokens"] and a["elapsed_s"] < b["elapsed_s"] for a, b in zip(steps, steps[1:]))
+    assert all(a["tokens"] < b["tokens"] and a["elapsed_s"] < b["elapsed_s"] for a, b in itertools.pairwise(steps))
     assert [entry["tokens_per_s"] is None for entry in steps[:4]] == [True, True, True, False]
     assert [entry["step"] for entry in lines(straight, "eval")] == [5, 10, 12]
     (end,) = lines(straight, "end")

@@ -1,0 +1,88 @@
+"""Runs `train` on several ranks, without a port: one process imports everything, then forks the ranks of each job.
+
+    python ranks.py JOBS.json    JOBS: [{"world": 2, "recipe": PATH, "overrides": [...], "fault": [KIND, RANK, STEP]}]
+
+The exit codes of all ranks are printed as JSON, one line a job. `fault` makes one rank send itself SIGTERM ("stop") or
+meet a weight that is not a number ("poison"), once, at a step counted from 1.
+"""
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from conceptron.engine import trainer
+from conceptron.engine.data.loader import Loader
+from conceptron.engine.telemetry import Telemetry
+
+
+def stop(at_step: int) -> None:
+    report = Telemetry.step
+
+    def step(self, number, *rest):
+        report(self, number, *rest)
+        if number == at_step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Telemetry.step = step
+
+
+def poison(at_step: int) -> None:
+    make = Loader.step
+
+    def step(self, number):
+        views = make(self, number)
+        if number + 1 == at_step:
+            views[0] = replace(views[0], weights=views[0].weights * float("nan"))
+        return views
+
+    Loader.step = step
+
+
+def rank_of(job: dict, rank: int, store: str) -> None:
+    """Never returns."""
+    code = 1
+    try:
+        os.environ["LOCAL_RANK"] = str(rank)
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", store=dist.FileStore(store, job["world"]), rank=rank, world_size=job["world"])
+        kind, where, when = job.get("fault", ("", -1, 0))
+        if rank == where:
+            {"stop": stop, "poison": poison}[kind](when)
+        trainer.train(job["recipe"], job["overrides"])
+        code = 0
+    except SystemExit as stopped:
+        code = stopped.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main(path: str) -> None:
+    import deepspeed  # noqa: F401, so that the ranks do not each import it
+
+    with open(path) as file:
+        jobs = json.load(file)
+    for job in jobs:
+        with tempfile.TemporaryDirectory() as folder:
+            children = []
+            for rank in range(job["world"]):
+                child = os.fork()
+                if child == 0:
+                    rank_of(job, rank, f"{folder}/store")
+                children.append(child)
+            codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(json.dumps(codes), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,62 @@
+"""Held-out figures against a plain sum over float64 log-probabilities."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from conceptron.engine.data.loader import Loader
+from conceptron.engine.data.windows import Part, Windows
+from conceptron.engine.evaluation import evaluate
+from conceptron.models.objectives import OBJECTIVES
+
+
+@pytest.fixture
+def windows() -> Windows:
+    generator = np.random.default_rng(3)
+    lengths = np.array([5, 31, 1, 17, 40, 9], dtype=np.int32)
+    text = generator.integers(2, 97, size=lengths.sum()).astype(np.uint16)
+    return Windows([Part(text, np.cumsum(lengths, dtype=np.int64) - lengths, lengths)])
+
+
+def log_probabilities(model, view) -> torch.Tensor:
+    """[M] float64: log-softmax of the logits of every target row."""
+    encoded = model.encoder(packed=view.encoder)
+    hidden = model.decode(
+        encoded, view.decoder_position_ids, view.decoder_cu_seqlens, view.decoder_max_seqlen, view.decoder_input_ids,
+        view.timesteps,
+    )  # fmt: skip
+    return model.lm_head(hidden).double().log_softmax(-1).gather(-1, view.targets[:, None]).squeeze(-1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, options", [("diffusion", {}), ("diffusion", {"encoder_view": "clean"}), ("mlm", {})])
+@pytest.mark.parametrize("micro_tokens", [40, 500])
+def test_figures_are_plain_means(build, world, tokens, windows, name, options, micro_tokens):
+    engine, objective = build(), OBJECTIVES[name](**options)
+    loader = Loader(windows, objective, tokens, seed=0, tokens_per_step=500, micro_tokens=micro_tokens)
+    figures = evaluate(engine, loader, 1000, world)
+    assert engine.module.training
+
+    model, views = engine.module.eval(), list(loader.evaluation(1000))
+    nll = {key: torch.cat([-log_probabilities(model, view[key]) for view in views]) for key in views[0]}
+    seen = torch.cat([view[key].seen for key in views[0] for view in views])
+    every = torch.cat(list(nll.values()))
+    assert figures["num_targets"] == len(every) and figures["num_unseen"] == int((~seen).sum())
+    for key, mask in (("nll_seen", seen), ("nll_unseen", ~seen)):
+        expected = float(every[mask].mean()) if mask.any() else None
+        assert figures[key] == (expected if expected is None else pytest.approx(expected, rel=1e-5))
+    assert figures["nll_by_t"] == pytest.approx({key: float(values.mean()) for key, values in nll.items()}, rel=1e-5)
+    weighted = [
+        sum(float((view[key].weights * -log_probabilities(model, view[key])).sum()) for view in views)
+        / sum(float(view[key].divisor) for view in views)
+        for key in nll
+    ]
+    assert figures["loss"] == pytest.approx(math.fsum(weighted) / len(weighted), rel=1e-5)
+
+
+def test_repeating_an_evaluation_repeats_its_figures(build, world, tokens, windows):
+    engine = build()  # with dropout, which must be off
+    loader = Loader(windows, OBJECTIVES["diffusion"](), tokens, seed=0, tokens_per_step=99, micro_tokens=50)
+    assert evaluate(engine, loader, 60, world) == evaluate(engine, loader, 60, world)

@@ -1,0 +1,156 @@
+"""How processes find each other, and how they end: the real launchers, in processes of their own."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from conceptron.engine import checkpoint, launch
+from conceptron.engine.errors import InputError
+from conceptron.engine.trainer import train
+
+BIN = Path(sys.executable).parent
+LONG = ["train.steps=60", "checkpoint.every=3", "eval.every=0"]
+
+
+def steps(folder: Path) -> list[dict]:
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    entries = [json.loads(line) for line in lines if line.endswith("}")]
+    return [entry for entry in entries if entry["kind"] == "train"]
+
+
+def start(command: list, folder: Path) -> subprocess.Popen:
+    environment = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "TRITON_INTERPRET")}
+    with (folder / "output").open("w") as output:
+        return subprocess.Popen(
+            [str(part) for part in command], stdout=output, stderr=output, env={**environment, "OMP_NUM_THREADS": "1"},
+            cwd=folder, start_new_session=True,
+        )  # fmt: skip
+
+
+def wait_for(process: subprocess.Popen, folder: Path, number: int) -> None:
+    """Until the run has recorded that many steps."""
+    deadline = time.monotonic() + 180
+    while len(steps(folder / "runs" / "tiny")) < number:
+        output = (folder / "output").read_text()[-3000:]
+        assert process.poll() is None, f"ended early with {process.returncode}: {output}"
+        assert time.monotonic() < deadline, output
+        time.sleep(0.01)
+
+
+def exact(folder: Path) -> list[tuple]:
+    return [(entry["step"], entry["loss"].hex(), entry["lr"]) for entry in steps(folder)]
+
+
+def test_killed_in_the_middle_and_resumed(recipe, tmp_path):
+    """SIGKILL at any moment: the resumed run has every step once, and the losses of a run that was never stopped."""
+    process = start([BIN / "conceptron", "train", recipe, *LONG], tmp_path)
+    wait_for(process, tmp_path, 10)
+    process.kill()
+    process.wait()
+    folder = tmp_path / "runs" / "tiny"
+    done, newest = len(steps(folder)), checkpoint.list_checkpoints(folder / "checkpoints")[0]
+    assert 10 <= done < 60 and checkpoint.load_progress(newest).step < 60
+    train(recipe, [*LONG, "resume=auto"])
+    assert exact(folder) == exact(train(recipe, [*LONG, "run.name=whole"]))
+
+
+def test_the_deepspeed_launcher_and_torchrun(recipe, tmp_path):
+    """Two ranks under `deepspeed`, whose death stops and saves them; `torchrun` goes on; the losses are one rank's."""
+    arguments = ["train", recipe, *LONG, "model.dropout=0", "zero.stage=2"]
+    process = start([BIN / "deepspeed", "--num_gpus", 2, "--module", "conceptron", *arguments], tmp_path)
+    wait_for(process, tmp_path, 4)
+    process.terminate()  # only this one: the inner launcher and the ranks hear nothing
+    process.wait()
+    deadline = time.monotonic() + 60
+    while running(recipe):
+        assert time.monotonic() < deadline, "ranks are still training"
+        time.sleep(0.05)
+    folder = tmp_path / "runs" / "tiny"
+    newest, done = checkpoint.list_checkpoints(folder / "checkpoints")[0], len(steps(folder))
+    assert checkpoint.load_progress(newest).step == done < 60
+    assert len(list(newest.glob("state-*-of-00002.safetensors"))) == 2
+
+    elastic = [BIN / "torchrun", "--standalone", "--nproc_per_node", 2, "-m", "conceptron"]
+    process = start([*elastic, *arguments, "resume=auto"], tmp_path)
+    assert process.wait(timeout=180) == 0, (tmp_path / "output").read_text()[-3000:]
+    one = steps(train(recipe, [*LONG, "model.dropout=0", "run.name=one"]))
+    assert [entry["step"] for entry in steps(folder)] == [entry["step"] for entry in one]
+    assert [entry["loss"] for entry in steps(folder)] == pytest.approx([entry["loss"] for entry in one], rel=1e-4)
+
+
+def running(recipe: Path) -> list[int]:
+    """Processes that have this recipe on their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(recipe).encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
+
+
+def test_a_bad_recipe_ends_in_one_line_and_code_2(tmp_path):
+    (tmp_path / "bad.yaml").write_text("train: {steps: 3, stps: 4}\ndata: {}\nobjective: {name: mlm}\n")
+    done = subprocess.run(
+        [BIN / "conceptron", "--local_rank=0", "train", tmp_path / "bad.yaml"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == (
+        f"conceptron: error: {tmp_path}/bad.yaml: train.stps: unknown key; did you mean train.steps?\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.yaml"]
+
+
+def test_a_second_signal_is_not_caught():
+    with launch.StopRequest() as stop:
+        assert not stop.pending
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.pending and stop.signum == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_world_of_one_needs_no_launcher_and_leaves_nothing(monkeypatch):
+    for name in launch.LAUNCH_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for _ in range(2):
+        with launch.world() as world:
+            assert (world.rank, world.size, world.device.type, world.is_first) == (0, 1, "cpu", True)
+        assert not dist.is_initialized()
+
+
+def test_incomplete_launcher_variables(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    with pytest.raises(InputError, match="RANK is set but MASTER_PORT is not"), launch.world():
+        pass
+
+
+@pytest.mark.parametrize(
+    "nodes, first",
+    [("gpu[03-07,9],login1", "gpu03"), ("alone", "alone"), ("a,b", "a"), ("n-[1-2]", "n-1"), ("x[001]", "x001")],
+)
+def test_first_host_of_a_slurm_list(nodes, first):
+    assert launch.first_host(nodes) == first
+
+
+def test_srun_variables():
+    variables = "PROCID=5 LOCALID=1 STEP_NUM_TASKS=8 NTASKS=16 STEP_NODELIST=gpu[3-4] JOB_ID=123456"
+    place = launch.slurm_place(dict(f"SLURM_{pair}".split("=") for pair in variables.split()))
+    expected = "RANK=5 LOCAL_RANK=1 WORLD_SIZE=8 MASTER_ADDR=gpu3 MASTER_PORT=23456"
+    assert place == dict(pair.split("=") for pair in expected.split())
+    assert launch.slurm_place({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) == {}  # a shell inside an allocation
+    assert launch.slurm_place({}) == {}

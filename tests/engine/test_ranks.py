@@ -1,0 +1,121 @@
+"""Two ranks do what one does, whatever the ZeRO stage."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conceptron.engine import checkpoint
+from conceptron.engine.data.corpus import open_corpus
+from conceptron.engine.data.loader import Loader
+from conceptron.engine.recipe import load_recipe
+from conceptron.engine.trainer import train
+
+COMMON = ["model.dropout=0", "train.steps=8", "eval.every=0", "checkpoint.every=0"]
+SPARSE = [*COMMON, "batch.tokens=60", "batch.micro_tokens=48"]  # too few tokens to give every rank some
+STOPPED = [*COMMON, "model.dropout=0.1", "zero.stage=2", "train.precision=bf16"]
+
+
+@pytest.fixture(scope="module")
+def ran(recipe_in, tmp_path_factory):
+    """Runs every job of this file in one go: name -> (exit codes, run folder)."""
+    folder = tmp_path_factory.mktemp("ranks")
+    recipe = str(recipe_in(folder))
+    jobs = {
+        "one": dict(world=1, overrides=COMMON),
+        "stage 1": dict(world=2, overrides=[*COMMON, "zero.stage=1"]),
+        "stage 2": dict(world=2, overrides=[*COMMON, "zero.stage=2", "checkpoint.every=4"]),
+        "stage 3": dict(world=2, overrides=[*COMMON, "zero.stage=3"]),
+        "sparse one": dict(world=1, overrides=SPARSE),
+        "sparse": dict(world=2, overrides=[*SPARSE, "zero.stage=3"]),
+        "whole": dict(world=2, overrides=STOPPED),
+        "stopped": dict(world=2, overrides=STOPPED, fault=["stop", 1, 3]),
+        "resumed": dict(world=2, overrides=[*STOPPED, "resume=auto", "run.name=stopped"]),
+        "poisoned": dict(world=2, overrides=[*COMMON, "zero.stage=2"], fault=["poison", 1, 3]),
+    }
+    for name, job in jobs.items():
+        run = name.replace(" ", "-")
+        job["recipe"], job["overrides"] = recipe, [f"run.name={run}", *job["overrides"]]
+    (folder / "jobs.json").write_text(json.dumps(list(jobs.values())))
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("ranks.py"), folder / "jobs.json"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    codes = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert len(codes) == len(jobs), done.stderr[-4000:]
+    runs = folder / "runs"
+    return {name: (code, runs / name.replace(" ", "-")) for name, code in zip(jobs, codes, strict=True)}
+
+
+def figures(folder: Path) -> dict[str, torch.Tensor]:
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [entry for entry in entries if entry["kind"] == "train"]
+    (held_out,) = [entry for entry in entries if entry["kind"] == "eval"]
+    return {
+        **{
+            name: torch.tensor([e[name] for e in steps], dtype=torch.float64)
+            for name in ("loss", "grad_norm", "tokens")
+        },
+        "held out": torch.tensor([held_out["nll_unseen"], *held_out["nll_by_t"].values()], dtype=torch.float64),
+        "counts": torch.tensor([held_out["num_targets"], held_out["num_unseen"]]),
+    }
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name, alone", [("stage 1", "one"), ("stage 2", "one"), ("stage 3", "one"), ("sparse", "sparse one")]
+)
+def test_two_ranks_are_one(ran, name, alone):
+    (codes, two), (_, one) = ran[name], ran[alone]
+    assert codes == [0, 0]
+    # gradient norms bear witness: AdamW would hide a gradient that is off by a factor
+    torch.testing.assert_close(figures(two), figures(one), rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(weights(two), weights(one), rtol=1e-3, atol=1e-4)
+
+
+def test_a_signal_to_one_rank_stops_all_and_resuming_is_exact(ran):
+    assert ran["stopped"][0] == [143, 143]
+    assert ran["resumed"][0] == ran["whole"][0] == [0, 0]
+    resumed, whole = (figures(ran[name][1]) for name in ("stopped", "whole"))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    resumed, whole = (weights(ran[name][1]) for name in ("stopped", "whole"))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_a_bad_value_on_one_rank_is_skipped_on_both(ran):
+    codes, folder = ran["poisoned"]
+    assert codes == [0, 0]
+    progress = checkpoint.load_progress(folder / "checkpoints" / "step-00000008")
+    assert progress.optimizer_steps == 7
+    assert all(tensor.isfinite().all() for tensor in weights(folder).values())
+
+
+def test_one_rank_goes_on_where_two_have_been(ran, recipe_in, tmp_path):
+    """The state of two ranks at stage 2, read by one at stage 1: the same weights, the same steps but for rounding."""
+    target = tmp_path / "runs" / "tiny"
+    shutil.copytree(ran["stage 2"][1], target)
+    shutil.rmtree(target / "model")
+    shutil.rmtree(target / "checkpoints" / "step-00000008")
+    assert len(list(target.glob("checkpoints/step-00000004/state-*-of-00002.safetensors"))) == 2
+    train(recipe_in(tmp_path), [*COMMON, "resume=auto"])
+    torch.testing.assert_close(figures(target), figures(ran["one"][1]), rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(weights(target), weights(ran["one"][1]), rtol=1e-3, atol=1e-4)
+
+
+def test_the_sparse_job_leaves_a_rank_without_text(recipe_in, tmp_path):
+    recipe = load_recipe(recipe_in(tmp_path), SPARSE)
+    corpus = open_corpus(recipe.data)
+    loader = Loader(
+        corpus.train, recipe.build_objective(), corpus.tokens, seed=0, tokens_per_step=60, micro_tokens=48, rank=1,
+        world_size=2,
+    )  # fmt: skip
+    assert any(view.encoder.num_sequences == 0 for step in range(8) for view in loader.step(step))

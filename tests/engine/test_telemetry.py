@@ -1,0 +1,77 @@
+"""The record of a run."""
+
+import json
+
+import pytest
+import torch
+
+from conceptron.engine.launch import World
+from conceptron.engine.telemetry import UNCOUNTED_STEPS, Clock, Telemetry, duration, forget_after
+
+
+@pytest.fixture
+def telemetry(tmp_path):
+    telemetry = Telemetry(tmp_path, World(0, 0, 1, torch.device("cpu")), first_step=0, total_steps=50)
+    yield telemetry
+    telemetry.close()
+
+
+def test_every_line_is_on_file_at_once(telemetry, tmp_path):
+    telemetry.record("train", 1, loss=0.1 + 0.2, lr=None)
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"kind": "train", "step": 1, "loss": 0.1 + 0.2, "lr": None}  # all digits are kept
+
+
+def test_tensorboard_gets_the_numbers(telemetry, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    telemetry.record("eval", 7, loss=1.5, nll_seen=None, nll_by_t={"t=0.10": 2.5})
+    telemetry.close()
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert set(events.Tags()["scalars"]) == {"eval/loss", "eval/nll_by_t/t=0.10"}
+    (event,) = events.Scalars("eval/nll_by_t/t=0.10")
+    assert (event.step, event.value) == (7, 2.5)
+
+
+def test_without_a_terminal_there_are_plain_lines(telemetry, capfd):
+    for step in range(1, 51):
+        telemetry.step(step, 2.0, 1234.5)
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 2  # the first and the last: the others came within ten seconds
+    assert lines[0].startswith("step 1/50  loss 2.0000  1,234 tokens/s  ") and lines[-1].startswith("step 50/50")
+
+
+def test_other_ranks_are_silent(tmp_path, capfd):
+    telemetry = Telemetry(tmp_path, World(1, 1, 2, torch.device("cpu")), 0, 5)
+    telemetry.record("train", 1, loss=1.0)
+    telemetry.step(1, 1.0, None)
+    telemetry.say("hello")
+    telemetry.close()
+    assert not list(tmp_path.iterdir()) and capfd.readouterr() == ("", "")
+
+
+def test_lines_to_be_written_again_are_removed(tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    entries = [("train", 1), ("train", 2), ("eval", 2), ("train", 3), ("end", 2)]
+    lines = [json.dumps({"kind": kind, "step": step}) for kind, step in entries]
+    metrics.write_text("\n".join(lines) + '\n{"kind": "train", "st')  # killed while writing
+    forget_after(metrics, 2)
+    assert metrics.read_text() == "\n".join(lines[:3]) + "\n"
+
+
+def test_speed_leaves_out_the_first_steps_and_what_is_not_training(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    clock, speeds = Clock(), []
+    for seconds in [9.0] * UNCOUNTED_STEPS + [2.0, 3.0]:
+        now[0] += seconds
+        speeds.append(clock.step(1000))
+        now[0] += 50.0  # an evaluation
+        clock.restart()
+    assert speeds == [None] * UNCOUNTED_STEPS + [1000 / 2, 1000 / 3]
+    assert clock.tokens_per_s == 2000 / 5 and clock.elapsed_s == 9 * UNCOUNTED_STEPS + 5
+
+
+@pytest.mark.parametrize("seconds, text", [(0.4, "0m00s"), (61, "1m01s"), (7325, "2h02m")])
+def test_durations(seconds, text):
+    assert duration(seconds) == text
