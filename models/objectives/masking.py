@@ -33,7 +33,7 @@ class Targets(NamedTuple):
 class Masking:
     """``masking``:
         "random"      each token is a target with ``probability``, independently.
-        "whole_word"  words (see ``word_starts``) in random order, until probability * N tokens are reached.
+        "whole_word"  whole words (see ``word_starts``), probability * N tokens in all.
         "pmi"         the same with phrases: words that stand together in the list ``phrases`` are one unit, where
                       the longest match (in words) wins and equals are drawn; every other word is a unit of its own.
         "span"        spans of drawn lengths, until exactly floor(probability * n + u) of the n tokens (``span``
@@ -41,9 +41,11 @@ class Masking:
                       in [0, 1); the last span is cut to fit. Every placement is equally likely, on a circle, so that
                       the ends of a text are hidden as often as its middle; a span may go on at the other end.
 
-    A word or phrase that would pass the budget is taken with the chance of the part of it that fits, so that the
-    expected number of targets is exactly probability * N however long the words are. Special tokens are never
-    targets; words and phrases end at them.
+    Words and phrases are laid on a circle in random order, and those under an arc of probability * N tokens are taken;
+    one that lies under the arc in part, with the chance of that part. So each is a target with exactly ``probability``,
+    however long it is, and the number of targets misses the budget by less than two of them. (Counting off until the
+    budget is full instead would rarely take a long word from a short text.) Special tokens are never targets; words
+    and phrases end at them.
 
     Source: Joshi et al. 2020 (SpanBERT), arXiv:1907.10529; Levine et al. 2021 (PMI-Masking), arXiv:2010.01825;
     Lewis et al. 2020 (BART, Poisson), arXiv:1910.13461.
@@ -108,11 +110,11 @@ class Masking:
 
 def take(sizes: np.ndarray, probability: float, g: np.random.Generator) -> np.ndarray:
     """[W] int64: the number of the unit if it is a target, else -1; for units of ``sizes`` [W] tokens."""
-    order = g.permutation(len(sizes))
-    before = np.cumsum(sizes[order]) - sizes[order]
-    # with u in [0, 1) this holds for all that fit, for none that begins behind the budget, and for the one between
-    # with the chance of the part that fits
-    fits = before + g.random() * sizes[order] < probability * sizes.sum()
+    order, num_tokens = g.permutation(len(sizes)), sizes.sum()
+    ends = np.cumsum(sizes[order])
+    arc = g.random() * num_tokens - np.array([[0.0], [num_tokens]])  # where it begins, and once more a turn earlier
+    inside = np.minimum(ends, arc + probability * num_tokens) - np.maximum(ends - sizes[order], arc)
+    is_taken = g.random(len(sizes)) * sizes[order] < np.maximum(inside, 0).sum(0)
     group = np.full(len(sizes), -1)
-    group[order[fits]] = order[fits]
+    group[order[is_taken]] = order[is_taken]
     return group
