@@ -1,17 +1,12 @@
 """What a report is about: a finished run with its held-out text, or a bare checkpoint with text to read."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig
-from transformers.utils import logging
 
 from ..engine.data import sources, tokenizer
 from ..engine.data.corpus import open_corpus
@@ -20,8 +15,8 @@ from ..engine.data.recipe import DataRecipe
 from ..engine.data.windows import Part, Windows, cut
 from ..engine.errors import InputError
 from ..engine.recipe import Recipe, load_recipe
+from ..engine.saved_model import check_vocabulary, load_model, load_vocabulary
 from ..models.config import ConceptConfig
-from ..models.encoder import ConceptEncoder
 from ..models.heads import ConceptForMaskedLM
 from ..models.objectives import Diffusion, MaskedLM, SpecialTokens
 
@@ -113,54 +108,6 @@ def default_objective(config: ConceptConfig) -> MaskedLM | Diffusion:
     if config.timestep_conditioning:
         return Diffusion(weighting="none", hidden=config.hidden_tokens)
     return MaskedLM(hidden=config.hidden_tokens)
-
-
-def load_model(folder: Path) -> nn.Module:
-    """The masked language model in ``folder``, or the encoder of whatever else has one; float32, in evaluation mode."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if not isinstance(config, ConceptConfig):
-        kind = getattr(config, "model_type", None)
-        raise InputError(f"{folder}/config.json: expected model_type {ConceptConfig.model_type!r}, got {kind!r}")
-    kind = ConceptForMaskedLM if ConceptForMaskedLM.__name__ in (config.architectures or ()) else ConceptEncoder
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        with quiet():
-            model, loaded = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise InputError(f"{folder}: not the weights of a {kind.__name__} ({line}); save the model again") from error
-    if loaded["missing_keys"]:
-        names = sorted(loaded["missing_keys"])
-        raise InputError(f"{folder}: {len(names)} weights are missing, {names[0]} among them; save the model again")
-    return model.float().to(device).eval()
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' progress bar and load report: what matters of them is raised."""
-    level, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if had_bar:
-            logging.enable_progress_bar()
-
-
-def load_vocabulary(folder: Path, config: ConceptConfig) -> tokenizer.Vocabulary:
-    vocabulary = tokenizer.describe(tokenizer.load(str(folder)), str(folder))
-    check_vocabulary(vocabulary.tokens, config, folder)
-    return vocabulary
-
-
-def check_vocabulary(tokens: SpecialTokens, config: ConceptConfig, folder: Path) -> None:
-    if tokens.vocab_size > config.vocab_size:
-        raise InputError(
-            f"{folder}: its embedding has {config.vocab_size} rows, the tokenizer {tokens.vocab_size} ids; "
-            "they do not belong together"
-        )
 
 
 def read_windows(paths: Sequence[str], vocabulary: tokenizer.Vocabulary, window: int) -> Windows:
