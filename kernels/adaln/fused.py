@@ -10,11 +10,8 @@ Backward, from dy and the gradient dh that arrives at h:
     dbranch = gate * dx
     dshift = sum_t dy     dscale = sum_t dy * xhat     dgate = sum_t dx * branch
 
-A program owns at most ``rows`` consecutive rows of one sequence, so shift, scale and gate are loaded once and their
-gradients add up in registers. The lengths of packed sequences are known to the device only; programs find their rows
-without a read-back: sequence b owns the slots from ``cu[b] // rows + b`` up to those of b + 1, which are never fewer
-than ``ceil(length / rows)``, and the grid has ``T // rows + B`` slots. A slot finds its b by counting the sequences
-whose slots start at or before it; slots left over do nothing.
+A program owns a slot (slots.py): a few consecutive rows of one sequence, so shift, scale and gate are loaded once and
+their gradients add up in registers.
 
 Deterministic: each program writes its sums to its own slot, and a second kernel adds the slots of a sequence in order.
 """
@@ -27,6 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..build import Build
+from .slots import num_slots, row_strides, sizes, slot_rows
+from .wide import _wide_backward_kernel
 
 BLOCK_B = 256  # sequence starts compared at once by the slot search
 TARGET_PROGRAMS = 512  # backward: about four programs for each multiprocessor of a large GPU
@@ -53,8 +52,11 @@ CONFIGS = {  # by the power of two that holds d
     1024: Config(8, 8, 8, 2, 4),
     2048: Config(4, 8, 8, 2, 8),
     4096: Config(2, 8, 8, 1, 8),
-    8192: Config(1, 8, 16, 1, 32),
+    8192: Config(1, 8, 16, 1, 8),
 }
+
+
+WIDE = 8192  # whose backward pass takes a row in two halves
 
 
 def width_block(width: int) -> int:
@@ -64,6 +66,8 @@ def width_block(width: int) -> int:
 
 def backward_stages(block: int, itemsize: int) -> int:
     """One stage being used, and as many in flight, two at most, as STAGE_BYTES hold of dy, dh, h and branch."""
+    if block == WIDE:
+        return 1
     return 1 + min(2, STAGE_BYTES // (4 * CONFIGS[block].backward_tile * block * itemsize))
 
 
@@ -71,30 +75,6 @@ def backward_rows(num_rows: int, tile: int) -> int:
     """Rows a backward program owns, so that about TARGET_PROGRAMS share ``num_rows`` of them."""
     rows = min(max(triton.cdiv(num_rows, TARGET_PROGRAMS), MIN_ROWS), MAX_ROWS)
     return triton.cdiv(rows, tile) * tile
-
-
-@triton.jit
-def _slot_rows(cu_seqlens_ptr, slot, rows, B, N, PACKED: tl.constexpr, BLOCK_B: tl.constexpr):
-    """The sequence of a slot and the first and last + 1 of its rows; no rows where first >= end.
-
-    Packed: rows of [T,d], N = T. Padded: rows of one sequence's [N,d].
-    """
-    if PACKED:
-        sequence = 0
-        for start in range(1, B, BLOCK_B):
-            index = start + tl.arange(0, BLOCK_B)  # [BLOCK_B]
-            in_b = index < B
-            first_slot = tl.load(cu_seqlens_ptr + index, mask=in_b, other=0) // rows + index
-            sequence += tl.sum((in_b & (first_slot <= slot)).to(tl.int32), 0)
-        begin = tl.load(cu_seqlens_ptr + sequence)
-        finish = tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1), N)
-        first = begin + (slot - begin // rows - sequence) * rows
-    else:
-        slots = tl.cdiv(N, rows)
-        sequence = slot // slots
-        finish = N
-        first = (slot - sequence * slots) * rows
-    return sequence, first, tl.minimum(first + rows, finish)
 
 
 @triton.jit(do_not_specialize=["B", "N"])
@@ -106,7 +86,7 @@ def _forward_kernel(
     RESIDUAL: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    sequence, first, end = _slot_rows(cu_seqlens_ptr, tl.program_id(0), ROWS, B, N, PACKED, BLOCK_B)
+    sequence, first, end = slot_rows(cu_seqlens_ptr, tl.program_id(0), ROWS, B, N, PACKED, BLOCK_B)
     sequence = sequence.to(tl.int64)
     d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     in_d = d < D
@@ -148,15 +128,13 @@ def _backward_kernel(
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0)
-    sequence, first, end = _slot_rows(cu_seqlens_ptr, slot, rows, B, N, PACKED, BLOCK_B)
+    sequence, first, end = slot_rows(cu_seqlens_ptr, slot, rows, B, N, PACKED, BLOCK_B)
     sequence = sequence.to(tl.int64)
     d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     in_d = d < D
-    scale_cell = sequence * scale_stride_b + d * scale_stride_d
-    scale = tl.load(scale_ptr + scale_cell, mask=in_d, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + sequence * scale_stride_b + d * scale_stride_d, mask=in_d, other=0.0).to(tl.float32)
     if RESIDUAL:
-        gate_cell = sequence * gate_stride_b + d * gate_stride_d
-        gate = tl.load(gate_ptr + gate_cell, mask=in_d, other=0.0).to(tl.float32)
+        gate = tl.load(gate_ptr + sequence * gate_stride_b + d * gate_stride_d, mask=in_d, other=0.0).to(tl.float32)
         dgate = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     # one sum a tile row, so that warps that own different rows meet only once, after the loop
     dshift = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
@@ -174,8 +152,6 @@ def _backward_kernel(
         mean = tl.load(mean_ptr + out_row + t, mask=in_t, other=0.0)
         rstd = tl.load(rstd_ptr + out_row + t, mask=in_t, other=0.0)
         xhat = (h - mean[:, None]) * rstd[:, None]  # beyond D dy is 0, and so is every product below
-        if BLOCK_D > 4096:  # 1024 threads have 64 registers each: too few to keep scale and gate
-            scale = tl.load(scale_ptr + scale_cell, mask=in_d, other=0.0).to(tl.float32)
         g = dy * (1.0 + scale[None, :])
         along_one = tl.sum(g, 1) / D
         along_xhat = tl.sum(g * xhat, 1) / D
@@ -188,8 +164,6 @@ def _backward_kernel(
         if RESIDUAL:
             branch_cell = sequence * branch_stride_b + t[:, None] * branch_stride_t + d[None, :] * branch_stride_d
             branch = tl.load(branch_ptr + branch_cell, mask=mask, other=0.0).to(tl.float32)
-            if BLOCK_D > 4096:
-                gate = tl.load(gate_ptr + gate_cell, mask=in_d, other=0.0).to(tl.float32)
             dgate += dx * branch
             tl.store(dbranch_ptr + out_cell, (gate[None, :] * dx).to(dbranch_ptr.dtype.element_ty), mask=mask)
         tl.store(dx_ptr + out_cell, dx.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -231,24 +205,6 @@ def _reduce_kernel(
         tl.store(dscale_ptr + out, total.to(dscale_ptr.dtype.element_ty), mask=in_d)
     elif RESIDUAL:
         tl.store(dgate_ptr + out, total.to(dgate_ptr.dtype.element_ty), mask=in_d)
-
-
-def num_slots(shape: torch.Size, cu_seqlens: Tensor | None, rows: int) -> int:
-    if cu_seqlens is None:
-        return shape[0] * triton.cdiv(shape[1], rows)
-    return shape[0] // rows + cu_seqlens.shape[0] - 1
-
-
-def sizes(shape: torch.Size, cu_seqlens: Tensor | None) -> tuple[int, int]:
-    """(B, N) of the kernels: N is T when packed."""
-    return (shape[0], shape[1]) if cu_seqlens is None else (cu_seqlens.shape[0] - 1, shape[0])
-
-
-def row_strides(tensor: Tensor | None) -> tuple[int, int, int]:
-    """(b, t, d) strides of [B,N,d] or [T,d]."""
-    if tensor is None:
-        return (0, 0, 1)
-    return tensor.stride() if tensor.ndim == 3 else (0, *tensor.stride())
 
 
 def forward(
@@ -298,7 +254,8 @@ def backward(
     partial = torch.empty((slots, 3 if residual else 2, width), dtype=torch.float32, device=h.device)
     with torch.cuda.device_of(h):
         if slots > 0:
-            _backward_kernel[(slots,)](
+            kernel = _wide_backward_kernel if block == WIDE else _backward_kernel
+            kernel[(slots,)](
                 dy, dh, h, branch, gate, scale, mean, rstd, cu_seqlens, dx, dbranch, partial,
                 num_sequences, length, width, rows,
                 *row_strides(dy), *row_strides(dh), *row_strides(h), *row_strides(branch),
@@ -326,8 +283,7 @@ def _build(name: str, kernel, dtype: str, constants: dict, num_warps: int) -> Bu
         for name in names
     }
     divisible = tuple(n for n in names if n == "D" or n.endswith(("_stride_b", "_stride_t")))
-    archs = ("cuda",) if num_warps > 16 else None  # AMD's wavefronts are twice as wide, and a block has 1024 threads
-    return Build(f"adaln/{name}", kernel, signature, constants, num_warps, 1, False, divisible, archs)
+    return Build(f"adaln/{name}", kernel, signature, constants, num_warps, 1, False, divisible)
 
 
 def _forward_build(block: int, dtype: str, residual: bool, packed: bool) -> Build:
@@ -350,7 +306,8 @@ def _backward_build(block: int, dtype: str, residual: bool, packed: bool, has_dh
     constants |= {} if packed else dict(cu_seqlens_ptr=None)
     kind = ("residual" if has_dh else "residual-no-dh") if residual else "plain"
     name = f"backward/{kind}/{'packed' if packed else 'padded'}/{dtype}/d{block}"
-    return _build(name, _backward_kernel, dtype, constants, chosen.backward_warps)
+    kernel = _wide_backward_kernel if block == WIDE else _backward_kernel
+    return _build(name, kernel, dtype, constants, chosen.backward_warps)
 
 
 def _reduce_build(dtype: str, residual: bool, packed: bool) -> Build:
