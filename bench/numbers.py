@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .harness import device_of, markdown_table, read_results, write_text
+from .harness import device_of, markdown_table, read_results, write_results, write_text
 from .plot import BLUE, GREY, INK, canvas
 from .suite import BEST_COLUMNS, best_peers
 
@@ -150,7 +150,7 @@ def report(folder: Path) -> Path:
     Raises:
         FileNotFoundError: the folder holds no result file.
     """
-    files = [path for path in sorted(folder.rglob("*.json")) if read_rows(path)]
+    files = [path for path in sorted(folder.rglob("*.json")) if path.name != "best.json" and read_rows(path)]
     if not files:
         raise FileNotFoundError(f"{folder}: no result files; run conceptron bench kernels, scaling or memory first")
     parts = ["# Results\n"]
@@ -160,7 +160,9 @@ def report(folder: Path) -> Path:
             for suffix in ("png", "svg"):
                 plot_roofline(path.with_name(f"roofline.{suffix}"), rows, environment)
                 plot_speedups(path.with_name(f"speedup.{suffix}"), rows, environment)
-            parts.append(f"## Against the fastest accurate peer\n{render(best_peers(rows), environment, BEST_COLUMNS)}")
+            best = best_peers(rows)
+            write_results(path.parent, "best", best, environment, title="Against the fastest accurate peer")
+            parts.append(f"## Against the fastest accurate peer\n{render(best, environment, BEST_COLUMNS)}")
         table = (path.with_suffix(".md").read_text() if path.with_suffix(".md").exists()
                  else render(rows, environment, ()))  # fmt: skip
         parts.append(f"## {path.relative_to(folder).with_suffix('')}\n\n{table.removeprefix('# ')}")
