@@ -64,15 +64,24 @@ class World:
         return result
 
     def first_then_others(self, action: Callable[[], T]) -> T:
-        """Runs `action` on rank 0, which may fill a cache, then on the others; an error stops all of them."""
+        """Runs `action` on rank 0, which may fill a cache, then on the others; an error of one is raised on all."""
         result: Any = None
 
-        def once() -> None:
+        def run() -> None:
             nonlocal result
             result = action()
 
-        self.first_then_share(once)
-        return result if self.is_first else action()
+        self.first_then_share(run)
+        error: BaseException | None = None
+        if not self.is_first:
+            try:
+                run()
+            except (InputError, OSError) as caught:
+                error = caught
+        errors = [each for each in self.gather(error) if each is not None]
+        if errors:
+            raise errors[0]
+        return result
 
 
 @contextlib.contextmanager
@@ -148,7 +157,7 @@ def share_cores(num_local_ranks: int) -> None:
 
 
 class StopRequest:
-    """SIGTERM, SIGINT or a vanished launcher ask the run to save and end; a second signal ends it at once.
+    """Inside `with`, SIGTERM, SIGINT or a vanished launcher ask the run to save and end; a second signal ends it now.
 
     The trainer sums `pending` over ranks with every step's loss, so all ranks stop after the same step.
     """

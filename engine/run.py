@@ -5,6 +5,7 @@ RUN/recipe.yaml  environment.json  metrics.jsonl  tb/  checkpoints/  model/  rep
 
 import fcntl
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,15 @@ class RunFolder:
         Raises:
             InputError: the folder is in use, is no run, was started from another recipe, or holds no valid checkpoint.
         """
-        self.world.first_then_share(self._check_usable)
-        if not self.checkpoints.is_dir():
+        is_used = self.world.first_then_share(self._check_usable)
+        if not is_used:
             return []
         self.found, warnings = checkpoint.find(self.world, self.checkpoints)
-        if self.found:
-            self.progress = checkpoint.load_progress(self.found)
-            self.compare("trajectory", self.recipe.trajectory())
-        return warnings
+        if self.found is None:
+            return [f"{self.path}: no checkpoint was saved yet; this run starts from the beginning"]
+        self.progress = checkpoint.load_progress(self.found)
+        self.compare("trajectory", self.recipe.trajectory())
+        return [f"warning: {warning}" for warning in warnings]
 
     @property
     def is_finished(self) -> bool:
@@ -60,36 +62,44 @@ class RunFolder:
         """Makes the folder, takes possession of it, and writes the resolved recipe and the environment. Collective."""
 
         def write() -> None:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
-            save_recipe(self.recipe, self.path / "recipe.yaml")
-            (self.path / "environment.json").write_text(json.dumps(environment(self.world), indent=1))
+            is_new = not self.path.exists()
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._take_lock()
+                save_recipe(self.recipe, self.path / "recipe.yaml")
+                (self.path / "environment.json").write_text(json.dumps(environment(self.world), indent=1))
+            except OSError:
+                if is_new:
+                    shutil.rmtree(self.path, ignore_errors=True)
+                raise
 
         self.world.first_then_share(write)
 
-    def close(self) -> None:
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._lock is not None:
             self._lock.close()
-            self._lock = None
 
-    def _check_usable(self) -> None:
+    def _check_usable(self) -> bool:
+        """Whether there is a run to go on with; no other process can then touch it."""
         path = self.path
         if path.exists() and not path.is_dir():
             raise InputError(f"{path}: expected a run folder, got a file; use another run.name or run.folder")
         if not path.exists() or not any(path.iterdir()):
-            return
+            return False
         if self.recipe.resume == "never":
             raise InputError(f"{path}: run folder already in use; go on with resume=auto, or choose another run.name")
         if not (path / "recipe.yaml").exists():
             raise InputError(f"{path}: not empty and not a run folder (no recipe.yaml); choose another run.name")
         self._take_lock()
+        return True
 
     def _take_lock(self) -> None:
         """The lock is the kernel's: it ends with the process, however that ends."""
-        if self._lock is None:
-            self._lock = (self.path / ".lock").open("w")
+        self._lock = self._lock or (self.path / ".lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            self.close()
             raise InputError(f"{self.path}: another process is training here; choose another run.name") from error

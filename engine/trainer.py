@@ -1,5 +1,6 @@
 """The training loop."""
 
+import errno
 import hashlib
 import math
 import signal
@@ -28,6 +29,7 @@ from .schedule import learning_rate
 from .telemetry import Clock, Telemetry, duration, peak_memory_bytes
 
 MAX_FAILED_SAVES = 3  # in a row, after which the run stops
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
@@ -42,19 +44,22 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
             disk is full or gradients stay non-finite: the last good checkpoint stays.
         SystemExit: SIGTERM or SIGINT came; a checkpoint was saved. The code is 128 plus the signal's number.
     """
-    recipe = load_recipe(recipe_path, overrides)
-    with launch.world() as world, StopRequest() as stop:
-        run = RunFolder(recipe, world)
+    recipe, stop = load_recipe(recipe_path, overrides), StopRequest()
+    with launch.world() as world, RunFolder(recipe, world) as run:
+        notes = run.inspect()
+        if run.is_finished:
+            if world.is_first:
+                print(f"{run.path}: finished already ({run.progress.step} steps); the model is in {run.model}")
+            return run.path
+        trainer = Trainer(recipe, world, stop, run)
         try:
-            warnings = run.inspect()
-            if run.is_finished:
-                if world.is_first:
-                    print(f"{run.path}: finished already ({run.progress.step} steps); the model is in {run.model}")
-            else:
-                Trainer(recipe, world, stop, run).fit(warnings)
-        finally:
-            run.close()
-    return recipe.path
+            with stop:
+                trainer.fit(notes)
+        except OSError as error:
+            if error.errno not in DISK_FAULTS:
+                raise
+            raise InputError(f"{run.path}: cannot be written ({error.strerror}); {trainer.way_back()}") from error
+    return run.path
 
 
 class Trainer:
@@ -95,13 +100,13 @@ class Trainer:
             raise InputError(f"model.timestep_conditioning: objective {name} has no timesteps; set it to false")
         return config
 
-    def fit(self, warnings: Sequence[str]) -> None:
+    def fit(self, notes: Sequence[str]) -> None:
         """The loop, in the order in which things happen."""
         recipe, progress, clock, total = self.recipe, self.progress, self.clock, self.recipe.train.steps
         progress.identity = self.identity
         self.run.create()
         self.telemetry = telemetry = Telemetry(self.run.path, self.world, progress.step, total)
-        self.announce(warnings)
+        self.announce(notes)
         steps = range(progress.step, total)
         for step, views in zip(steps, self.loader.prefetch(steps.start, steps.stop), strict=True):
             lr = learning_rate(
@@ -189,8 +194,8 @@ class Trainer:
     def way_back(self) -> str:
         kept = checkpoint.list_checkpoints(self.run.checkpoints)
         if not kept:
-            return "there is no earlier checkpoint; free some space and start again with resume=auto"
-        return f"{kept[0].name} is intact; free some space and go on with resume=auto"
+            return "there is no checkpoint yet; make room and start again with resume=auto"
+        return f"{kept[0].name} is intact; make room and go on with resume=auto"
 
     def leave(self) -> None:
         self.telemetry.say(f"stopped after step {self.progress.step}; go on with resume=auto")
@@ -210,10 +215,10 @@ class Trainer:
         self.telemetry.say(f"finished {self.progress.step} steps in {duration(seconds)}; the model is in {model}")
         self.telemetry.close()
 
-    def announce(self, warnings: Sequence[str]) -> None:
+    def announce(self, notes: Sequence[str]) -> None:
         say, world = self.telemetry.say, self.world
-        for warning in warnings:
-            say(f"warning: {warning}")
+        for note in notes:
+            say(note)
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
         say(
             f"{self.run.path}: {parameters / 1e6:.1f} M parameters, {self.corpus.train.num_tokens / 1e6:.2f} M tokens "

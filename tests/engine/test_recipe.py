@@ -1,11 +1,14 @@
 """Recipes: what is accepted, what is refused, and in which words."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
 from conceptron.engine.errors import InputError
 from conceptron.engine.recipe import load_recipe, save_recipe
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 SMALLEST = {"data": {"source": "pydocs"}, "objective": {"name": "diffusion"}, "train": {"steps": 10}}
 
 
@@ -148,3 +151,13 @@ def test_trajectory_holds_what_decides_the_losses(write):
         "train.steps=9",
     ):
         assert load_recipe(path, [fixed]).trajectory() != base
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid(path):
+    recipe = load_recipe(path)
+    recipe.build_objective()
+    config = recipe.build_config(vocab_size=5000, mask_token_id=4)
+    assert config.hidden_tokens == recipe.objective.get("hidden", "drop")
+    assert recipe.data.window <= recipe.batch.micro_tokens <= recipe.batch.tokens
+    assert recipe.optim.warmup_steps < recipe.train.steps

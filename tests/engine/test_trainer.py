@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from conceptron.engine.data.loader import Loader
 from conceptron.engine.errors import InputError
 from conceptron.engine.telemetry import Telemetry
 from conceptron.engine.trainer import train
+from conceptron.models.config import ConceptConfig
+from conceptron.models.heads import ConceptForMaskedLM
 
 
 def lines(folder: Path, kind: str = "train") -> list[dict]:
@@ -282,9 +286,63 @@ def test_a_full_disk_costs_one_checkpoint(straight, recipe, monkeypatch, capfd):
 def test_a_full_disk_at_the_end_stops_with_one_line(recipe, straight, monkeypatch):
     fill_disk({12}, monkeypatch)
     message = refusal(recipe)
-    assert "step 12 could not be saved" in message and "step-00000008 is intact; free some space" in message
+    assert "step 12 could not be saved" in message and "step-00000008 is intact; make room" in message
     monkeypatch.undo()
     assert history(train(recipe, ["resume=auto"])) == history(straight)
+
+
+def test_a_full_disk_for_the_record_stops_with_one_line(recipe, straight, monkeypatch):
+    record = Telemetry.record
+
+    def failing(self, kind, step, **values):
+        if step == 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        record(self, kind, step, **values)
+
+    monkeypatch.setattr(Telemetry, "record", failing)
+    message = refusal(recipe)
+    assert "cannot be written (No space left on device); step-00000004 is intact" in message
+    monkeypatch.undo()
+    assert history(train(recipe, ["resume=auto"])) == history(straight)
+
+
+def test_a_run_folder_that_cannot_be_made(recipe, tmp_path):
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    assert "cannot be written (Not a directory)" in refusal(recipe)
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_anew(straight, recipe, monkeypatch, capfd):
+    monkeypatch.setattr(Telemetry, "step", lambda self, step, *rest: 1 / 0 if step == 3 else None)
+    with pytest.raises(ZeroDivisionError):
+        train(recipe)
+    monkeypatch.undo()
+    folder = train(recipe, ["resume=auto"])
+    assert "no checkpoint was saved yet; this run starts from the beginning" in capfd.readouterr().err
+    assert history(folder) == history(straight)
+
+
+def test_a_bare_session_computes_the_same_logits(straight, tmp_path):
+    """In a process that imports nothing but transformers and the package that registers the model."""
+    code = f"""
+import torch, transformers, conceptron
+from safetensors.torch import save_file
+torch.set_num_threads(1)
+model = transformers.AutoModelForMaskedLM.from_pretrained({str(straight / "model")!r}).eval()
+words = transformers.AutoTokenizer.from_pretrained({str(straight / "model")!r})
+batch = words(["the encoder [MASK] a text", "again"], return_tensors="pt", padding=True)
+with torch.no_grad():
+    save_file({{"logits": model(**batch).logits, "ids": batch["input_ids"]}}, {str(tmp_path / "out")!r})
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    there = load_file(tmp_path / "out")
+    words = AutoTokenizer.from_pretrained(straight / "model")
+    batch = words(["the encoder [MASK] a text", "again"], return_tensors="pt", padding=True)
+    model = ConceptForMaskedLM(ConceptConfig.from_pretrained(straight / "model"))
+    checkpoint.load_weights(straight / "checkpoints" / "step-00000012", model)
+    with torch.no_grad():
+        logits = model.eval()(**batch).logits
+    assert torch.equal(there["ids"], batch["input_ids"]) and (there["ids"] == words.mask_token_id).sum() == 1
+    assert torch.equal(there["logits"], logits)
 
 
 def test_the_size_of_a_micro_batch_changes_nothing_but_rounding(recipe):
