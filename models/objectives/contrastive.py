@@ -75,9 +75,9 @@ class Contrastive:
         bounds = np.concatenate([[0], np.cumsum(text.lengths)])
         texts = [text.ids[begin:end] for begin, end in pairwise(bounds)]
         shortest = 2 if self.pairs in ("adjacent", "overlapping") else 1
-        names = [fingerprint(ids) for ids in texts] if documents is None else list(documents)
-        ids = [name if len(text) >= shortest else NO_PAIR for name, text in zip(names, texts, strict=True)]
-        ids = torch.tensor(ids, dtype=torch.int64)
+        names = [fingerprint(words) for words in texts] if documents is None else documents
+        names = [name if len(words) >= shortest else NO_PAIR for name, words in zip(names, texts, strict=True)]
+        ids = torch.tensor(names, dtype=torch.int64)
         if self.pairs == "dropout":
             return batch, batch, ids
         if self.pairs == "deletion":
@@ -85,7 +85,7 @@ class Contrastive:
             return keep_rows(text, ~a), keep_rows(text, ~b), ids
         draw = cut if self.pairs == "adjacent" else overlap
         spans = per_sequence(text, keys, PAIR, draw).reshape(-1, 2, 2).astype(np.int64)
-        a, b = ([ids[slice(*span)] for ids, span in zip(texts, spans[:, i], strict=True)] for i in range(2))
+        a, b = ([words[slice(*span)] for words, span in zip(texts, spans[:, i], strict=True)] for i in range(2))
         return pack(a), pack(b), ids
 
     def loss(
@@ -110,7 +110,7 @@ class Contrastive:
         temperature = self.temperature if temperature is None else temperature
         with torch.autocast(concepts_a.device.type, enabled=False):
             pair_B2e = torch.stack([self.embed(concepts_a), self.embed(concepts_b)], dim=1)
-            ids_B = ids.to(pair_B2e.device)
+            ids_B = ids.to(pair_B2e.device, torch.int64)
             everyone, all_ids, rank, num_ranks = pair_B2e, ids_B, 0, 1
             if self.across_ranks and dist.is_initialized() and dist.get_world_size() > 1:
                 rank, num_ranks = dist.get_rank(), dist.get_world_size()
