@@ -115,14 +115,15 @@ class Contrastive:
             if self.across_ranks and dist.is_initialized() and dist.get_world_size() > 1:
                 rank, num_ranks = dist.get_rank(), dist.get_world_size()
                 everyone, all_ids = gather(pair_B2e, ids_B)
-            mine = torch.nonzero(ids_B >= 0)[:, 0]
-            own = mine + rank * (len(all_ids) // num_ranks)  # where this rank's texts stand among all
-            blocked = (ids_B[mine, None] == all_ids) | (all_ids < 0)
-            blocked[torch.arange(len(mine), device=mine.device), own] = False
+            places = torch.arange(len(ids_B), device=ids_B.device)
+            own = places + rank * (len(all_ids) // num_ranks)  # where this rank's texts stand among all
+            blocked = (ids_B[:, None] == all_ids) | (all_ids < 0)
+            blocked[places, own] = False
             total = 0.0
             for one, other in ((0, 1), (1, 0)):
-                scores = pair_B2e[mine, one] @ everyone[:, other].T / temperature
-                total = total + F.cross_entropy(scores.masked_fill(blocked, -torch.inf), own, reduction="sum") / 2
+                scores = pair_B2e[:, one] @ everyone[:, other].T / temperature
+                nll_B = F.cross_entropy(scores.masked_fill(blocked, -torch.inf), own, reduction="none")
+                total = total + (nll_B * (ids_B >= 0)).sum() / 2
             return total * num_ranks / (all_ids >= 0).sum().clamp_min(1)
 
     def embed(self, concepts: Tensor) -> Tensor:
