@@ -13,7 +13,7 @@ from pathlib import Path
 def train(arguments: argparse.Namespace) -> int:
     from .engine.trainer import train
 
-    train(str(find_recipe(arguments.recipe)), arguments.overrides)
+    train(arguments.recipe, arguments.overrides)
     return 0
 
 
@@ -70,15 +70,6 @@ def bench(arguments: argparse.Namespace) -> int:
         case "compare":
             from .bench.numbers import compare_main as main
     return main(arguments.rest)
-
-
-def find_recipe(name: str) -> Path:
-    """A recipe file by its path; a path that does not exist is looked up among the recipes that the package ships."""
-    path = Path(name)
-    if path.exists() or path.is_absolute():
-        return path
-    shipped = Path(__file__).parent / "recipes" / name.removeprefix("recipes/")
-    return shipped if shipped.exists() else path
 
 
 def parser() -> argparse.ArgumentParser:

@@ -156,13 +156,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads and checks a recipe.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or the name of a shipped one such as `pretrain/mlm.yaml`.
         overrides: `section.field=value`, each value parsed as YAML; later ones win.
 
     Raises:
         InputError: the file cannot be read, or a field is unknown or has a wrong value.
     """
-    tree = read_yaml(Path(path))
+    path = find_recipe(path)
+    tree = read_yaml(path)
     overridden = {}
     for text in overrides:
         field = apply_override(tree, text)
@@ -175,6 +176,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     objective = checker.check_objective(recipe.objective)
     model = checker.check_model(recipe.model)
     return recipe.model_copy(update={"objective": objective, "model": model})
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The file itself; a relative path that does not exist is looked up among the recipes that the package ships."""
+    path = Path(path)
+    if path.exists() or path.is_absolute():
+        return path
+    shipped = Path(__file__).parent.parent / "recipes"
+    inside = shipped / (path.relative_to("recipes") if path.parts[:1] == ("recipes",) else path)
+    return inside if inside.exists() else path
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
