@@ -29,10 +29,12 @@ class Split:
         self.num_slots = num_sequences if self.single else num_tokens // chunk + num_sequences
 
 
-def choose_chunk(num_tokens: int, max_seqlen: int, programs_per_chunk: int, num_warps: int, block_n: int) -> int:
-    """Tokens of a chunk, a multiple of block_n: as many as still fill the GPU, between 4 tiles and MAX_CHUNK."""
+def choose_chunk(
+    num_tokens: int, max_seqlen: int, programs_per_chunk: int, num_warps: int, block_n: int, min_tiles: int = 4
+) -> int:
+    """Tokens of a chunk, a multiple of block_n: as many as still fill the GPU, between min_tiles and MAX_CHUNK."""
     chunk = -(-num_tokens * programs_per_chunk * num_warps // FULL_WARPS)
-    chunk = max(4 * block_n, min(chunk, MAX_CHUNK))
+    chunk = max(min_tiles * block_n, min(chunk, MAX_CHUNK))
     return min(-(-chunk // block_n), max(-(-max_seqlen // block_n), 1)) * block_n
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..build import Build
 from ..philox import drop_threshold
 from ..splits import REDUCE, Split, choose_chunk, locate, matrix_units, slots_of, split_build
-from ..tiles import keep_tile, load_tile, store_tile
+from ..tiles import attend_block, load_tile, store_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -64,24 +64,17 @@ def forward_kernel(
         k_ptr += head.to(tl.int64) * k_stride_h
         v_ptr += head.to(tl.int64) * v_stride_h
         scale_log2 = scale * LOG2E
-        if seed_ptr is not None:
-            seed = tl.load(seed_ptr)
+        seed = tl.load(seed_ptr) if seed_ptr is not None else 0
         n = tl.arange(0, BLOCK_N)
         for i in range(0, length, BLOCK_N):
             in_n = n < length - i
             # k, v [BLOCK_N, BLOCK_D]
             k = load_tile(k_ptr + (token + i) * k_stride_t, n * k_stride_t, in_n, D, BLOCK_D, True)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_R, BLOCK_N]
-            s = tl.where(in_n[None, :], s, -float("inf"))
-            new_m = tl.maximum(m, tl.max(s, 1))
-            p = tl.exp2(s * scale_log2 - (new_m * scale_log2)[:, None])
-            alpha = tl.exp2((m - new_m) * scale_log2)
-            l = l * alpha + tl.sum(p, 1)
-            m = new_m
-            if seed_ptr is not None:
-                p = tl.where(keep_tile(seed, threshold, b, h, c, first + i, BLOCK_R, BLOCK_N), p, 0.0)
             v = load_tile(v_ptr + (token + i) * v_stride_t, n * v_stride_t, in_n, D, BLOCK_D, True)
-            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+            m, l, acc = attend_block(
+                q, k, v, m, l, acc, in_n, scale_log2, seed, threshold, b, h, c, first + i,
+                BLOCK_R, BLOCK_N, False, True, seed_ptr is not None, PRECISION,
+            )  # fmt: skip
     # a chunk without tokens: acc = 0, l = 0, and lse = -inf
     safe_l = tl.where(l > 0, l, 1.0)
     out = acc * (keep_scale / safe_l)[:, None]
