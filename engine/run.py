@@ -47,7 +47,7 @@ class RunFolder:
         return self.progress.step >= self.recipe.train.steps and self.model.is_dir()
 
     def compare(self, name: str, now: dict[str, Any]) -> None:
-        """Holds what decides the loss sequence, or the vocabulary, against what the checkpoint was made with."""
+        """Refuses a difference to what the checkpoint was made with, in what decides the loss sequence."""
         if self.found is None:
             return
         before = self.progress.identity[name]

@@ -68,7 +68,11 @@ class Trainer:
     def __init__(self, recipe: Recipe, world: World, stop: StopRequest, run: RunFolder) -> None:
         self.recipe, self.world, self.stop, self.run, self.progress = recipe, world, stop, run, run.progress
         self.corpus: Corpus = world.first_then_others(lambda: open_corpus(recipe.data))
-        self.identity = {"trajectory": recipe.trajectory(), "text": text_identity(self.corpus)}
+        self.identity = {
+            "trajectory": recipe.trajectory(),
+            "text": text_identity(self.corpus),
+            "topology": {"ranks": world.size, "stage": recipe.zero.stage, "micro_tokens": recipe.batch.micro_tokens},
+        }
         run.compare("text", self.identity["text"])
         objective = recipe.build_objective()
         self.loader, self.held_out = (
@@ -103,10 +107,10 @@ class Trainer:
     def fit(self, notes: Sequence[str]) -> None:
         """The loop, in the order in which things happen."""
         recipe, progress, clock, total = self.recipe, self.progress, self.clock, self.recipe.train.steps
-        progress.identity = self.identity
         self.run.create()
         self.telemetry = telemetry = Telemetry(self.run.path, self.world, progress.step, total)
         self.announce(notes)
+        progress.identity = self.identity
         steps = range(progress.step, total)
         for step, views in zip(steps, self.loader.prefetch(steps.start, steps.stop), strict=True):
             lr = learning_rate(
@@ -226,7 +230,11 @@ class Trainer:
             f"{self.recipe.train.precision}, ZeRO {self.recipe.zero.stage}"
         )
         if self.run.found:
-            say(f"going on from {self.run.found}")
+            same = self.progress.identity["topology"] == self.identity["topology"]
+            say(
+                f"going on from {self.run.found}"
+                + ("" if same else ", with other ranks, stage or micro-batches: exact but for rounding")
+            )
 
 
 def due(step: int, every: int) -> bool:

@@ -17,6 +17,8 @@ from conceptron.engine.data.loader import Loader
 from conceptron.engine.recipe import load_recipe
 from conceptron.engine.trainer import train
 
+pytestmark = pytest.mark.xdist_group("ranks")  # one worker, so that the jobs run once
+
 COMMON = ["model.dropout=0", "train.steps=8", "eval.every=0", "checkpoint.every=0"]
 SPARSE = [*COMMON, "batch.tokens=60", "batch.micro_tokens=48"]  # too few tokens to give every rank some
 STOPPED = [*COMMON, "model.dropout=0.1", "zero.stage=2", "train.precision=bf16"]
@@ -99,7 +101,7 @@ def test_a_bad_value_on_one_rank_is_skipped_on_both(ran):
     assert all(tensor.isfinite().all() for tensor in weights(folder).values())
 
 
-def test_one_rank_goes_on_where_two_have_been(ran, recipe_in, tmp_path):
+def test_one_rank_goes_on_where_two_have_been(ran, recipe_in, tmp_path, capfd):
     """The state of two ranks at stage 2, read by one at stage 1: the same weights, the same steps but for rounding."""
     target = tmp_path / "runs" / "tiny"
     shutil.copytree(ran["stage 2"][1], target)
@@ -107,6 +109,7 @@ def test_one_rank_goes_on_where_two_have_been(ran, recipe_in, tmp_path):
     shutil.rmtree(target / "checkpoints" / "step-00000008")
     assert len(list(target.glob("checkpoints/step-00000004/state-*-of-00002.safetensors"))) == 2
     train(recipe_in(tmp_path), [*COMMON, "resume=auto"])
+    assert "with other ranks, stage or micro-batches: exact but for rounding" in capfd.readouterr().err
     torch.testing.assert_close(figures(target), figures(ran["one"][1]), rtol=2e-5, atol=1e-6)
     torch.testing.assert_close(weights(target), weights(ran["one"][1]), rtol=1e-3, atol=1e-4)
 
