@@ -86,6 +86,7 @@ def test_matrix_instructions_of_each_architecture():
     [
         (["--arch", "sm_70"], "--arch: expected one of sm_80"),
         (["--jobs", "0"], "--jobs: expected at least 1, got 0"),
+        (["--sample", "0"], "--sample: expected at least 1, got 0"),
         (["--builds", "nowhere.py"], "--builds: no file nowhere.py"),
     ],
 )
@@ -114,6 +115,15 @@ def test_every_operator_says_what_it_ships():
     assert set(table.OPERATORS) == folders
 
 
-def test_every_shipped_configuration_is_clean(capfd):
-    code = main(["--arch", "sm_90"])
+def test_samples_differ_by_architecture_and_cover_all():
+    names = [f"op/kernel/{i}" for i in range(600)]
+    picked = {arch: {n for n in names if table.sampled(n, arch, 3)} for arch in ("sm_80", "sm_90")}
+    assert all(150 < len(found) < 250 for found in picked.values()) and picked["sm_80"] != picked["sm_90"]
+    assert all(table.sampled(n, "sm_90", 1) for n in names)
+
+
+@pytest.mark.parametrize(("arch", "every"), [("sm_90", "3"), ("sm_80,sm_100", "12")])
+def test_shipped_configurations_are_clean(arch, every, capfd):
+    """A fixed part of them; all take minutes and are compiled by `conceptron kernels compile`."""
+    code = main(["--arch", arch, "--sample", every])
     assert code == 0, capfd.readouterr().out
