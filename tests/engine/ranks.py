@@ -6,6 +6,7 @@ The exit codes of all ranks are printed as JSON, one line a job. `fault` makes o
 meet a weight that is not a number ("poison"), once, at a step counted from 1.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -20,6 +21,9 @@ import torch.distributed as dist
 from conceptron.engine import trainer
 from conceptron.engine.data.loader import Loader
 from conceptron.engine.telemetry import Telemetry
+
+# imported before the ranks are forked, and so once; a run needs them all
+SHARED = ("deepspeed", "torch.utils.tensorboard", "torch._inductor.compile_fx", "networkx")
 
 
 def stop(at_step: int) -> None:
@@ -68,8 +72,8 @@ def rank_of(job: dict, rank: int, store: str) -> None:
 
 
 def main(path: str) -> None:
-    import deepspeed  # noqa: F401, so that the ranks do not each import it
-
+    for name in SHARED:
+        importlib.import_module(name)
     with open(path) as file:
         jobs = json.load(file)
     for job in jobs:
