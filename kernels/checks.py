@@ -1,5 +1,6 @@
 """Input checks shared by the doors: raised before any launch, naming the argument, what was expected, what came."""
 
+import math
 import os
 from collections.abc import Sequence
 from itertools import pairwise
@@ -48,6 +49,17 @@ def check_like(name: str, value: Tensor, first: str, other: Tensor) -> None:
 def check_size(name: str, axis: str, got: int, expected: int, why: str) -> None:
     if got != expected:
         raise ValueError(f"{name}: expected {axis} = {expected} ({why}), got {got}")
+
+
+def check_scale(scale: object, head_dim: int) -> float:
+    """A positive, finite scale of attention scores; 1/sqrt(head_dim) for None."""
+    if scale is None:
+        return 1 / math.sqrt(head_dim)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale: expected a float or None, got {type(scale).__name__}")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale: expected a positive, finite number, got {scale}")
+    return float(scale)
 
 
 def check_boundaries(cu_seqlens: object, num_tokens: int, device: torch.device) -> list[int] | None:

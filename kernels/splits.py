@@ -57,6 +57,17 @@ def matrix_units(tensor: Tensor) -> str:
     return "wgmma" if is_large else "mma"
 
 
+def check_supported(name: str, tensor: Tensor) -> None:
+    """Refuses the dtypes and head widths that the kernels do not take; ``name`` is the argument's at the door."""
+    if tensor.dtype == torch.float64:
+        raise TypeError(f"{name}: 'triton' takes float32, float16 and bfloat16, got float64; use backend='torch'")
+    if tensor.dtype == torch.bfloat16 and not tensor.is_cuda:
+        raise TypeError(f"{name}: the interpreter of Triton has wrong bfloat16 products; use float32 or float16 there")
+    if tensor.shape[-1] > 128:
+        width = tensor.shape[-1]
+        raise ValueError(f"{name}: 'triton' takes a head width D up to 128, got {width}; use backend='torch'")
+
+
 def split_build(
     name: str, kernel: Any, dtype: str, constants: Mapping[str, Any], launch: tuple[int, int], units: str,
     single: Collection[str] = (), has_dot: bool = True,

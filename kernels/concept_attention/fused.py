@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..build import Build
+from ..splits import check_supported
 from . import backward, forward
 
 _library = torch.library.Library("conceptron", "FRAGMENT")
@@ -78,6 +79,7 @@ def concept_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
     scale: float, dropout_p: float, seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    check_supported("q", q)
     return _ConceptAttention.apply(q, k, v, cu_seqlens, max_seqlen, scale, dropout_p, seed)
 
 

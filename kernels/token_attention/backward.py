@@ -98,7 +98,7 @@ def concept_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
     WITH_DQ: tl.constexpr, SINGLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK_C concepts of one key head and one chunk. WITH_DQ: they are all there are, so it makes dq."""
+    """A program owns BLOCK_C concepts of one key head and one chunk. WITH_DQ: they are all, so it makes dq."""
     num_blocks = tl.cdiv(num_concepts, BLOCK_C)
     pid = tl.program_id(0)
     first_c = pid % num_blocks * BLOCK_C

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..build import Build
+from ..splits import check_supported
 from . import backward, forward
 
 _library = torch.library.Library("conceptron", "FRAGMENT")
@@ -65,6 +66,7 @@ def token_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
     scale: float, dropout_p: float, seed: Tensor | None,
 ) -> Tensor:  # fmt: skip
+    check_supported("q", q)
     return _TokenAttention.apply(q, k, v, cu_seqlens, max_seqlen, scale, dropout_p, seed)
 
 

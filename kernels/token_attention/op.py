@@ -1,13 +1,12 @@
 """The door of token_attention: contract, checks, choice of backend."""
 
-import math
 from typing import Literal
 
 from torch import Tensor
 
 from ..autocast import lower_precision
 from ..backend import choose
-from ..checks import check_cu_seqlens, check_float, check_like, check_size, check_tensor
+from ..checks import check_cu_seqlens, check_float, check_like, check_scale, check_size, check_tensor
 from ..philox import as_seed, check_dropout
 from . import eager
 
@@ -28,7 +27,7 @@ def token_attention(
         k, v:       [B, C, Hkv, D], dtype and device of q; H is a multiple of Hkv.
         cu_seqlens: [B+1] int32, where each sequence starts in q; from 0, never decreasing, to T.
         max_seqlen: the longest sequence, or more, as a Python int: nothing is read back from the device.
-        scale:      of the scores; 1/sqrt(D) if None.
+        scale:      of the scores, positive; 1/sqrt(D) if None.
         dropout_p:  probability with which a weight is dropped (the others grow by 1/(1-p)). The mask is Philox of
                     (seed, b, h, n, c), the same on every backend; the torch backend then holds [B, H, N, C].
         seed:       int, int64 tensor of one element on q's device (for CUDA graphs), or None: drawn by torch.
@@ -66,7 +65,7 @@ def token_attention(
     check_cu_seqlens(cu_seqlens, max_seqlen, q.shape[0], q.device)
     check_size("k", "B", k.shape[0], cu_seqlens.shape[0] - 1, "cu_seqlens has B+1 entries")
     dropout_p = check_dropout(dropout_p)
-    scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
+    scale = check_scale(scale, head_dim)
     chosen = choose(backend, q)
     seed_tensor = as_seed(seed, q.device) if dropout_p > 0 else None
     if chosen == "triton":
