@@ -28,34 +28,29 @@ from .slots import num_slots, row_strides, sizes, slot_rows
 from .wide import _wide_backward_kernel
 
 BLOCK_B = 256  # sequence starts compared at once by the slot search
-TARGET_PROGRAMS = 512  # backward: about four programs for each multiprocessor of a large GPU
-MIN_ROWS, MAX_ROWS = 8, 64  # rows a backward program owns
-STAGE_BYTES = 64 * 1024  # backward: tiles in flight, small enough for every architecture's shared memory
+STAGE_BYTES = 64 * 1024  # tiles in flight, small enough for every architecture's shared memory
 REDUCE_SLOTS, REDUCE_D = 64, 32
 OPTIONS = {"enable_fp_fusion": True}  # triton 3.9 warns about its changing default
 
 
 class Config(NamedTuple):
-    """Tile heights; a thread holds 16 to 32 elements of a tile. Chosen by compiling, not yet measured on a GPU."""
+    """Rows of a tile, such that a thread holds 16 elements of it, and warps. Chosen by compiling, not yet on a GPU."""
 
     forward_tile: int
-    forward_rows: int  # rows a forward program owns, a multiple of forward_tile
     forward_warps: int
     backward_tile: int
     backward_warps: int
 
 
 CONFIGS = {  # by the power of two that holds d
-    128: Config(32, 32, 4, 16, 4),
-    256: Config(16, 16, 4, 8, 4),
-    512: Config(8, 8, 4, 4, 4),
-    1024: Config(8, 8, 8, 2, 4),
-    2048: Config(4, 8, 8, 2, 8),
-    4096: Config(2, 8, 8, 1, 8),
-    8192: Config(1, 8, 16, 1, 8),
+    128: Config(16, 4, 16, 4),
+    256: Config(8, 4, 8, 4),
+    512: Config(4, 4, 4, 4),
+    1024: Config(2, 4, 2, 4),
+    2048: Config(2, 8, 2, 8),
+    4096: Config(1, 8, 1, 8),
+    8192: Config(1, 16, 1, 8),
 }
-
-
 WIDE = 8192  # whose backward pass takes a row in two halves
 
 
@@ -64,29 +59,35 @@ def width_block(width: int) -> int:
     return max(min(CONFIGS), triton.next_power_of_2(width))
 
 
-def backward_stages(block: int, itemsize: int) -> int:
-    """One stage being used, and as many in flight, two at most, as STAGE_BYTES hold of dy, dh, h and branch."""
-    if block == WIDE:
-        return 1
-    return 1 + min(2, STAGE_BYTES // (4 * CONFIGS[block].backward_tile * block * itemsize))
+def num_stages(tile_bytes: int, num_tensors: int) -> int:
+    """One tile of each tensor being used, and as many in flight, two at most, as STAGE_BYTES hold."""
+    return 1 + min(2, STAGE_BYTES // (num_tensors * tile_bytes))
+
+
+def backward_stages(block: int, itemsize: int, residual: bool) -> int:
+    return 1 if block == WIDE else num_stages(CONFIGS[block].backward_tile * block * itemsize, 4 if residual else 2)
+
+
+def forward_rows(num_rows: int, tile: int) -> int:
+    """Rows a program owns: about 2048 programs (a few waves of a large GPU) up to four tiles each."""
+    return tile * min(max(triton.cdiv(num_rows, 2048 * tile), 1), 4)
 
 
 def backward_rows(num_rows: int, tile: int) -> int:
-    """Rows a backward program owns, so that about TARGET_PROGRAMS share ``num_rows`` of them."""
-    rows = min(max(triton.cdiv(num_rows, TARGET_PROGRAMS), MIN_ROWS), MAX_ROWS)
-    return triton.cdiv(rows, tile) * tile
+    """Rows a program owns: about 512 programs, but 8 to 64 rows each, so that partial sums stay few."""
+    return triton.cdiv(min(max(triton.cdiv(num_rows, 512), 8), 64), tile) * tile
 
 
-@triton.jit(do_not_specialize=["B", "N"])
+@triton.jit(do_not_specialize=["B", "N", "rows"])
 def _forward_kernel(
     x_ptr, branch_ptr, gate_ptr, shift_ptr, scale_ptr, cu_seqlens_ptr, h_ptr, y_ptr, mean_ptr, rstd_ptr,
-    B, N, D, eps,
+    B, N, D, rows, eps,
     x_stride_b, x_stride_t, x_stride_d, branch_stride_b, branch_stride_t, branch_stride_d,
     gate_stride_b, gate_stride_d, shift_stride_b, shift_stride_d, scale_stride_b, scale_stride_d,
-    RESIDUAL: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr,
+    RESIDUAL: tl.constexpr, PACKED: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    sequence, first, end = slot_rows(cu_seqlens_ptr, tl.program_id(0), ROWS, B, N, PACKED, BLOCK_B)
+    sequence, first, end = slot_rows(cu_seqlens_ptr, tl.program_id(0), rows, B, N, PACKED, BLOCK_B)
     sequence = sequence.to(tl.int64)
     d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     in_d = d < D
@@ -95,7 +96,7 @@ def _forward_kernel(
     if RESIDUAL:
         gate = tl.load(gate_ptr + sequence * gate_stride_b + d * gate_stride_d, mask=in_d, other=0.0).to(tl.float32)
     out_row = 0 if PACKED else sequence * N  # outputs are contiguous
-    for start in range(first, end, BLOCK_T):
+    for start in tl.range(first, end, BLOCK_T, num_stages=STAGES):
         t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)  # [BLOCK_T]
         in_t = t < end
         mask = in_t[:, None] & in_d[None, :]
@@ -220,14 +221,17 @@ def forward(
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     block = width_block(x.shape[-1])
     chosen = CONFIGS[block]
+    tile = chosen.forward_tile
+    rows = forward_rows(mean.numel(), tile)
     with torch.cuda.device_of(x):
-        _forward_kernel[(num_slots(x.shape, cu_seqlens, chosen.forward_rows),)](
+        _forward_kernel[(num_slots(x.shape, cu_seqlens, rows),)](
             x, branch, gate, shift, scale, cu_seqlens, h, y, mean, rstd,
-            *sizes(x.shape, cu_seqlens), x.shape[-1], eps,
+            *sizes(x.shape, cu_seqlens), x.shape[-1], rows, eps,
             *row_strides(x), *row_strides(branch),
             *((0, 1) if gate is None else gate.stride()), *shift.stride(), *scale.stride(),
-            RESIDUAL=branch is not None, PACKED=cu_seqlens is not None, ROWS=chosen.forward_rows,
-            BLOCK_T=chosen.forward_tile, BLOCK_D=block, BLOCK_B=BLOCK_B,
+            RESIDUAL=branch is not None, PACKED=cu_seqlens is not None,
+            STAGES=num_stages(tile * block * x.element_size(), 1 if branch is None else 2),
+            BLOCK_T=tile, BLOCK_D=block, BLOCK_B=BLOCK_B,
             num_warps=chosen.forward_warps, num_stages=1, **OPTIONS,
         )  # fmt: skip
     return h, y, mean, rstd
@@ -261,7 +265,7 @@ def backward(
                 *row_strides(dy), *row_strides(dh), *row_strides(h), *row_strides(branch),
                 *((0, 1) if gate is None else gate.stride()), *scale.stride(),
                 RESIDUAL=residual, HAS_DH=dh is not None, PACKED=cu_seqlens is not None,
-                STAGES=backward_stages(block, h.element_size()),
+                STAGES=backward_stages(block, h.element_size(), residual),
                 BLOCK_T=chosen.backward_tile, BLOCK_D=block, BLOCK_B=BLOCK_B,
                 num_warps=chosen.backward_warps, num_stages=1, **OPTIONS,
             )  # fmt: skip
@@ -271,6 +275,9 @@ def backward(
             num_warps=4, num_stages=1, **OPTIONS,
         )  # fmt: skip
     return dx, dbranch, dgate, dshift, dscale
+
+
+SIZES = {"bf16": 2, "fp32": 4}  # bytes
 
 
 def _build(name: str, kernel, dtype: str, constants: dict, num_warps: int) -> Build:
@@ -288,7 +295,8 @@ def _build(name: str, kernel, dtype: str, constants: dict, num_warps: int) -> Bu
 
 def _forward_build(block: int, dtype: str, residual: bool, packed: bool) -> Build:
     chosen = CONFIGS[block]
-    constants = dict(RESIDUAL=residual, PACKED=packed, ROWS=chosen.forward_rows, BLOCK_T=chosen.forward_tile)
+    stages = num_stages(chosen.forward_tile * block * SIZES[dtype], 2 if residual else 1)
+    constants = dict(RESIDUAL=residual, PACKED=packed, STAGES=stages, BLOCK_T=chosen.forward_tile)
     constants |= dict(BLOCK_D=block, BLOCK_B=BLOCK_B)
     constants |= {} if residual else dict(branch_ptr=None, gate_ptr=None, h_ptr=None)
     constants |= {} if packed else dict(cu_seqlens_ptr=None)
@@ -298,7 +306,7 @@ def _forward_build(block: int, dtype: str, residual: bool, packed: bool) -> Buil
 
 def _backward_build(block: int, dtype: str, residual: bool, packed: bool, has_dh: bool) -> Build:
     chosen = CONFIGS[block]
-    stages = backward_stages(block, 4 if dtype == "fp32" else 2)
+    stages = backward_stages(block, SIZES[dtype], residual)
     constants = dict(RESIDUAL=residual, HAS_DH=has_dh, PACKED=packed, STAGES=stages, BLOCK_T=chosen.backward_tile)
     constants |= dict(BLOCK_D=block, BLOCK_B=BLOCK_B)
     constants |= {} if residual else dict(branch_ptr=None, gate_ptr=None, dbranch_ptr=None)

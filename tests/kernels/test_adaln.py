@@ -392,8 +392,10 @@ def test_widest_row_has_a_configuration():
     assert fused.width_block(op.MAX_WIDTH) == max(fused.CONFIGS)
     for width in (1, 128, 129, 512, 513, 8192):
         assert fused.width_block(width) in fused.CONFIGS and fused.width_block(width) >= width
-    for chosen in fused.CONFIGS.values():
-        assert chosen.forward_rows % chosen.forward_tile == 0
+    for num_rows in (1, 2048, 5000, 1 << 20):
+        for tile in (1, 4, 16):
+            for rows in (fused.forward_rows(num_rows, tile), fused.backward_rows(num_rows, tile)):
+                assert rows >= tile and rows % tile == 0 and rows <= 64
 
 
 @pytest.mark.gpu
