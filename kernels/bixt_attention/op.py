@@ -1,13 +1,12 @@
 """The door of BiXT attention: the contract, the checks, the choice of backend."""
 
-import math
 from typing import Literal
 
 from torch import Tensor
 
 from ..autocast import lower_precision
 from ..backend import choose
-from ..checks import check_cu_seqlens, check_float, check_like, check_size, check_tensor
+from ..checks import check_cu_seqlens, check_float, check_like, check_scale, check_size, check_tensor
 from . import eager
 
 
@@ -43,8 +42,10 @@ def bixt_attention(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and what came. Backend
-            "triton" takes C <= 256 and D in 16, 32, 64, 128 (C <= 128 where D = 128), and no float64.
+            "triton" takes D <= 128 and no float64.
 
+    Fused up to C = 128 (float32: 64, and 16 where D > 64; 64 where D > 64 on GPUs with little shared memory). More
+    concepts run in Triton as concept_attention and token_attention, which compute the similarity twice.
     Memory: Triton saves the inputs, concept_out and one float32 log-sum-exp per concept; nothing of size C x N exists.
     The torch backend holds three [H, C, N] tensors per sequence. Inside autocast inputs are cast as for
     scaled_dot_product_attention.
@@ -92,10 +93,4 @@ def _check(
         raise ValueError(f"token_v: expected token_qk's shape {list(token_qk.shape)}, got {list(token_v.shape)}")
     check_cu_seqlens(cu_seqlens, max_seqlen, token_qk.shape[0], token_qk.device)
     check_size("cu_seqlens", "its length", cu_seqlens.shape[0], B + 1, "B + 1, with B from concept_qk")
-    if scale is None:
-        return 1.0 / math.sqrt(D)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale: expected a float or None, got {type(scale).__name__}")
-    if not (math.isfinite(scale) and scale > 0.0):
-        raise ValueError(f"scale: expected a positive, finite number, got {scale}")
-    return float(scale)
+    return check_scale(scale, D)

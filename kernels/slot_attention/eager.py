@@ -42,11 +42,11 @@ def slot_attention(
 def attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, C: int, normalize: str, eps: float) -> tuple[Tensor, Tensor]:
     """q [B,Hkv,G*C,D], k and v [B,Hkv,N,D], valid [B,N] -> out [B,Hkv,G*C,D], mass [B,Hkv,G,C] in at least float32."""
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-    attention = (k @ q.mT).unflatten(-1, (-1, C)).softmax(-1)  # [B,Hkv,N,G,C]
-    valid = valid[:, None, :, None, None]
-    attention = attention.masked_fill(~valid, 0.0).to(exact)
+    valid = valid[:, None, :, None, None].to(exact)
+    # in float32 also for its gradient: that of a concept which owns almost nothing overflows float16
+    attention = (k @ q.mT).unflatten(-1, (-1, C)).softmax(-1, dtype=exact) * valid  # [B,Hkv,N,G,C]
     mass = attention.sum(2)
-    num_tokens = valid.sum(2).to(exact)  # [B,1,1,1]
+    num_tokens = valid.sum(2)  # [B,1,1,1]
     if normalize == "mean":
         total = mass + eps * num_tokens
         total = torch.where(total > 0, total, 1.0)  # no tokens, no weights: 0 / 1

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..build import Build
+from ..splits import check_supported
 from . import backward, forward
 
 _library = torch.library.Library("conceptron", "FRAGMENT")
@@ -74,6 +75,7 @@ class _SlotAttention(torch.autograd.Function):
 def slot_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, normalize: str, eps: float
 ) -> tuple[Tensor, Tensor]:
+    check_supported("q", q)
     return _SlotAttention.apply(q, k, v, cu_seqlens, max_seqlen, scale, normalize, eps)
 
 

@@ -10,7 +10,7 @@ from ..splits import Split, choose_chunk, matrix_units, split_build
 from .tokens import token_kernel
 
 TOKEN_TILES = {  # of token_kernel, which needs no accumulator: {units: (BLOCK_C, BLOCK_N, num_warps, num_stages)}
-    "wgmma": (64, 32, 4, 2), "mma": (32, 64, 4, 2), "fma": (16, 16, 4, 1),
+    "wgmma": (64, 32, 8, 2), "mma": (32, 64, 4, 2), "fma": (16, 16, 4, 1),
 }  # fmt: skip
 
 

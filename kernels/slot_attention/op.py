@@ -1,13 +1,12 @@
 """The door of slot attention: the contract, the checks, the choice of backend."""
 
-import math
 from typing import Literal
 
 from torch import Tensor
 
 from ..autocast import lower_precision
 from ..backend import choose
-from ..checks import check_cu_seqlens, check_float, check_like, check_size, check_tensor
+from ..checks import check_cu_seqlens, check_float, check_like, check_scale, check_size, check_tensor
 from . import eager
 
 NORMALIZE = ("mean", "sum")
@@ -52,10 +51,12 @@ def slot_attention(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and what came. Backend
-            "triton" takes C <= 256 and D in 16, 32, 64, 128 (C <= 128 where D = 128), and no float64.
+            "triton" takes D <= 128 and no float64.
 
-    Memory: Triton saves the inputs, out and mass; nothing of size C x N exists. The torch backend holds three [H, C, N]
-    tensors per sequence. Inside autocast inputs are cast as for scaled_dot_product_attention.
+    Memory: Triton saves the inputs, out and mass; nothing of size C x N exists. Where a tile does not hold all concepts
+    (more than 256, fewer for D > 64 or float32) or query heads share a key head, backward also holds a float32 copy of
+    the gradients of k and v for each tile and head of the group. The torch backend holds three [H, C, N] tensors per
+    sequence. Inside autocast inputs are cast as for scaled_dot_product_attention.
 
     Source: Locatello et al. 2020, "Object-Centric Learning with Slot Attention", arXiv:2006.15055; the sum follows
     Krimmel, Achterhold and Stueckler 2024, "Attention Normalization Impacts Cardinality Generalization in Slot
@@ -104,10 +105,4 @@ def _check(
         raise TypeError(f"eps: expected a float, got {type(eps).__name__}")
     if not 0.0 <= eps < 1.0:
         raise ValueError(f"eps: expected 0 <= eps < 1, got {eps}")
-    if scale is None:
-        return 1.0 / math.sqrt(D)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale: expected a float or None, got {type(scale).__name__}")
-    if not (math.isfinite(scale) and scale > 0.0):
-        raise ValueError(f"scale: expected a positive, finite number, got {scale}")
-    return float(scale)
+    return check_scale(scale, D)
