@@ -1,7 +1,7 @@
 """The torch backend: batched matrix products and two softmaxes of one similarity, differentiable by autograd.
 
-Where the sequence boundaries can be read without waiting for a device and padding to the longest sequence would waste
-much, sequences run one after the other; elsewhere (GPU, traced graphs, nearly equal lengths) padded, side by side.
+Where the sequence boundaries can be read without waiting for a device, sequences run one after the other, unless they
+are so small that calls cost more than padding; elsewhere (GPU, traced graphs) they run padded, side by side.
 Holds the similarity and both weights, [B, H, C, N] each, for backward.
 """
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..checks import readable
 
-MAX_WASTE = 1.25  # padded rows per real token above which one-by-one is faster (measured on a CPU)
+LARGE = 16384  # weights of a sequence above which one-by-one is faster even without padding (measured on a CPU)
+MAX_WASTE = 2.5  # padded rows per real token above which it is faster for small sequences too
 
 
 def bixt_attention(
@@ -24,11 +25,19 @@ def bixt_attention(
     max_seqlen: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    B, T = concept_qk.shape[0], token_qk.shape[0]
+    T = token_qk.shape[0]
     concepts = (concept_qk * scale).transpose(1, 2), concept_v.transpose(1, 2)  # [B,H,C,D]
-    if readable(cu_seqlens) and B * min(max_seqlen, T) > MAX_WASTE * T:
+    if not pays_to_pad(cu_seqlens, T, max_seqlen, concept_qk.shape[1] * concept_qk.shape[2]):
         return one_by_one(*concepts, token_qk, token_v, cu_seqlens)
     return side_by_side(*concepts, token_qk, token_v, cu_seqlens, min(max_seqlen, T))
+
+
+def pays_to_pad(cu_seqlens: Tensor, num_tokens: int, max_seqlen: int, weights_per_token: int) -> bool:
+    if not readable(cu_seqlens) or cu_seqlens.shape[0] == 1:
+        return True
+    num_sequences = cu_seqlens.shape[0] - 1
+    is_small = num_sequences > 1 and num_tokens * weights_per_token < LARGE * num_sequences
+    return is_small and num_sequences * min(max_seqlen, num_tokens) <= MAX_WASTE * num_tokens
 
 
 def attend(concept_qk: Tensor, concept_v: Tensor, token_qk: Tensor, token_v: Tensor, valid: Tensor | None):

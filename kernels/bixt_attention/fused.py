@@ -30,32 +30,30 @@ _library.define(
 
 def _forward(concept_qk, concept_v, token_qk, token_v, cu_seqlens, max_seqlen, scale):
     concept_qk, concept_v, token_qk, token_v = (_unit_stride(x) for x in (concept_qk, concept_v, token_qk, token_v))
-    if _fits_one_tile(concept_qk):
-        return forward.forward(concept_qk, concept_v, token_qk, token_v, cu_seqlens, max_seqlen, scale)
-    packed = cu_seqlens, max_seqlen, scale, 0.0, None
-    concept_out, lse = concept_forward.forward(concept_qk, token_qk, token_v, *packed)
-    return concept_out, token_forward.forward(token_qk, concept_qk, concept_v, *packed), lse
+    packed = cu_seqlens, max_seqlen, scale
+    with torch.cuda.device_of(token_qk):
+        if _fits_one_tile(concept_qk):
+            return forward.forward(concept_qk, concept_v, token_qk, token_v, *packed)
+        concept_out, lse = concept_forward.forward(concept_qk, token_qk, token_v, *packed, 0.0, None)
+        token_out = token_forward.forward(token_qk, concept_qk, concept_v, *packed, 0.0, None)
+    return concept_out, token_out, lse
 
 
-def _backward(
-    dconcept_out, dtoken_out, concept_qk, concept_v, token_qk, token_v, concept_out, lse, cu_seqlens, max_seqlen, scale
-):
-    dconcept_out = torch.zeros_like(concept_out) if dconcept_out is None else dconcept_out
-    dtoken_out = torch.zeros_like(token_qk) if dtoken_out is None else dtoken_out
-    dconcept_out, dtoken_out = _unit_stride(dconcept_out), _unit_stride(dtoken_out)
+def _backward(dconcept_out, dtoken_out, concept_qk, concept_v, token_qk, token_v, concept_out, lse, *packed):
+    dconcept_out = concept_out.new_zeros(concept_out.shape) if dconcept_out is None else _unit_stride(dconcept_out)
+    dtoken_out = token_qk.new_zeros(token_qk.shape) if dtoken_out is None else _unit_stride(dtoken_out)
     concept_qk, concept_v, token_qk, token_v = (_unit_stride(x) for x in (concept_qk, concept_v, token_qk, token_v))
     saved = concept_out.contiguous(), lse.contiguous()
-    if _fits_one_tile(concept_qk):
-        return backward.backward(
-            dconcept_out, dtoken_out, concept_qk, concept_v, token_qk, token_v, *saved, cu_seqlens, max_seqlen, scale
+    with torch.cuda.device_of(token_qk):
+        if _fits_one_tile(concept_qk):
+            inputs = concept_qk, concept_v, token_qk, token_v
+            return backward.backward(dconcept_out, dtoken_out, *inputs, *saved, *packed)
+        dconcept_qk, dtoken_qk, dtoken_v = concept_backward.backward(
+            dconcept_out, None, concept_qk, token_qk, token_v, *saved, *packed, 0.0, None
         )
-    packed = cu_seqlens, max_seqlen, scale, 0.0, None
-    dconcept_qk, dtoken_qk, dtoken_v = concept_backward.backward(
-        dconcept_out, None, concept_qk, token_qk, token_v, *saved, *packed
-    )
-    from_tokens, from_concepts, dconcept_v = token_backward.backward(
-        dtoken_out, token_qk, concept_qk, concept_v, *packed
-    )
+        from_tokens, from_concepts, dconcept_v = token_backward.backward(
+            dtoken_out, token_qk, concept_qk, concept_v, *packed, 0.0, None
+        )
     return dconcept_qk.add_(from_concepts), dconcept_v, dtoken_qk.add_(from_tokens), dtoken_v
 
 

@@ -1,7 +1,6 @@
 """The torch backend: batched matrix products and one softmax, differentiable by autograd.
 
-Where the sequence boundaries can be read without waiting for a device and padding to the longest sequence would waste
-much, sequences run one after the other; elsewhere (GPU, traced graphs, nearly equal lengths) padded, side by side.
+As in bixt_attention, sequences run one after the other where that is known to be faster, else padded, side by side.
 Holds the weights before and after normalisation, [B, H, N, C] each, for backward.
 """
 
@@ -10,9 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..checks import readable
-
-MAX_WASTE = 1.25  # padded rows per real token above which one-by-one is faster (measured on a CPU)
+from ..bixt_attention.eager import pays_to_pad
 
 
 def slot_attention(
@@ -22,7 +19,7 @@ def slot_attention(
     T, Hkv = k.shape[:2]
     # the heads of a group stand side by side as more concepts of the one head they share
     q = (q * scale).view(B, C, Hkv, H // Hkv, D).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B,Hkv,G*C,D]
-    if readable(cu_seqlens) and B * min(max_seqlen, T) > MAX_WASTE * T:
+    if not pays_to_pad(cu_seqlens, T, max_seqlen, C * H):
         parts = []
         for b, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
             kv = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (k, v))  # [1,Hkv,N,D]

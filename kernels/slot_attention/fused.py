@@ -21,16 +21,16 @@ _library.define(
 
 def _forward(q, k, v, cu_seqlens, max_seqlen, scale, normalize, eps):
     q, k, v = (_unit_stride(x) for x in (q, k, v))
-    return forward.forward(q, k, v, cu_seqlens, max_seqlen, scale, normalize, eps)
+    with torch.cuda.device_of(q):
+        return forward.forward(q, k, v, cu_seqlens, max_seqlen, scale, normalize, eps)
 
 
 def _backward(dout, dmass, q, k, v, out, mass, cu_seqlens, max_seqlen, scale, normalize, eps):
     q, k, v = (_unit_stride(x) for x in (q, k, v))
-    dout = torch.zeros_like(out) if dout is None else dout
+    dout = out.new_zeros(out.shape) if dout is None else _unit_stride(dout)
     out, mass = out.contiguous(), mass.contiguous()
-    return backward.backward(
-        _unit_stride(dout), dmass, q, k, v, out, mass, cu_seqlens, max_seqlen, scale, normalize, eps
-    )
+    with torch.cuda.device_of(q):
+        return backward.backward(dout, dmass, q, k, v, out, mass, cu_seqlens, max_seqlen, scale, normalize, eps)
 
 
 def _unit_stride(x: Tensor) -> Tensor:

@@ -121,15 +121,28 @@ def test_torch_backend(lengths, dtype, device, no_worse):
         no_worse(name, *three, slack=8.0)  # sums in another order, and products scaled before instead of after
 
 
-def test_torch_backend_pads_only_where_little_is_wasted(device, monkeypatch):
-    """Both of its layouts are in use, and agree."""
+def test_layouts_of_the_torch_backend_agree(device, monkeypatch):
     lengths = LENGTHS["ragged"]
     inputs, cu_seqlens = make(lengths, 5, 2, 8, torch.float64, device), boundaries(lengths, device)
-    ragged = bixt_attention(*inputs, cu_seqlens, 33, backend="torch")
-    monkeypatch.setattr(eager, "one_by_one", None)
-    monkeypatch.setattr(eager, "MAX_WASTE", 100.0)
-    for one, padded in zip(ragged, bixt_attention(*inputs, cu_seqlens, 33, backend="torch"), strict=True):
-        torch.testing.assert_close(one, padded, rtol=1e-12, atol=1e-12)
+    results = []
+    for large in (0, 10**9):
+        monkeypatch.setattr(eager, "LARGE", large)
+        results.append(bixt_attention(*inputs, cu_seqlens, 33, backend="torch"))
+    for one_by_one, padded in zip(*results, strict=True):
+        torch.testing.assert_close(one_by_one, padded, rtol=1e-12, atol=1e-12)
+
+
+def test_small_sequences_are_padded(device):
+    def pays(lengths, weights_per_token):
+        return eager.pays_to_pad(boundaries(lengths, device), sum(lengths), max(lengths, default=0), weights_per_token)
+
+    if device.type == "cuda":  # lengths cannot be read there without waiting
+        assert pays([9, 10], 10**6)
+        return
+    assert pays([9, 10, 8], 64) and pays([], 64)
+    assert not pays([9, 10, 8], 10**4)  # large ones are not
+    assert not pays([90, 2, 1, 1], 8)  # nor where most rows would be padding
+    assert not pays([5], 8)
 
 
 def test_oracle_is_the_formula():

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from conceptron.kernels.slot_attention import backward, eager, forward, fused, slot_attention
+from conceptron.kernels.bixt_attention import eager as layouts
+from conceptron.kernels.slot_attention import backward, forward, fused, slot_attention
 from conceptron.kernels.slot_attention.reference import reference_slot_attention
 
 NAMES = "out", "mass", "dq", "dk", "dv"
@@ -119,15 +120,15 @@ def test_torch_backend(lengths, dtype, normalize, device, no_worse):
         assert [list(x.shape) for x in ours[:2]] == [[0, 5, 6, 12], [0, 6, 5]]
 
 
-def test_torch_backend_pads_only_where_little_is_wasted(device, monkeypatch):
-    """Both of its layouts are in use, and agree."""
+def test_layouts_of_the_torch_backend_agree(device, monkeypatch):
     lengths = LENGTHS["ragged"]
     inputs, cu_seqlens = make(lengths, 5, (2, 1), 8, torch.float64, device), boundaries(lengths, device)
-    ragged = slot_attention(*inputs, cu_seqlens, 33, backend="torch")
-    monkeypatch.setattr(eager, "pairwise", None)
-    monkeypatch.setattr(eager, "MAX_WASTE", 100.0)
-    for one, padded in zip(ragged, slot_attention(*inputs, cu_seqlens, 33, backend="torch"), strict=True):
-        torch.testing.assert_close(one, padded, rtol=1e-12, atol=1e-12)
+    results = []
+    for large in (0, 10**9):
+        monkeypatch.setattr(layouts, "LARGE", large)
+        results.append(slot_attention(*inputs, cu_seqlens, 33, backend="torch"))
+    for one_by_one, padded in zip(*results, strict=True):
+        torch.testing.assert_close(one_by_one, padded, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("normalize", ["mean", "sum"])
