@@ -8,10 +8,13 @@ READY := $(VENV)/.ready
 
 .PHONY: demo test lint clean
 
+# One thread: the model is small, and two threads that wait for each other crawl when other programs want the cores.
+demo: export OMP_NUM_THREADS = 1
 demo: $(READY)
 	$(BIN)/conceptron train recipes/demo.yaml resume=auto
 	$(BIN)/conceptron analyze runs/demo
 
+test: export OMP_NUM_THREADS = 1
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --benchmark-disable
 
