@@ -122,7 +122,7 @@ def test_samples_differ_by_architecture_and_cover_all():
     assert all(table.sampled(n, "sm_90", 1) for n in names)
 
 
-@pytest.mark.parametrize(("arch", "every"), [("sm_90", "3"), ("sm_80,sm_100", "12")])
+@pytest.mark.parametrize(("arch", "every"), [("sm_90", "6"), ("sm_80,sm_100", "24")])
 def test_shipped_configurations_are_clean(arch, every, capfd):
     """A fixed part of them; all take minutes and are compiled by `conceptron kernels compile`."""
     code = main(["--arch", arch, "--sample", every])
