@@ -19,17 +19,16 @@ _library.define(
 )
 
 
-def _forward(q, k, v, cu_seqlens, max_seqlen, scale, dropout_p, seed):
-    q, k, v = (_unit_stride(x) for x in (q, k, v))
-    return forward.forward(q, k, v, cu_seqlens, max_seqlen, scale, dropout_p, seed)
+def _forward(q, k, v, *rest):
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        return forward.forward(*(_unit_stride(x) for x in (q, k, v)), *rest)
 
 
-def _backward(dout, dlse, q, k, v, out, lse, cu_seqlens, max_seqlen, scale, dropout_p, seed):
-    q, k, v = (_unit_stride(x) for x in (q, k, v))
-    dout = torch.zeros_like(out) if dout is None else dout
-    return backward.backward(
-        dout, dlse, q, k, v, out.contiguous(), lse.contiguous(), cu_seqlens, max_seqlen, scale, dropout_p, seed
-    )
+def _backward(dout, dlse, q, k, v, out, lse, *rest):
+    with torch.cuda.device_of(q):
+        q, k, v = (_unit_stride(x) for x in (q, k, v))
+        dout = torch.zeros_like(out) if dout is None else dout
+        return backward.backward(dout, dlse, q, k, v, out.contiguous(), lse.contiguous(), *rest)
 
 
 def _unit_stride(x: Tensor) -> Tensor:

@@ -43,8 +43,9 @@ def concept_attention(
         a CPU; on a GPU only with CONCEPTRON_CHECK=1, because that synchronises.
 
     Autocast: inputs are cast as for torch's scaled_dot_product_attention.
-    Memory: backward keeps q, k, v, out and lse; Triton adds float32 partial results of at most
-    (T / 256 + B) * C * H * (D + 2) elements while it runs.
+    Memory: backward keeps q, k, v, out and lse. While it runs, Triton adds float32 partial results of C * H * (D + 1)
+    elements a chunk, for at most T / chunk + B chunks (kernels/README.md); the torch backend adds scores [B, H, C, N]
+    where lse or dropout is wanted.
     Source: cross-attention of Perceiver (Jaegle et al. 2021, arXiv:2103.03206), computed as in FlashAttention
     (Dao et al. 2022, arXiv:2205.14135) with the keys split over programs (Flash-Decoding, Dao et al. 2023).
     """

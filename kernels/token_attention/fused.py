@@ -20,11 +20,13 @@ _library.define(
 
 
 def _forward(q, k, v, *rest):
-    return forward.forward(*(_unit_stride(x) for x in (q, k, v)), *rest)
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        return forward.forward(*(_unit_stride(x) for x in (q, k, v)), *rest)
 
 
 def _backward(dout, q, k, v, *rest):
-    return backward.backward(dout, *(_unit_stride(x) for x in (q, k, v)), *rest)
+    with torch.cuda.device_of(q):
+        return backward.backward(dout, *(_unit_stride(x) for x in (q, k, v)), *rest)
 
 
 def _unit_stride(x: Tensor) -> Tensor:

@@ -42,7 +42,8 @@ def token_attention(
         a CPU; on a GPU only with CONCEPTRON_CHECK=1, because that synchronises.
 
     Autocast: inputs are cast as for torch's scaled_dot_product_attention.
-    Memory: up to C = 256 the fused backward keeps only q, k and v; above, also out and the log-sum-exp [T, H].
+    Memory: backward keeps only q, k and v; while it runs, Triton adds two float32 [T, H] and float32 partial results
+    of 2 * C * Hkv * D elements a chunk, for at most T / chunk + B chunks (kernels/README.md).
     Source: the decoder cross-attention of Perceiver IO (Jaegle et al. 2021, arXiv:2107.14795).
     """
     q, k, v = lower_precision(q, k, v)
