@@ -96,6 +96,8 @@ def _forward_kernel(
     if RESIDUAL:
         gate = tl.load(gate_ptr + sequence * gate_stride_b + d * gate_stride_d, mask=in_d, other=0.0).to(tl.float32)
     out_row = 0 if PACKED else sequence * N  # outputs are contiguous
+    # exact division costs little a row; the plain one is off by two units, which a constant row would multiply by rstd
+    width, one = tl.full([BLOCK_T], D, tl.float32), tl.full([BLOCK_T], 1.0, tl.float32)
     for start in tl.range(first, end, BLOCK_T, num_stages=STAGES):
         t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)  # [BLOCK_T]
         in_t = t < end
@@ -109,9 +111,10 @@ def _forward_kernel(
             stored = (h + gate[None, :] * branch).to(h_ptr.dtype.element_ty)
             tl.store(h_ptr + out_cell, stored, mask=mask)
             h = stored.to(tl.float32)
-        mean = tl.sum(h, 1) / D  # [BLOCK_T]
+        mean = tl.div_rn(tl.sum(h, 1), width)  # [BLOCK_T]
         centred = tl.where(in_d[None, :], h - mean[:, None], 0.0)
-        rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / D + eps)
+        variance = tl.div_rn(tl.sum(centred * centred, 1), width)
+        rstd = tl.div_rn(one, tl.sqrt_rn(variance + eps))
         y = centred * rstd[:, None] * (1.0 + scale[None, :]) + shift[None, :]
         tl.store(y_ptr + out_cell, y.to(y_ptr.dtype.element_ty), mask=mask)
         tl.store(mean_ptr + out_row + t, mean, mask=in_t)

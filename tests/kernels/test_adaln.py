@@ -90,7 +90,7 @@ def test_padded(shape, residual, device, no_worse):
     check(no_worse, make(shape[:2], shape[0], shape[2], torch.float32, device, residual), None, "triton")
 
 
-@pytest.mark.parametrize("width", [300, 600, 1100, 2100, 4100, 8192])
+@pytest.mark.parametrize("width", [1, 300, 600, 1100, 2100, 4100, 8192])
 def test_every_width(width, device, no_worse, monkeypatch):
     monkeypatch.setattr(fused, "REDUCE_D", 1024)  # fewer programs: the interpreter runs them one by one
     check(no_worse, make([5], 2, width, torch.float32, device), boundaries([2, 3], device), "triton")
@@ -212,7 +212,9 @@ def test_any_strides(how, packed, device):
         upstream = [layout(odd(g, how)) for g in gradients_of(outputs)]
         results.append((*outputs, *torch.autograd.grad(outputs, leaves, upstream)))
     for strided, contiguous in zip(*results, strict=True):
-        assert torch.equal(strided, contiguous)
+        if device.type == "cpu":
+            assert torch.equal(strided, contiguous)
+        torch.testing.assert_close(strided, contiguous)  # a GPU may sum in another order: the layout of loads differs
 
 
 @pytest.mark.parametrize("used", [0, 1], ids=["only h", "only y"])
@@ -253,7 +255,9 @@ def test_y_is_the_norm_of_h_as_stored(device):
     leaves = [t.detach() for t in make([40], 2, 33, torch.float16, device)]
     cu_seqlens = boundaries([15, 25], device)
     h, y = door(leaves, cu_seqlens, "triton")
-    assert torch.equal(y, door([h, leaves[2]], cu_seqlens, "triton")[0])
+    again = door([h, leaves[2]], cu_seqlens, "triton")[0]
+    # of a norm of the unrounded h, every third value would differ; another kernel on a GPU may round a few otherwise
+    assert (y != again).float().mean() <= (0.0 if device.type == "cpu" else 0.02)
 
 
 def test_slots_cover_every_row_once():
