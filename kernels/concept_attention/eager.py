@@ -21,7 +21,8 @@ def concept_attention(
     q = q.expand(num_sequences, -1, -1, -1) if q.ndim == 3 else q
     rows = q.unflatten(2, (k.shape[1], -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, Hkv, G * C, D]
     if dropout_p > 0 or need_lse:
-        out, lse = _explicit(rows, k, v, cu_seqlens, max_seqlen, scale, dropout_p, seed, num_concepts)
+        with torch.autocast(q.device.type, enabled=False):  # it would take the scores back to 16 bits
+            out, lse = _explicit(rows, k, v, cu_seqlens, max_seqlen, scale, dropout_p, seed, num_concepts)
     else:
         out, lse = _sdpa(rows, k, v, cu_seqlens, max_seqlen, scale), None
     out = out.reshape(num_sequences, num_heads, num_concepts, head_dim).transpose(1, 2)  # [B, C, H, D]
@@ -51,9 +52,13 @@ def _explicit(
     rows: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
     scale: float, dropout_p: float, seed: Tensor | None, num_concepts: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Softmax written out, for the log-sum-exp and for a dropout mask that does not depend on the backend."""
-    keys, values, seen = _pad(k, v, cu_seqlens, max_seqlen)
-    scores = (rows @ keys.transpose(-1, -2)).to(torch.promote_types(rows.dtype, torch.float32)) * scale
+    """Softmax written out, for the log-sum-exp and for a dropout mask that does not depend on the backend.
+
+    In float32 for 16-bit inputs: results that are to be merged must not carry the rounding of 16-bit scores.
+    """
+    exact = torch.promote_types(rows.dtype, torch.float32)
+    keys, values, seen = (x.to(exact) if x.is_floating_point() else x for x in _pad(k, v, cu_seqlens, max_seqlen))
+    scores = rows.to(exact) @ keys.transpose(-1, -2) * scale
     scores = scores.masked_fill(~seen[:, None, None, :], -torch.inf)  # [B, Hkv, G * C, N]
     lse = scores.logsumexp(-1)
     weights = torch.exp(scores - lse.unsqueeze(-1))
@@ -64,7 +69,7 @@ def _explicit(
         keep = keep_mask(seed, dropout_p, b[:, None, None, None], h, row % num_concepts, keys.shape[2])
         weights = torch.where(keep, weights / (1 - dropout_p), 0.0)
     empty = (cu_seqlens.diff() == 0)[:, None, None]
-    return weights.to(values.dtype) @ values, lse.masked_fill(empty, -torch.inf)
+    return (weights @ values).to(rows.dtype), lse.masked_fill(empty, -torch.inf)
 
 
 def _pad(k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor, Tensor]:

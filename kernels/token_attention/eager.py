@@ -21,7 +21,8 @@ def token_attention(
     keys, values = k.transpose(1, 2), v.transpose(1, 2)  # [B, Hkv, C, D]
     lengths = cu_seqlens.diff().tolist() if readable(cu_seqlens) and not cu_seqlens.is_cuda else None
     if dropout_p > 0 or lengths is None or q.shape[0] == 0:
-        return _padded(q, keys, values, cu_seqlens, max_seqlen, scale, dropout_p, seed)
+        with torch.autocast(q.device.type, enabled=False):  # it would take the scores back to 16 bits
+            return _padded(q, keys, values, cu_seqlens, max_seqlen, scale, dropout_p, seed)
     if len(set(lengths)) == 1:
         return _pack(_attend(_rows(q.unflatten(0, (len(lengths), -1)), num_kv_heads), keys, values, scale), q)
     outs = []
@@ -47,9 +48,10 @@ def _padded(
         b, h_kv = (torch.arange(n, device=q.device) for n in rows.shape[:2])
         h = h_kv[:, None, None] * group + row % group
         keep = keep_mask(seed, dropout_p, b[:, None, None, None], h, row // group, keys.shape[2])
-        scores = (rows @ keys.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * scale
+        exact = torch.promote_types(q.dtype, torch.float32)
+        scores = rows.to(exact) @ keys.to(exact).transpose(-1, -2) * scale
         weights = torch.where(keep, scores.softmax(-1) / (1 - dropout_p), 0.0)
-        out = weights.to(values.dtype) @ values
+        out = (weights @ values.to(exact)).to(q.dtype)
     else:
         out = _attend(rows, keys, values, scale)
     out = out.unflatten(2, (position.shape[0], -1)).transpose(1, 2).flatten(2, 3)  # [B, N, H, D]
