@@ -61,8 +61,8 @@ def backward_kernel(
         dconcept = load_tile(dconcept_out_ptr, wide_c * dconcept_stride_c, in_c, D, BLOCK_D, not EVEN_C)
         out = load_tile(concept_out_ptr, row * D, in_c, D, BLOCK_D, not EVEN_C)
         delta = tl.sum(out.to(tl.float32) * dconcept.to(tl.float32), 1)
-        lse = tl.load(lse_ptr + (sequence * num_heads + head) * num_concepts + c, mask=in_c, other=float("inf"))
-        lse_log2 = lse * LOG2E  # of rows past C: +inf, hence p = 0
+        lse = tl.load(lse_ptr + (sequence * num_heads + head) * num_concepts + c, mask=in_c, other=0.0)
+        lse_log2 = lse * LOG2E
         token = (start + first).to(tl.int64)
         token_qk_ptr += head * token_qk_stride_h
         token_v_ptr += head * token_v_stride_h
@@ -81,7 +81,7 @@ def backward_kernel(
             )
             s = tl.dot(concept_qk, tl.trans(token_qk), input_precision=PRECISION)  # [BLOCK_C, BLOCK_N]
             w, share = weights_over_concepts(s, in_c, scale_log2, EVEN_C)
-            w *= tl.where(in_n, share, 0.0)[None, :]
+            w *= share[None, :]
             dv = tl.dot(w.to(dtoken.dtype), dtoken, dv, input_precision=PRECISION)
             dw = tl.dot(concept_v, tl.trans(dtoken), input_precision=PRECISION)
             ds = w * (dw - tl.sum(w * dw, 0)[None, :])
@@ -89,12 +89,12 @@ def backward_kernel(
             token_v = load_tile(
                 token_v_ptr + (token + i) * token_v_stride_t, n * token_v_stride_t, in_n, D, BLOCK_D, True
             )
-            # a token that is not there has token_qk = 0, hence exp(-lse), which may be infinite; it stays in its column
-            p = tl.exp2(s * scale_log2 - lse_log2[:, None])
+            # a token that is not there has s = 0, hence p = exp(-lse), which may be infinite; its w meets dw = 0
+            p = tl.exp2(tl.where(in_n[None, :], s * scale_log2 - lse_log2[:, None], -float("inf")))
             dtoken_v = tl.dot(tl.trans(dconcept), p.to(dconcept.dtype), input_precision=PRECISION)
             store_tile(dtoken_v_ptr + cell, n * num_heads * D, tl.trans(dtoken_v), in_n, D, BLOCK_D, True)
             dp = tl.dot(dconcept, tl.trans(token_v), input_precision=PRECISION)
-            ds = tl.where(in_n[None, :], ds + p * (dp - delta[:, None]), 0.0).to(token_qk.dtype)
+            ds = (ds + p * (dp - delta[:, None])).to(token_qk.dtype)
             dtoken_qk = tl.dot(tl.trans(concept_qk), ds, input_precision=PRECISION) * scale
             store_tile(dtoken_qk_ptr + cell, n * num_heads * D, tl.trans(dtoken_qk), in_n, D, BLOCK_D, True)
             dqk = tl.dot(ds, token_qk, dqk, input_precision=PRECISION)

@@ -71,7 +71,7 @@ def forward_kernel(
                 a = tl.exp2(s * scale_log2 - token_lse[None, :])
             mass += tl.sum(a, 1)
             if MEAN:
-                a += tl.where(in_n, eps, 0.0)[None, :]
+                a += eps  # of a token that is not there, v = 0
             v = load_tile(v_ptr + (token + i) * v_stride_t, n * v_stride_t, in_n, D, BLOCK_D, True)
             acc = tl.dot((a * GAIN).to(v.dtype), v, acc, input_precision=PRECISION)
     acc *= 1.0 / GAIN

@@ -38,11 +38,11 @@ def concept_terms(
 ):  # fmt: skip
     """(dout [BLOCK_C, BLOCK_D], r [BLOCK_C], the terms of dA that do not depend on the token [BLOCK_C]), times gain.
 
-    Pointers stand at the sequence and head; rows past C are 0 throughout.
+    Pointers stand at the sequence and head; dout of rows past C is 0.
     """
     dout = load_tile(dout_ptr, c.to(tl.int64) * dout_stride_c, in_c, D, BLOCK_D, not EVEN_C)
     mass = tl.load(mass_ptr + c, mask=in_c, other=0.0)
-    r = tl.where(in_c, normalizer(mass, length, num_concepts, eps, MEAN), 0.0) * gain
+    r = normalizer(mass, length, num_concepts, eps, MEAN) * gain
     constant = tl.zeros_like(r)
     if dmass_ptr is not None:
         constant += tl.load(dmass_ptr + c.to(tl.int64) * dmass_stride_c, mask=in_c, other=0.0) * gain

@@ -233,6 +233,20 @@ def test_scores_beyond_the_range_of_exp(backend, device):
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(outputs, leaves, upstream(outputs)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_scores_far_below_zero(dtype, device, no_worse):
+    """The log-sum-exp is so low that exp(-lse), the weight of a token past the end, is infinite."""
+    concept_qk, concept_v, token_qk, token_v = make([20], 5, 1, 16, dtype, device)
+    concept_qk[..., 0], token_qk[..., 0] = 12.0, -12.0
+    inputs, cu_seqlens = (concept_qk, concept_v, token_qk, token_v), boundaries([20], device)
+    gradients = upstream([concept_qk, token_qk])
+    ours = launch(inputs, cu_seqlens, 20, 1.0, gradients, None)
+    plain = oracle(inputs, cu_seqlens, 1.0, gradients)
+    truth = oracle(inputs, cu_seqlens, 1.0, gradients, torch.float64)
+    for name, *three in zip(NAMES, ours, plain, truth, strict=True):
+        no_worse(name, *three, slack=150.0 if dtype == torch.float32 else 1.0)  # the rounding of a score of -150
+
+
 @pytest.mark.parametrize("used", [0, 1])
 def test_gradient_of_one_result(used, device):
     """An output that nobody uses has no gradient; the other's must not change."""

@@ -198,6 +198,21 @@ def test_concept_that_owns_nothing(dtype, backend, device):
         assert all(torch.isfinite(x).all() for x in (out, mass, *gradients))
 
 
+def test_small_float16_gradients(device):
+    """Terms of dq that float16 does not hold, each 1 / N of a sum that it does."""
+    cu_seqlens = boundaries([97], device)
+    q, k, v = (torch.ones(shape, dtype=torch.float16, device=device) for shape in ((1, 2, 1, 16), *[(97, 1, 16)] * 2))
+    k[..., 0] = 30.0
+    q.requires_grad_()
+    out, _ = slot_attention(q, k, v, cu_seqlens, 97, scale=1.0, normalize="sum", backend="triton")
+    upward = torch.tensor([1.0, -1.0], device=device).view(1, 2, 1, 1).expand(out.shape) * 1.37e-6
+    (dq,) = torch.autograd.grad(out, q, upward.half())
+    # A = 1/2, so dq_0 = sum_n A (1 - A) (dout_0 - dout_1) . v / (N / C) k = (dout_0 - dout_1) . v / 2 k
+    expected = 0.5 * (upward[0, 0].half().double() - upward[0, 1].half().double()).sum() * 30.0
+    assert abs(dq[0, 0, 0, 0].double() / expected - 1) < 0.03
+    assert abs(dq[0, 1, 0, 0].double() / expected + 1) < 0.03
+
+
 @pytest.mark.parametrize("eps", [0.0, 0.3])
 def test_eps(eps, device, no_worse):
     inputs, cu_seqlens = make([20], 4, (1, 1), 16, torch.float32, device), boundaries([20], device)
