@@ -5,12 +5,15 @@ is the peak of the call. What libraries allocate behind torch's back is not in i
 """
 
 import gc
+import os
 from collections.abc import Callable
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from .harness import Memory, cuda_peak
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler tells standard error of every start and stop
 
 
 def allocator_peak(call: Callable[[], object], device: torch.device | str) -> Memory:
