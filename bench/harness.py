@@ -299,7 +299,8 @@ def environment(seed: int | None = None) -> dict[str, Any]:
 
 def device_of(environment: Mapping[str, Any]) -> str:
     """The hardware that a result was measured on, in a few words."""
-    return environment.get("gpu") or f"{environment.get('cpu')}, {environment.get('threads')} threads"
+    threads = environment.get("threads")
+    return environment.get("gpu") or f"{environment.get('cpu')}, {threads} thread{'s' * (threads != 1)}"
 
 
 def checkout() -> tuple[str | None, bool | None]:

@@ -137,9 +137,9 @@ def plot_speedups(path: Path, rows: Sequence[dict], environment: dict[str, Any])
         values = [row["ours is faster by"] for row in table][::-1]
         axes.barh(names, values, color=[BLUE if value >= 1 else GREY for value in values], height=0.6)
         for i, (value, row) in enumerate(zip(values, table[::-1], strict=True)):
-            axes.text(value, i, f" {value:.2f}x  {row['best peer']}", va="center", fontsize=8.5)
+            axes.text(max(value, 1.0), i, f" {value:.2f}x  {row['best peer']}", va="center", fontsize=8.5)
         axes.axvline(1, color=INK, linewidth=1)
-        axes.set(xlabel="peer's time / ours", xlim=(0, max([*values, 1.0]) * 1.35))
+        axes.set(xlabel="peer's time / ours", xlim=(0, max([*values, 1.0]) * 1.5))
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", labelsize=8.5)
 
