@@ -160,8 +160,8 @@ def dkv_kernel(
             q = load_tile(q_ptr + sequence * q_stride_b, q_rows, in_r, D, BLOCK_D, True)  # [BLOCK_R, BLOCK_D]
             dout_rows = c.to(tl.int64) * dout_stride_c + h.to(tl.int64) * dout_stride_h
             dout = load_tile(dout_ptr + sequence * dout_stride_b, dout_rows, in_r, D, BLOCK_D, True)
-            # a row past R weighs exp(0 - inf) = 0
-            lse_log2 = tl.load(lse_ptr + head_row + r, mask=in_r, other=float("inf")) * LOG2E
+            # a row past R has q = dout = 0 and adds nothing
+            lse_log2 = tl.load(lse_ptr + head_row + r, mask=in_r, other=0.0) * LOG2E
             delta = tl.load(delta_ptr + head_row + r, mask=in_r, other=0.0)
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_R]
             p = tl.exp2(s * (scale * LOG2E) - lse_log2[None, :])

@@ -126,8 +126,8 @@ def concept_kernel(
             dout_rows = n.to(tl.int64) * dout_stride_t + h.to(tl.int64) * dout_stride_h
             dout = load_tile(dout_ptr, dout_rows, in_t, D, BLOCK_D, True)
             rows = (token + n) * num_kv_heads * GROUP + h  # of [T, H]
-            # a row that is not there weighs exp(0 - inf) = 0
-            lse_log2 = tl.load(lse_ptr + rows, mask=in_t, other=float("inf"))
+            # a row that is not there has q = dout = 0 and adds nothing
+            lse_log2 = tl.load(lse_ptr + rows, mask=in_t, other=0.0)
             delta = tl.load(delta_ptr + rows, mask=in_t, other=0.0)
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_C, BLOCK_T]
             # a concept that is not there has k = 0, hence exp(-lse), which may be infinite

@@ -141,6 +141,23 @@ def test_real_sizes(case, dtype, device, no_worse, poison):
     compare(*case, dtype, "triton", device, no_worse)
 
 
+@pytest.mark.parametrize("sign", [-1.0, 1.0], ids=["very negative", "very positive"])
+@pytest.mark.parametrize("C", [5, 270], ids=["one pass", "two passes"])
+def test_large_scores_stay_finite(C, sign, device):
+    """All scores near sign * 3600: a masked column or row counts as a score of 0, whose weight would overflow."""
+    q = torch.full((C, 1, 16), 30.0, device=device)
+    k = (sign * 30 + torch.arange(40.0, device=device)[:, None, None] / 100).expand(40, 1, 16)
+    v = torch.randn(40, 1, 16, device=device)
+    lengths = [33, 0, 7]
+    cu_seqlens = boundaries(lengths, device)
+    leaves = [x.half().requires_grad_() for x in (q, k, v)]
+    out = concept_attention(*leaves, cu_seqlens, 33, backend="triton")
+    expected, _ = reference.concept_attention(*(x.double() for x in leaves), cu_seqlens)
+    torch.testing.assert_close(out.double(), expected, rtol=2e-3, atol=2e-3)
+    for gradient in torch.autograd.grad(out.sum(), leaves):
+        assert torch.isfinite(gradient).all()
+
+
 def run_split(q, k, v, dout, dlse, cu_seqlens, longest, chunk, dropout_p=0.0):
     seed = torch.tensor([SEED], device=q.device) if dropout_p else None
     out, lse = forward.forward(q, k, v, cu_seqlens, longest, 0.3, dropout_p, seed, chunk)

@@ -113,6 +113,22 @@ def test_real_sizes(case, dtype, device, no_worse, poison):
     compare(*case, dtype, "triton", device, no_worse)
 
 
+@pytest.mark.parametrize("sign", [-1.0, 1.0], ids=["very negative", "very positive"])
+@pytest.mark.parametrize("C", [5, 270], ids=["one tile", "blocks"])
+def test_large_scores_stay_finite(C, sign, device):
+    """All scores near sign * 3600: a masked concept or row counts as a score of 0, whose weight would overflow."""
+    q = torch.full((40, 1, 16), 30.0, device=device)
+    k = (sign * 30 + torch.arange(float(C), device=device)[:, None, None] / C).expand(3, C, 1, 16)
+    v = torch.randn(3, C, 1, 16, device=device)
+    cu_seqlens = boundaries([33, 0, 7], device)
+    leaves = [x.half().requires_grad_() for x in (q, k, v)]
+    out = token_attention(*leaves, cu_seqlens, 33, backend="triton")
+    expected = reference.token_attention(*(x.double() for x in leaves), cu_seqlens)
+    torch.testing.assert_close(out.double(), expected, rtol=2e-3, atol=2e-3)
+    for gradient in torch.autograd.grad(out.sum(), leaves):
+        assert torch.isfinite(gradient).all()
+
+
 def run_split(q, k, v, dout, cu_seqlens, longest, chunk, dropout_p=0.0):
     seed = torch.tensor([SEED], device=q.device) if dropout_p else None
     out = forward.forward(q, k, v, cu_seqlens, longest, 0.3, dropout_p, seed, chunk)
