@@ -227,6 +227,15 @@ def fits(rows: Sequence[dict], names: Sequence[str]) -> list[dict]:
     return table
 
 
+def summary(table: Sequence[dict]) -> list[dict]:
+    """One row an encoder: its exponents over all lengths that ran."""
+    lines: dict[str, dict] = {}
+    for row in table:
+        line = lines.setdefault(row["encoder"], {"encoder": row["encoder"]})
+        line[f"{row['phase']} {'memory' if row['of'] == 'peak' else 'time'}"] = row["exponent"]
+    return list(lines.values())
+
+
 def crossover(rows: Sequence[dict], ours: str, peer: str, phase: str) -> str:
     """From which measured N on ``ours`` is faster than ``peer``, at this and every longer length that both ran."""
     a, b = (dict(zip(*points(rows, name, phase, "time_ms"), strict=True)) for name in (ours, peer))
@@ -301,6 +310,7 @@ def main(argv: Sequence[str]) -> int:
     title = f"Scaling: {sizes}, two texts of N and 3N/4 tokens"
     write_results(options.out, "scaling", rows, stamp, title=title)
     write_results(options.out, "exponents", table, stamp, title=f"{title}: fitted exponents")
+    write_results(options.out, "summary", summary(table), stamp, title=f"{title}: exponents in N")
     write_text(options.out / "crossover.txt", "\n".join(verdicts) + "\n")
     note = f"d = {options.width}, {options.layers} layers, {device_of(stamp)}; lower is better"
     for quantity in ("time_ms", "peak_bytes"):
