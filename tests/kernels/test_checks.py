@@ -91,3 +91,13 @@ def test_dtypes_and_devices():
     with pytest.raises(ValueError, match=r"k: expected D = 64 \(from q\), got 32"):
         checks.check_size("k", "D", 32, 64, "from q")
     checks.check_size("k", "D", 64, 64, "from q")
+
+
+def test_scales():
+    assert checks.check_scale(None, 64) == 0.125 and checks.check_scale(2, 64) == 2.0
+    for scale in ("1", True, torch.tensor(0.5)):
+        with pytest.raises(TypeError, match="scale: expected a float or None, got"):
+            checks.check_scale(scale, 64)
+    for scale in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="scale: expected a positive, finite number, got"):
+            checks.check_scale(scale, 64)
