@@ -8,6 +8,8 @@ to one row a token instead (a compiler then fuses the expansion).
 Half-precision inputs: the gated residual is rounded to x's dtype once, and layer norm computes in float32 inside.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,13 +35,11 @@ def expand(modulation: Tensor, num_tokens: int, cu_seqlens: Tensor | None) -> Te
 
 
 def torch_modulate(x: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor | None, eps: float) -> Tensor:
-    width = (x.shape[-1],)
     lengths = split_lengths(cu_seqlens, x)
     if lengths is None:
         shift, weight = (expand(m, x.shape[0], cu_seqlens) for m in (shift, 1 + scale))
-        return torch.addcmul(shift, F.layer_norm(x, width, eps=eps), weight)
-    parts = zip(x.split(lengths), (1 + scale).unbind(), shift.unbind(), strict=True)
-    return torch.cat([F.layer_norm(part, width, weight, bias, eps) for part, weight, bias in parts])
+        return torch.addcmul(shift, F.layer_norm(x, (x.shape[-1],), eps=eps), weight)
+    return torch.cat(normalise(x.split(lengths), shift, scale, eps))
 
 
 def torch_residual_modulate(
@@ -48,7 +48,13 @@ def torch_residual_modulate(
     lengths = split_lengths(cu_seqlens, x)
     if lengths is None:
         h = torch.addcmul(x, expand(gate, x.shape[0], cu_seqlens), branch)
-    else:
-        parts = zip(x.split(lengths), gate.unbind(), branch.split(lengths), strict=True)
-        h = torch.cat([torch.addcmul(rows, by, added) for rows, by, added in parts])
-    return h, torch_modulate(h, shift, scale, cu_seqlens, eps)
+        return h, torch_modulate(h, shift, scale, cu_seqlens, eps)
+    parts = zip(x.split(lengths), gate.unbind(), branch.split(lengths), strict=True)
+    parts = [torch.addcmul(rows, by, added) for rows, by, added in parts]
+    return torch.cat(parts), torch.cat(normalise(parts, shift, scale, eps))
+
+
+def normalise(parts: Sequence[Tensor], shift: Tensor, scale: Tensor, eps: float) -> list[Tensor]:
+    """Each sequence's rows, normalised and modulated."""
+    each = zip(parts, (1 + scale).unbind(), shift.unbind(), strict=True)
+    return [F.layer_norm(rows, rows.shape[-1:], weight, bias, eps) for rows, weight, bias in each]
