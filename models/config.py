@@ -2,16 +2,28 @@
 
 from transformers import PretrainedConfig
 
-LAYER_KINDS = ("cross",)
-QUERY_INITS = ("segment", "orthogonal", "embedding")
-TOKEN_POSITIONS = ("rope",)
-CONCEPT_POSITIONS = ("rope", "none")
-DECODER_QUERIES = ("token+position", "position")
-HIDDEN_TOKENS = ("drop", "mask")
+CHOICES = {
+    "layer_kind": ("cross", "bixt", "slot", "hybrid"),
+    "slot_normalize": ("mean", "sum"),
+    "slot_update": ("gated", "residual"),
+    "block_norm": ("pre", "sandwich"),
+    "iteration_sampling": ("fixed", "random"),
+    "token_mixer": ("local", "conv"),
+    "token_positions": ("rope", "learned", "sinusoidal"),
+    "concept_positions": ("rope", "cope", "learned", "sinusoidal", "none"),
+    "rope_extension": ("none", "linear", "ntk", "yarn"),
+    "init_queries": ("segment", "orthogonal", "embedding", "anchor"),
+    "decoder_queries": ("token+position", "position", "weighted"),
+    "decoder_mixing": ("none", "concepts", "local"),
+    "hidden_tokens": ("drop", "mask"),
+    "pool": ("mean", "weighted", "attention", "cls_query", "multi_query", "decoder", "decoder_positions"),
+    "pair": ("joint", "separate"),
+    "pair_features": ("concat", "cosine", "slots"),
+}
 
 
 class ConceptConfig(PretrainedConfig):
-    """Describes a concept encoder, its decoder and its head.
+    """Describes a concept encoder, its decoder and its heads.
 
     Every error in a field, or between two fields, is a ``ValueError`` of one line at construction.
     """
@@ -20,24 +32,63 @@ class ConceptConfig(PretrainedConfig):
 
     def __init__(
         self,
+        # sizes
         vocab_size: int = 50368,
-        hidden_size: int = 512,  # d, of concepts and tokens
+        hidden_size: int = 512,  # d, of concepts, and of tokens where concepts read them
+        token_dim: int | None = None,  # width of embeddings, token layers and the tied head, None: hidden_size
         num_concepts: int = 128,  # C
-        num_hidden_layers: int = 2,  # of the encoder
+        num_hidden_layers: int = 2,  # of the encoder; with tie_layers how often the one layer is applied
         num_attention_heads: int = 8,  # H
         num_key_value_heads: int | None = None,  # Hkv, None: H
         intermediate_size: int = 1024,  # width of the gated feed-forward
-        layer_kind: str = "cross",
-        init_queries: str = "segment",  # segment: each concept starts from the mean of the tokens around its anchor
+        # layers of the encoder
+        layer_kind: str = "cross",  # how concepts read: cross, bixt, slot, or hybrid: half the heads cross, half slot
+        slot_normalize: str = "mean",  # of slot attention: weighted mean, or sum scaled by N / C
+        slot_update: str = "gated",  # gated: a GRU takes what a slot read; residual: it is added
+        slot_iterations: int = 1,  # reads of a slot layer before its feed-forward, with the same weights
+        block_norm: str = "pre",  # sandwich: also after each branch, so that any number of iterations stays bounded
+        tie_layers: bool = False,  # one layer, applied K times
+        num_iterations: int | None = None,  # K of tied layers, None: num_hidden_layers
+        iteration_sampling: str = "fixed",  # random: K of each training step is drawn, num_iterations on average
+        max_iterations: int = 16,  # of a K that is drawn
+        backprop_iterations: int | None = None,  # gradients flow through the last of the iterations only; None: all
+        loss_every_iteration: bool = False,  # the decoder answers from the concepts of each iteration, not the last only
+        # layers of tokens before concepts read them
+        num_token_layers: int = 0,
+        token_mixer: str = "local",  # local: windowed attention; conv: depthwise convolution
+        token_window: int = 64,  # a token reads those at most this far away
+        token_num_attention_heads: int | None = None,  # None: as many of the model's head width as fit in token_dim
+        token_num_key_value_heads: int | None = None,  # None: token_num_attention_heads
+        token_intermediate_size: int | None = None,  # None: 2 * token_dim
+        token_attention_bias: bool = False,  # of queries, keys and values, as Qwen2 has them
+        funnel: list[int] | None = None,  # token layers (from 0) that halve the number of tokens
+        # positions
         token_positions: str = "rope",
         concept_positions: str = "rope",  # rope: a concept stands at its anchor; none: all stand at position 0
+        max_position_embeddings: int = 512,  # rows of learned positions; the length that rope_extension extends
         rope_theta: float = 10000.0,
+        rope_extension: str = "none",
+        rope_factor: float = 1.0,  # how many times max_position_embeddings a text may be long
         anchor_bias: float = 3.0,  # 0: attention starts blind to distance; larger: it starts by reading near the anchor
         anchor_sharpness: float = 2.0,  # initial weight of the norms of queries and keys: how near is near
+        # concepts
+        init_queries: str = "segment",  # segment: each concept starts from the mean of the tokens around its anchor
+        concept_dropout: float = 0.0,  # share of the concepts that the decoder does not get in a training step
+        nested_concepts: bool = False,  # the decoder of a training step gets the first k concepts, k drawn evenly
+        # decoder
         num_decoder_layers: int = 2,
         decoder_queries: str = "token+position",
+        decoder_mixing: str = "none",  # how target rows see each other: not, through the concepts, or in a window
+        decoder_window: int = 64,  # of local mixing: a row reads those at most this far away
         timestep_conditioning: bool = False,  # AdaLN-Zero in the decoder
+        condition_dropout: float = 0.0,  # share of the texts whose concepts are withheld in training, for guidance
         hidden_tokens: str = "drop",  # what stands for a hidden token in the encoder's input: nothing, or [MASK]
+        # heads of tasks
+        pool: str = "mean",
+        num_pool_queries: int = 4,  # of multi_query
+        pair: str = "joint",  # two texts as one sequence, or each encoded by itself
+        pair_features: str = "concat",  # of separate pairs: [a, b, |a - b|, a * b], cosine, or slot-wise cosines
+        # the rest
         dropout: float = 0.0,  # of every residual branch
         initializer_range: float = 0.02,  # of embeddings; every other matrix starts at 1 / sqrt(fan in)
         norm_eps: float = 1e-6,
@@ -46,50 +97,60 @@ class ConceptConfig(PretrainedConfig):
         mask_token_id: int | None = None,
         **kwargs,
     ):
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.num_concepts = num_concepts
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
-        self.intermediate_size = intermediate_size
-        self.layer_kind = layer_kind
-        self.init_queries = init_queries
-        self.token_positions = token_positions
-        self.concept_positions = concept_positions
-        self.rope_theta = rope_theta
-        self.anchor_bias = anchor_bias
-        self.anchor_sharpness = anchor_sharpness
-        self.num_decoder_layers = num_decoder_layers
-        self.decoder_queries = decoder_queries
-        self.timestep_conditioning = timestep_conditioning
-        self.hidden_tokens = hidden_tokens
-        self.dropout = dropout
-        self.initializer_range = initializer_range
-        self.norm_eps = norm_eps
-        self.mask_token_id = mask_token_id
+        fields = dict(locals())
+        for name in ("self", "kwargs", "__class__", "tie_word_embeddings", "pad_token_id"):
+            fields.pop(name)
+        for name, value in fields.items():
+            setattr(self, name, value)
+        if num_key_value_heads is None:
+            self.num_key_value_heads = num_attention_heads
+        if token_dim is None:
+            self.token_dim = hidden_size
         self.check()
+        if token_num_attention_heads is None:
+            self.token_num_attention_heads = max(1, self.token_dim // self.head_dim)
+        if token_num_key_value_heads is None:
+            self.token_num_key_value_heads = self.token_num_attention_heads
+        if token_intermediate_size is None:
+            self.token_intermediate_size = 2 * self.token_dim
+        self.check_tokens()
         super().__init__(tie_word_embeddings=tie_word_embeddings, pad_token_id=pad_token_id, **kwargs)
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def token_head_dim(self) -> int:
+        return self.token_dim // self.token_num_attention_heads
+
+    @property
+    def iterations(self) -> int:
+        """How many layers a forward pass applies by default."""
+        return self.num_hidden_layers if self.num_iterations is None else self.num_iterations
+
     def check(self) -> None:
         """Raises ValueError with the field, what was expected and what came."""
-        for name in ("vocab_size", "hidden_size", "num_concepts", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "intermediate_size", "num_decoder_layers"):  # fmt: skip
+        for name in ("vocab_size", "hidden_size", "token_dim", "num_concepts", "num_hidden_layers",
+                     "num_attention_heads", "num_key_value_heads", "intermediate_size", "slot_iterations",
+                     "max_iterations", "token_window", "max_position_embeddings", "num_decoder_layers",
+                     "decoder_window", "num_pool_queries"):  # fmt: skip
             self._expect(name, "a whole number of at least 1", lambda x: _is_int(x) and x >= 1)
-        for name, allowed in (
-            ("layer_kind", LAYER_KINDS), ("init_queries", QUERY_INITS), ("token_positions", TOKEN_POSITIONS),
-            ("concept_positions", CONCEPT_POSITIONS), ("decoder_queries", DECODER_QUERIES),
-            ("hidden_tokens", HIDDEN_TOKENS),
-        ):  # fmt: skip
+        self._expect("num_token_layers", "a whole number of at least 0", lambda x: _is_int(x) and x >= 0)
+        for name in ("num_iterations", "backprop_iterations", "token_num_attention_heads",
+                     "token_num_key_value_heads", "token_intermediate_size"):  # fmt: skip
+            expected = "a whole number of at least 1, or nothing"
+            self._expect(name, expected, lambda x: x is None or (_is_int(x) and x >= 1))
+        for name, allowed in CHOICES.items():
             self._expect(name, f"one of {', '.join(allowed)}", lambda x, allowed=allowed: x in allowed)
-        self._expect("dropout", "a number in [0, 1)", lambda x: _is_number(x) and 0 <= x < 1)
-        self._expect("timestep_conditioning", "true or false", lambda x: isinstance(x, bool))
+        for name in ("dropout", "concept_dropout", "condition_dropout"):
+            self._expect(name, "a number in [0, 1)", lambda x: _is_number(x) and 0 <= x < 1)
+        for name in ("timestep_conditioning", "tie_layers", "loss_every_iteration", "token_attention_bias",
+                     "nested_concepts"):  # fmt: skip
+            self._expect(name, "true or false", lambda x: isinstance(x, bool))
         for name in ("rope_theta", "anchor_sharpness", "initializer_range", "norm_eps"):
             self._expect(name, "a number above 0", lambda x: _is_number(x) and x > 0)
+        self._expect("rope_factor", "a number of at least 1", lambda x: _is_number(x) and x >= 1)
         self._expect("anchor_bias", "a number of at least 0", lambda x: _is_number(x) and x >= 0)
         self._expect(
             "mask_token_id", f"an id below vocab_size = {self.vocab_size}, or none",
@@ -107,6 +168,57 @@ class ConceptConfig(PretrainedConfig):
             "num_key_value_heads", f"a divisor of num_attention_heads = {self.num_attention_heads}",
             lambda x: self.num_attention_heads % x == 0,
         )  # fmt: skip
+        self.check_layers()
+
+    def check_layers(self) -> None:
+        """What only fits together with tied layers, slots, hybrid heads or a decoder."""
+        for name, default in (("num_iterations", None), ("backprop_iterations", None), ("loss_every_iteration", False),
+                              ("iteration_sampling", "fixed")):  # fmt: skip
+            expected = f"{default!r} without tie_layers = true: only one layer applied again has iterations"
+            self._expect(name, expected, lambda x, default=default: self.tie_layers or x == default)
+        if self.tie_layers and self.iteration_sampling == "random":
+            expected = f"at least num_iterations = {self.iterations}"
+            self._expect("max_iterations", expected, lambda x: x >= self.iterations)
+        self._expect(
+            "slot_iterations", "1 with a layer_kind other than slot and hybrid",
+            lambda x: x == 1 or self.layer_kind in ("slot", "hybrid"),
+        )  # fmt: skip
+        if self.layer_kind == "hybrid":
+            self._expect("num_attention_heads", "an even number with layer_kind = hybrid", lambda x: x % 2 == 0)
+            self._expect("num_key_value_heads", "an even number with layer_kind = hybrid", lambda x: x % 2 == 0)
+        if self.layer_kind == "bixt":
+            expected = f"num_attention_heads = {self.num_attention_heads} with layer_kind = bixt: one similarity"
+            self._expect("num_key_value_heads", expected, lambda x: x == self.num_attention_heads)
+        if self.decoder_mixing == "local":
+            self._expect(
+                "decoder_queries", "token+position or position with decoder_mixing = local", lambda x: x != "weighted"
+            )
+
+    def check_tokens(self) -> None:
+        """The layers of tokens, once their sizes are known."""
+        heads = self.token_num_attention_heads
+        self._expect("token_dim", f"a multiple of token_num_attention_heads = {heads}", lambda x: x % heads == 0)
+        self._expect(
+            "token_dim", f"an even width per head with token_num_attention_heads = {heads}, for RoPE",
+            lambda x: (x // heads) % 2 == 0 or self.num_token_layers == 0,
+        )  # fmt: skip
+        self._expect(
+            "token_num_key_value_heads", f"a divisor of token_num_attention_heads = {heads}", lambda x: heads % x == 0
+        )
+        last = self.num_token_layers - 1
+        self._expect(
+            "funnel", f"rising numbers of token layers, 0 to {last} with num_token_layers = {self.num_token_layers}",
+            lambda x: x is None or (
+                isinstance(x, list | tuple) and len(x) > 0 and all(_is_int(i) and 0 <= i <= last for i in x)
+                and list(x) == sorted(set(x))
+            ),
+        )  # fmt: skip
+        if self.funnel:
+            self._expect(
+                "layer_kind", "cross with funnel: slots and bixt count tokens, which a funnel has merged",
+                lambda x: x == "cross",
+            )  # fmt: skip
+            self._expect("token_mixer", "local with funnel: its halving layers pool queries", lambda x: x == "local")
 
     def _expect(self, name: str, expected: str, holds) -> None:
         value = getattr(self, name)

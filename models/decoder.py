@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .config import ConceptConfig
 from .encoder import ConceptPreTrainedModel
-from .layers import AdaptiveResidualNorm, FeedForward, ResidualNorm, TimestepEmbedding, TokenAttention
+from .layers import AdaptiveResidualNorm, FeedForward, ResidualNorm, TimestepEmbedding, TokenAttention, widening
 from .positions import rotary_angles
 
 
@@ -39,7 +39,8 @@ class ConceptDecoder(ConceptPreTrainedModel):
     def __init__(self, config: ConceptConfig):
         super().__init__(config)
         with_tokens = config.decoder_queries == "token+position"
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size) if with_tokens else None
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.token_dim) if with_tokens else None
+        self.widen_tokens = widening(config) if with_tokens else None
         self.query = None if with_tokens else PositionQuery(config)
         self.query_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         branches = [part(config) for _ in range(config.num_decoder_layers) for part in (TokenAttention, FeedForward)]
@@ -96,7 +97,7 @@ class ConceptDecoder(ConceptPreTrainedModel):
             return self.query(position_ids)
         if input_ids is None:
             raise ValueError("input_ids: this decoder has token+position queries and needs the ids of the target rows")
-        return self.embed_tokens(input_ids)
+        return self.widen_tokens(self.embed_tokens(input_ids))
 
     def condition(self, concepts: Tensor, timesteps: Tensor | None) -> Tensor | None:
         if self.time is None:

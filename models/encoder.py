@@ -7,16 +7,17 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .config import ConceptConfig
-from .layers import ConceptAttention, FeedForward, HeadBias, HeadNorm, LanguageModelHead, ResidualLinear, ZeroLinear
+from .encoder_layers import LAYERS, Tokens
+from .layers import HeadBias, HeadNorm, LanguageModelHead, ResidualLinear, ZeroLinear, widening
 from .packing import Packed, pack_padded
-from .positions import anchors, rotary_angles, segment_offsets
+from .positions import anchors, rotary_angles
+from .queries import ConceptQueries, orthogonal_rows
 
 
 @dataclass
@@ -72,58 +73,6 @@ class ConceptPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
 
 
-def orthogonal_rows(num_rows: int, width: int) -> Tensor:
-    """[C, d] rows of norm sqrt(d), orthogonal in blocks of at most d rows."""
-    blocks = [nn.init.orthogonal_(torch.empty(min(width, num_rows - i), width)) for i in range(0, num_rows, width)]
-    return torch.cat(blocks) * math.sqrt(width)
-
-
-class ConceptQueries(nn.Module):
-    """The C concepts before they have read anything: [B, C, d]."""
-
-    def __init__(self, config: ConceptConfig):
-        super().__init__()
-        self.from_segments, self.eps = config.init_queries == "segment", config.norm_eps
-        self.weight = nn.Parameter(torch.empty(config.num_concepts, config.hidden_size))
-
-    def forward(self, tokens_Td: Tensor, packed: Packed) -> Tensor:
-        B, (C, d) = packed.num_sequences, self.weight.shape
-        if not self.from_segments:
-            return self.weight.expand(B, C, d)
-        offsets = segment_offsets(packed, C)
-        # unsafe skips a check of the offsets that would synchronise; they are right by construction
-        means = torch.segment_reduce(tokens_Td.float(), "mean", offsets=offsets, axis=0, unsafe=True, initial=0)
-        means_BCd = F.rms_norm(means, (d,), eps=self.eps).view(B, C, d)
-        return self.weight + means_BCd.to(self.weight.dtype)
-
-
-class CrossLayer(nn.Module):
-    """c += read(tokens);  c += self_attention(c);  c += feed_forward(c). Each pre-norm; tokens stay as they are."""
-
-    def __init__(self, config: ConceptConfig):
-        super().__init__()
-        self.read_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.read = ConceptAttention(config)
-        self.mix_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mix = ConceptAttention(config)
-        self.feed_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.feed = FeedForward(config)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, c_BCd: Tensor, anchor_angles, tokens_Td: Tensor, token_angles, packed: Packed) -> Tensor:
-        B, C, _ = c_BCd.shape
-        read = self.read(
-            self.read_norm(c_BCd), anchor_angles, tokens_Td, token_angles, packed.cu_seqlens, packed.max_seqlen
-        )
-        c_BCd = c_BCd + self.dropout(read)
-        flat_Rd = self.mix_norm(c_BCd).flatten(0, 1)  # the concepts of all sequences as one packed row of B * C
-        flat_angles = tuple(part.flatten(0, 1) for part in anchor_angles)
-        cu_concepts = torch.arange(B + 1, device=c_BCd.device, dtype=torch.int32) * C
-        mixed = self.mix(flat_Rd.view_as(c_BCd), anchor_angles, flat_Rd, flat_angles, cu_concepts, C)
-        c_BCd = c_BCd + self.dropout(mixed)
-        return c_BCd + self.dropout(self.feed(self.feed_norm(c_BCd)))
-
-
 class ConceptEncoder(ConceptPreTrainedModel):
     """Reads packed or padded token ids and returns C concepts for each sequence.
 
@@ -140,10 +89,11 @@ class ConceptEncoder(ConceptPreTrainedModel):
 
     def __init__(self, config: ConceptConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.token_dim)
+        self.widen_tokens = widening(config)
         self.token_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.concepts = ConceptQueries(config)
-        self.layers = nn.ModuleList(CrossLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(LAYERS[config.layer_kind](config) for _ in range(config.num_hidden_layers))
         self.out_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps, elementwise_affine=False)
         self.post_init()
 
@@ -177,14 +127,14 @@ class ConceptEncoder(ConceptPreTrainedModel):
     def encode(self, packed: Packed) -> list[Tensor]:
         """The concepts before each layer, then the normalised ones [B, C, d]."""
         theta, head_dim = self.config.rope_theta, self.config.head_dim
-        tokens_Td = self.token_norm(self.embed_tokens(packed.input_ids))
-        token_angles = rotary_angles(packed.position_ids, head_dim, theta)
+        states_Td = self.token_norm(self.widen_tokens(self.embed_tokens(packed.input_ids)))
+        tokens = Tokens(states_Td, rotary_angles(packed.position_ids, head_dim, theta), packed)
         anchor_angles = rotary_angles(self.anchors(packed), head_dim, theta)
-        c_BCd = self.concepts(tokens_Td, packed)
+        c_BCd = self.concepts(states_Td, packed)
         states = []
         for layer in self.layers:
             states.append(c_BCd)
-            c_BCd = layer(c_BCd, anchor_angles, tokens_Td, token_angles, packed)
+            c_BCd, tokens = layer(c_BCd, anchor_angles, tokens)
         return [*states, self.out_norm(c_BCd)]
 
     def visible(self, packed: Packed) -> Packed:

@@ -173,19 +173,33 @@ class TimestepEmbedding(nn.Module):
         return F.silu(self.mix(F.silu(self.up(features))))
 
 
+def widening(config: ConceptConfig) -> nn.Module:
+    """[R, e] -> [R, d] behind a table of embeddings: nothing where they are as wide as the model.
+
+    With e = token_dim < d the table is thin: V * e + e * d parameters instead of V * d. Source: Lan et al. 2019
+    (ALBERT), arXiv:1909.11942.
+    """
+    if config.token_dim == config.hidden_size:
+        return nn.Identity()
+    return nn.Linear(config.token_dim, config.hidden_size, bias=False)
+
+
 class LanguageModelHead(nn.Module):
-    """The [V, d] matrix, often shared with the embeddings, and its cross entropy.
+    """The [V, e] matrix, often shared with the embeddings, and its cross entropy; hidden states [M, d] come down to e.
 
     Logits exist only where a caller asks for them: the loss goes through ``linear_cross_entropy``.
     """
 
     def __init__(self, config: ConceptConfig):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.token_dim))
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        is_thin = config.token_dim != config.hidden_size
+        self.narrow = nn.Linear(config.hidden_size, config.token_dim, bias=False) if is_thin else nn.Identity()
 
     def forward(self, hidden_Md: Tensor, targets_M: Tensor | None = None, **options) -> Tensor:
         """Logits [M, V] without targets; with them what ``linear_cross_entropy`` makes of ``options``."""
+        hidden_Me = self.narrow(hidden_Md)
         if targets_M is None:
-            return F.linear(hidden_Md, self.weight, self.bias)
-        return linear_cross_entropy(hidden_Md, self.weight, targets_M, bias=self.bias, **options)
+            return F.linear(hidden_Me, self.weight, self.bias)
+        return linear_cross_entropy(hidden_Me, self.weight, targets_M, bias=self.bias, **options)

@@ -17,7 +17,7 @@ from conceptron.models.config import ConceptConfig
         ({"num_key_value_heads": 3}, ["num_key_value_heads", "divisor of num_attention_heads = 8", "3"]),
         ({"layer_kind": "bxit"}, ["layer_kind", "cross", "bxit"]),
         ({"init_queries": "random"}, ["init_queries", "segment", "random"]),
-        ({"token_positions": "learned"}, ["token_positions", "rope", "learned"]),
+        ({"token_positions": "absolute"}, ["token_positions", "rope", "absolute"]),
         ({"decoder_queries": "token"}, ["decoder_queries", "token+position", "token"]),
         ({"hidden_tokens": ["drop"]}, ["hidden_tokens", "drop", "['drop']"]),
         ({"dropout": 1.0}, ["dropout", "[0, 1)", "1.0"]),
