@@ -64,6 +64,7 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
         labels: Tensor | None = None,
         *,
         view: View | None = None,
+        encoded: ConceptEncoderOutput | None = None,
         timesteps: Tensor | None = None,
         label_smoothing: float = 0.0,
         return_nll: bool = False,
@@ -75,6 +76,7 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
             input_ids, attention_mask, labels: [B, N]; labels are ids, or -100 where nothing is asked. The encoder reads
                 all tokens of the mask ([MASK] tokens left out if ``config.hidden_tokens`` is "drop").
             view: instead of them, what an objective made of a packed batch.
+            encoded: with a view, what the encoder made of it, where that is known already.
             timesteps: [B], for ``input_ids`` and a model with timestep_conditioning; by default the share of [MASK].
             label_smoothing: of the cross entropy; keep 0 in evaluation.
             return_nll: also return the loss of each target.
@@ -89,15 +91,17 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
         if (view is None) == (input_ids is None):
             raise ValueError("input_ids: expected either input_ids [B, N] or view, got both or neither")
         if view is not None:
-            result = self._of_view(view, label_smoothing, return_nll)
+            encoded = self.encoder(packed=view.encoder) if encoded is None else encoded
+            result = self._of_view(view, encoded, label_smoothing, return_nll)
         else:
             result = self._of_padded(
                 input_ids, attention_mask, labels, timesteps, label_smoothing, return_nll, num_items_in_batch
             )
         return result if return_dict else result.to_tuple()
 
-    def _of_view(self, view: View, label_smoothing: float, return_nll: bool) -> ConceptMaskedLMOutput:
-        encoded = self.encoder(packed=view.encoder)
+    def _of_view(
+        self, view: View, encoded: ConceptEncoderOutput, label_smoothing: float, return_nll: bool
+    ) -> ConceptMaskedLMOutput:
         hidden_Md = self.decode(
             encoded, view.decoder_position_ids, view.decoder_cu_seqlens, view.decoder_max_seqlen,
             view.decoder_input_ids, view.timesteps,

@@ -94,7 +94,8 @@ def open_parts(
     parts = []
     for name, store, documents in (("train", train, rows[0]), ("validation", held_out, rows[1])):
         starts, lengths = cut(store.offsets, documents, window)
-        parts.append(Part(store.tokens, starts, lengths, source.weight))
+        of_document = np.searchsorted(store.offsets, starts, side="right") - 1
+        parts.append(Part(store.tokens, starts, lengths, source.weight, of_document))
         facts[name] = {"documents": len(documents), "windows": len(starts), "tokens": int(lengths.sum(dtype=np.int64))}
     return (parts[0], parts[1]), facts
 

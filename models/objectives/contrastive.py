@@ -19,10 +19,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..packing import Packed, pack
+from ..packing import Packed, join, pack
 from ..similarity import unit, wide
-from .tsdae import CHOICE, deletions
-from .view import SampleKey, SpecialTokens, check_option, clean_text, keep_rows, per_sequence
+from .tsdae import CHOICE, TSDAE, deletions
+from .view import Pair, SampleKey, SpecialTokens, check_option, clean_text, keep_rows, per_sequence
 
 PAIR, OTHER_DELETION = 16, 17  # streams of a key, above those of the objectives
 NO_PAIR = -1  # the id of a text that is too short for two views
@@ -88,9 +88,21 @@ class Contrastive:
         a, b = ([words[slice(*span)] for words, span in zip(texts, spans[:, i], strict=True)] for i in range(2))
         return pack(a), pack(b), ids
 
+    def pair(
+        self, batch: Packed, keys: Sequence[SampleKey], tokens: SpecialTokens,
+        documents: Sequence[int] | None = None, objective: object = None,
+    ) -> Pair:  # fmt: skip
+        """``views`` in one batch. Where ``objective`` reads the very first views, it only holds the second."""
+        a, b, ids = self.views(batch, keys, tokens, documents)
+        is_shared = self.pairs == "deletion" and isinstance(objective, TSDAE) and (
+            (objective.units, objective.positions, objective.probability) == ("token", "kept", self.deletion)
+        )  # fmt: skip
+        return Pair(b if is_shared else join(a, b), ids, is_shared)
+
     def loss(
-        self, concepts_a: Tensor, concepts_b: Tensor, ids: Tensor, temperature: Tensor | float | None = None
-    ) -> Tensor:
+        self, concepts_a: Tensor, concepts_b: Tensor, ids: Tensor, temperature: Tensor | float | None = None,
+        divisor: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """The part of the loss that belongs to this rank's texts, 0-d; in float32 or wider, whatever the autocast.
 
         Its *mean over ranks* is the mean over all texts of all ranks, also where ranks have different numbers of them,
@@ -102,6 +114,7 @@ class Contrastive:
             concepts_a, concepts_b: [B, C, d] concepts of the two views.
             ids: [B] int64 as ``views`` returned them; below 0: leave this text out.
             temperature: instead of the option, such as the output of a ``Temperature``.
+            divisor: 0-d, of the sum over this rank's texts; by default the number of all texts over that of the ranks.
         """
         if concepts_a.shape != concepts_b.shape:
             raise ValueError(
@@ -109,22 +122,49 @@ class Contrastive:
             )
         temperature = self.temperature if temperature is None else temperature
         with torch.autocast(concepts_a.device.type, enabled=False):
-            pair_B2e = torch.stack([self.embed(concepts_a), self.embed(concepts_b)], dim=1)
-            ids_B = ids.to(pair_B2e.device, torch.int64)
-            everyone, all_ids, rank, num_ranks = pair_B2e, ids_B, 0, 1
-            if self.across_ranks and dist.is_initialized() and dist.get_world_size() > 1:
-                rank, num_ranks = dist.get_rank(), dist.get_world_size()
-                everyone, all_ids = gather(pair_B2e, ids_B)
-            places = torch.arange(len(ids_B), device=ids_B.device)
-            own = places + rank * (len(all_ids) // num_ranks)  # where this rank's texts stand among all
-            blocked = (ids_B[:, None] == all_ids) | (all_ids < 0)
-            blocked[places, own] = False
+            scores, blocked, own, num_texts = self.scores(concepts_a, concepts_b, ids)
             total = 0.0
-            for one, other in ((0, 1), (1, 0)):
-                scores = pair_B2e[:, one] @ everyone[:, other].T / temperature
-                nll_B = F.cross_entropy(scores.masked_fill(blocked, -torch.inf), own, reduction="none")
-                total = total + (nll_B * (ids_B >= 0)).sum() / 2
-            return total * num_ranks / (all_ids >= 0).sum().clamp_min(1)
+            for score in scores:
+                # after the division: the temperature gets no gradient from what is blocked
+                nll_B = F.cross_entropy((score / temperature).masked_fill(blocked, -torch.inf), own, reduction="none")
+                total = total + (nll_B * (ids >= 0).to(nll_B)).sum() / 2
+            return total / (num_texts if divisor is None else divisor)
+
+    @torch.no_grad()
+    def num_found(self, concepts_a: Tensor, concepts_b: Tensor, ids: Tensor) -> Tensor:
+        """[2] float64: how many of this rank's texts count, and how many of them are found. Collective, as ``loss``.
+
+        A text counts as found by half for each of its views to which the other is the most similar of all.
+        """
+        with torch.autocast(concepts_a.device.type, enabled=False):
+            scores, blocked, own, _ = self.scores(concepts_a, concepts_b, ids)
+        found_B = sum((score.masked_fill(blocked, -torch.inf).argmax(1) == own).double() for score in scores) / 2
+        counts_B = (ids >= 0).to(found_B)
+        return torch.stack([counts_B.sum(), (found_B * counts_B).sum()])
+
+    def scores(
+        self, concepts_a: Tensor, concepts_b: Tensor, ids: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, Tensor]:
+        """Similarities of this rank's texts with those of all ranks.
+
+        Returns:
+            [B, R * B] of each a with every b, and of each b with every a;
+            [B, R * B] bool: these are not each other's negatives;
+            [B] the column of the text itself;
+            0-d the number of all texts that count, over that of the ranks.
+        """
+        pair_B2e = torch.stack([self.embed(concepts_a), self.embed(concepts_b)], dim=1)
+        ids_B = ids.to(pair_B2e.device, torch.int64)
+        everyone, all_ids, rank, num_ranks = pair_B2e, ids_B, 0, 1
+        if self.across_ranks and dist.is_initialized() and dist.get_world_size() > 1:
+            rank, num_ranks = dist.get_rank(), dist.get_world_size()
+            everyone, all_ids = gather(pair_B2e, ids_B)
+        places = torch.arange(len(ids_B), device=ids_B.device)
+        own = places + rank * (len(all_ids) // num_ranks)  # where this rank's texts stand among all
+        blocked = (ids_B[:, None] == all_ids) | (all_ids < 0)
+        blocked[places, own] = False
+        scores = pair_B2e[:, 0] @ everyone[:, 1].T, pair_B2e[:, 1] @ everyone[:, 0].T
+        return scores, blocked, own, (all_ids >= 0).sum().clamp_min(1) / num_ranks
 
     def embed(self, concepts: Tensor) -> Tensor:
         """[B, C, d] -> [B, e] of norm 1, whose inner products are the similarity."""
@@ -141,10 +181,10 @@ class Temperature(nn.Module):
         check_option("floor", floor, "a number above 0", floor > 0)
         check_option("initial", initial, f"a number above floor = {floor:g}", initial > floor)
         self.floor = floor
-        self.log_excess = nn.Parameter(torch.tensor(math.log(initial - floor)))
+        self.log_excess = nn.Parameter(torch.tensor([math.log(initial - floor)]))  # [1]: DeepSpeed refuses 0-d
 
     def forward(self) -> Tensor:
-        return self.floor + self.log_excess.float().exp()
+        return self.floor + self.log_excess.float().exp().squeeze()
 
 
 def cut(g: np.random.Generator, num_tokens: int) -> np.ndarray:

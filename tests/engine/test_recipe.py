@@ -64,7 +64,7 @@ def test_an_override_may_open_a_section(write):
         ("objective.weightin=mdlm", "objective.weightin: unknown key; did you mean objective.weighting?"),
         ("data.sorce=x", "data.sorce: unknown key; did you mean data.source?"),
         ("data.source=[{pth: a}]", "data.source.0.pth: unknown key; did you mean data.source.0.path?"),
-        ("objective.name=difusion", "objective.name: expected one of mlm, diffusion, tsdae, prefix_diffusion (did you"),
+        ("objective.name=difusion", "objective.name: expected one of mlm, diffusion, tsdae, prefix_diffusion, mixed,"),
         ("objective.name=difusion", "(did you mean diffusion?)"),
         ("train.steps=many", "train.steps: expected an integer, got 'many' (text)"),
         ("train.steps=true", "train.steps: expected an integer, got True (true or false)"),
@@ -125,9 +125,10 @@ def test_files_that_cannot_be_read(tmp_path):
 
 
 def test_fields_that_do_not_fit_together(write):
-    recipe = load_recipe(write(SMALLEST), ["model.hidden_size=50", "model.num_attention_heads=8"])
-    with pytest.raises(InputError, match=r"^model: hidden_size: expected a multiple of num_attention_heads = 8, "):
-        recipe.build_config(vocab_size=100)
+    found = refusal(write(SMALLEST), "model.hidden_size=50", "model.num_attention_heads=8")
+    assert "model.hidden_size: expected a multiple of num_attention_heads = 8, got 50" in found
+    with pytest.raises(InputError, match=r"^model: mask_token_id: expected an id below vocab_size = 100"):
+        load_recipe(write(SMALLEST)).build_config(vocab_size=100, mask_token_id=100)
 
 
 def test_saved_recipe_reads_back(write, tmp_path):
