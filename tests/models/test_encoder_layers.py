@@ -313,7 +313,7 @@ def test_untrained_concepts_are_distinct_and_carry_the_text(options, capsys):
     moving = float((z - z.mean(0)).square().mean() / z.square().mean())
     with capsys.disabled():
         print(f"\nuntrained, {options}: effective rank {mean_rank:.1f} of the mean, {rank:.1f} within a text, of 32; "
-              f"{moving:.2f} of the energy is the text's; size of the stream {raw[0]:.2f} -> {raw[-1]:.2f}")  # fmt: skip
+              f"{moving:.2f} of the energy is the text's; stream {raw[0]:.2f} -> {raw[-1]:.2f}")  # fmt: skip
     assert rank > 24 and moving > 0.2
     assert 0.5 < raw[-1] / raw[0] < 2
     cosine = F.normalize(z, dim=-1) @ F.normalize(z, dim=-1).mT
