@@ -7,6 +7,7 @@ import torch
 
 from ..models.objectives.view import View
 from ..models.pretraining import Cached, Totals, cache
+from ..models.recursion import draw_iterations
 from .launch import StopRequest, World
 from .recipe import Recipe
 
@@ -26,14 +27,16 @@ def update(
     totals = add_up(views, world)
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    ahead = look_ahead(engine, world, recipe, step, views, totals)
+    num_iterations = draw_iterations(engine.module.model.config, (recipe.run.seed, step))
+    ahead = look_ahead(engine, world, recipe, step, views, totals, num_iterations)
     sums: dict[str, torch.Tensor] = {}
     for i, view in enumerate(views):
         torch.manual_seed(dropout_seed(recipe.run.seed, step, i, world.rank))
         engine.set_gradient_accumulation_boundary(i == len(views) - 1)
         output = engine(
-            view=view, totals=totals, step=step, label_smoothing=recipe.train.label_smoothing, cached=ahead[i]
-        )
+            view=view, totals=totals, step=step, label_smoothing=recipe.train.label_smoothing,
+            num_iterations=num_iterations, cached=ahead[i],
+        )  # fmt: skip
         engine.backward(output.loss)
         figures = dict(output.figures)
         if engine.module.cap_scale is not None:
@@ -58,7 +61,7 @@ def add_up(views: list[View], world: World) -> Totals:
 
 
 def look_ahead(
-    engine: Any, world: World, recipe: Recipe, step: int, views: list[View], totals: Totals
+    engine: Any, world: World, recipe: Recipe, step: int, views: list[View], totals: Totals, num_iterations: int | None
 ) -> list[Cached | None]:
     """The gradient of a contrastive loss over all micro-batches, for each, if there are several. Collective."""
     contrastive = engine.module.contrastive
@@ -69,7 +72,7 @@ def look_ahead(
     with torch.no_grad():
         for i, view in enumerate(views):
             torch.manual_seed(dropout_seed(recipe.run.seed, step, i, world.rank))
-            compared.append(engine(pair=view.pair, encoder=view.encoder))
+            compared.append(engine(pair=view.pair, encoder=view.encoder, num_iterations=num_iterations))
     return cache(compared, [pair.ids for pair in pairs], contrastive, totals)
 
 

@@ -68,6 +68,7 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
         timesteps: Tensor | None = None,
         label_smoothing: float = 0.0,
         return_nll: bool = False,
+        num_iterations: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool = True,
     ) -> ConceptMaskedLMOutput | tuple:
@@ -80,6 +81,8 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
             timesteps: [B], for ``input_ids`` and a model with timestep_conditioning; by default the share of [MASK].
             label_smoothing: of the cross entropy; keep 0 in evaluation.
             return_nll: also return the loss of each target.
+            num_iterations: of a tied encoder, see ``ConceptEncoder``; a training step whose iterations are to be drawn
+                needs what ``recursion.draw_iterations`` drew, the same on every rank.
             num_items_in_batch: with labels, what their sum is divided by; by default their number.
 
         Returns:
@@ -90,34 +93,59 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
         """
         if (view is None) == (input_ids is None):
             raise ValueError("input_ids: expected either input_ids [B, N] or view, got both or neither")
+        is_drawn = self.training and self.config.iteration_sampling == "random" and encoded is None
+        if is_drawn and num_iterations is None:
+            raise ValueError(
+                "num_iterations: iteration_sampling is random, so a training step needs it; recursion.draw_iterations "
+                "draws it from numbers that are the same on every rank"
+            )
         if view is not None:
-            encoded = self.encoder(packed=view.encoder) if encoded is None else encoded
+            encoded = self.encode(view.encoder, num_iterations) if encoded is None else encoded
             result = self._of_view(view, encoded, label_smoothing, return_nll)
         else:
             result = self._of_padded(
-                input_ids, attention_mask, labels, timesteps, label_smoothing, return_nll, num_items_in_batch
-            )
+                input_ids, attention_mask, labels, timesteps, label_smoothing, return_nll, num_iterations,
+                num_items_in_batch,
+            )  # fmt: skip
         return result if return_dict else result.to_tuple()
 
     def _of_view(
         self, view: View, encoded: ConceptEncoderOutput, label_smoothing: float, return_nll: bool
     ) -> ConceptMaskedLMOutput:
-        hidden_Md = self.decode(
-            encoded, view.decoder_position_ids, view.decoder_cu_seqlens, view.decoder_max_seqlen,
-            view.decoder_input_ids, view.timesteps,
-        )  # fmt: skip
         divisor = torch.where(view.divisor > 0, view.divisor, 1.0)  # a batch without text has loss 0
-        loss, nll = self.loss(hidden_Md, view.targets, view.weights, divisor, label_smoothing, return_nll)
-        return ConceptMaskedLMOutput(loss=loss, concepts=encoded.last_hidden_state, nll=nll)
+        losses = []
+        for iteration in [*self.before_last(encoded), encoded] if self.answers_every_iteration else [encoded]:
+            hidden_Md = self.decode(
+                iteration, view.decoder_position_ids, view.decoder_cu_seqlens, view.decoder_max_seqlen,
+                view.decoder_input_ids, view.timesteps,
+            )  # fmt: skip
+            loss, nll = self.loss(hidden_Md, view.targets, view.weights, divisor, label_smoothing, return_nll)
+            losses.append(loss)
+        return ConceptMaskedLMOutput(loss=sum(losses) / len(losses), concepts=encoded.last_hidden_state, nll=nll)
+
+    @property
+    def answers_every_iteration(self) -> bool:
+        return self.training and self.config.loss_every_iteration
+
+    def encode(self, packed: Packed, num_iterations: int | None = None) -> ConceptEncoderOutput:
+        """With what a training step needs: states to answer from, how far iterations still move the concepts."""
+        return self.encoder(
+            packed=packed, num_iterations=num_iterations, output_hidden_states=self.answers_every_iteration,
+            output_convergence=self.training and self.config.tie_layers,
+        )  # fmt: skip
+
+    def before_last(self, encoded: ConceptEncoderOutput) -> list[ConceptEncoderOutput]:
+        """What the encoder would have returned after each iteration but the last (deep supervision)."""
+        return [ConceptEncoderOutput(self.encoder.out_norm(c), encoded.anchors) for c in encoded.hidden_states[1:-1]]
 
     def _of_padded(
         self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, timesteps: Tensor | None,
-        label_smoothing: float, return_nll: bool, num_items_in_batch: Tensor | int | None,
+        label_smoothing: float, return_nll: bool, num_iterations: int | None, num_items_in_batch: Tensor | int | None,
     ) -> ConceptMaskedLMOutput:  # fmt: skip
         if labels is not None and labels.shape != input_ids.shape:
             raise ValueError(f"labels: expected input_ids' shape {list(input_ids.shape)}, got {list(labels.shape)}")
         packed = pack_padded(input_ids, attention_mask)
-        encoded = self.encoder(packed=self.encoder.visible(packed))
+        encoded = self.encoder(packed=self.encoder.visible(packed), num_iterations=num_iterations)
         if timesteps is None and self.config.timestep_conditioning:
             timesteps = self.masked_share(packed)
         valid_BN = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0

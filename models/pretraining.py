@@ -109,11 +109,13 @@ class Pretraining(nn.Module):
 
     def forward(
         self, view: View | None = None, *, totals: Totals | None = None, step: int = 0, label_smoothing: float = 0.0,
-        cached: Cached | None = None, pair: Pair | None = None, encoder: Packed | None = None, return_nll: bool = False,
+        num_iterations: int | None = None, cached: Cached | None = None, pair: Pair | None = None,
+        encoder: Packed | None = None, return_nll: bool = False,
     ) -> PretrainingOutput | ConceptMaskedLMOutput | Compared:  # fmt: skip
         """
         Args:
             view: a micro-batch, with ``totals`` of its step, counted from 0.
+            num_iterations: of a tied encoder, the same on every rank and for all micro-batches of a step.
             cached: where negatives come from the whole step and that has several micro-batches.
             return_nll: instead, the loss of each target of the view, for evaluation.
             pair: instead of a view, what is to be compared, with the ``encoder`` batch that it may share. The random
@@ -122,11 +124,12 @@ class Pretraining(nn.Module):
         if return_nll:
             return self.model(view=view, return_nll=True)
         if pair is not None:
-            texts_BCd = self.encode(pair.texts)
-            return self.compared(pair, texts_BCd, self.encode(encoder) if pair.shares_encoder else None)
+            texts_BCd = self.encode(pair.texts, num_iterations)
+            first_BCd = self.encode(encoder, num_iterations) if pair.shares_encoder else None
+            return self.compared(pair, texts_BCd, first_BCd)
         pair, figures, loss = view.pair, {}, 0.0
-        texts_BCd = None if pair is None else self.encode(pair.texts)  # first, see ``pair`` above
-        encoded = self.model.encoder(packed=view.encoder) if self.has_task else None
+        texts_BCd = None if pair is None else self.encode(pair.texts, num_iterations)  # first, see ``pair`` above
+        encoded = self.model.encode(view.encoder, num_iterations) if self.has_task else None
         z_BCd = encoded.last_hidden_state if self.has_task else texts_BCd.chunk(2)[0]
         z_BCd, for_terms_BCd = (z_BCd, None) if self.regularizer is None else self.regularizer.cap(z_BCd)
         if self.has_task:
@@ -134,6 +137,8 @@ class Pretraining(nn.Module):
             of_step = replace(view, divisor=totals.divisor)
             loss = self.model(view=of_step, encoded=encoded, label_smoothing=label_smoothing).loss
             figures["task"] = loss.detach()
+            if encoded.convergence is not None:  # of the last iteration, averaged over texts
+                figures["convergence"] = encoded.convergence[-1].sum() / totals.num_texts
         if pair is not None:
             is_first = pair.shares_encoder or not self.has_task
             compared = self.compared(pair, texts_BCd, z_BCd if is_first else None)
@@ -149,9 +154,9 @@ class Pretraining(nn.Module):
                 figures |= {f"{kind}/{name}": share * value for name, value in values.items()}
         return PretrainingOutput(loss, {"loss": loss.detach(), **figures})
 
-    def encode(self, packed: Packed) -> Tensor:
+    def encode(self, packed: Packed, num_iterations: int | None) -> Tensor:
         """[B, C, d]"""
-        return self.model.encoder(packed=packed).last_hidden_state
+        return self.model.encoder(packed=packed, num_iterations=num_iterations).last_hidden_state
 
     def compared(self, pair: Pair, texts_BCd: Tensor, first_BCd: Tensor | None) -> Compared:
         """``first_BCd``: concepts of the first views, where they are not those of ``texts_BCd``."""
