@@ -36,13 +36,10 @@ def of_objective(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield "model.hidden_tokens", problem
         if model.get("timestep_conditioning") and name not in TIMED:
             yield "model.timestep_conditioning", f"objective {name} has no timesteps; set it to false"
-        if name == "prefix_diffusion" and part["context"] != (mixing != "none"):
-            yield f"{field}.context", (
-                f"expected true with model.decoder_mixing = {mixing}, which then sees what t left visible; without it "
-                "nothing would"
-                if mixing != "none" else
-                "expected false with model.decoder_mixing = none: its rows would be decoded and seen by nobody"
-            )  # fmt: skip
+        if part.get("context", mixing != "none") != (mixing != "none"):
+            expected = "false" if mixing == "none" else "true"
+            why = "no row would see it" if mixing == "none" else "what is known must take part in training as in use"
+            yield f"{field}.context", f"expected {expected} with model.decoder_mixing = {mixing}: {why}"
     if not recipe.has_task and recipe.contrastive is None:
         yield "objective.name", "none, and no contrastive section: there is nothing to train"
 

@@ -2,6 +2,10 @@
 
 A mistake ends in one `InputError` that names the file (or the override), the dotted field, what is wrong and, for an
 unknown key, the nearest valid one.
+
+`size=tiny` makes a recipe of any size one that ends in under a minute on a CPU: `recipes/tiny.yaml` is laid over it
+(sizes, text, number of steps), then what the recipe itself says under `tiny:`, then the overrides. Everything that is
+the idea of the recipe stays: kinds of layers, objective, regularisers.
 """
 
 from collections.abc import Sequence
@@ -24,6 +28,9 @@ from .errors import InputError
 Count = Annotated[int, Strict(), Field(ge=1)]
 CountOrZero = Annotated[int, Strict(), Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+SHIPPED = Path(__file__).parent.parent / "recipes"
+SIZES = ("full", "tiny")
 
 # What may change between an interruption and its resumption: it moves no data and no weight, or only by rounding.
 FREE = (
@@ -207,14 +214,20 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = find_recipe(path)
     tree = read_yaml(path)
-    overridden = {}
+    changes: dict[str, Any] = {}
+    overridden = {apply_override(changes, text): text for text in overrides if text.startswith("size=")}
+    checker = Checker(str(path), overridden)
+    size, tiny = changes.get("size", tree.pop("size", "full")), tree.pop("tiny", {})
+    if size not in SIZES:
+        raise InputError(checker.line("size", f"expected one of {', '.join(SIZES)}, got {describe(size)}"))
+    if size == "tiny":
+        tree = lay_over(tree, read_yaml(SHIPPED / "tiny.yaml"), tiny)
     for text in overrides:
-        field = apply_override(tree, text)
-        overridden[field] = text
+        if not text.startswith("size="):
+            overridden[apply_override(tree, text)] = text
     tree.setdefault("run", {})
     if isinstance(tree["run"], dict) and not tree["run"].get("name"):
-        tree["run"]["name"] = Path(path).stem
-    checker = Checker(str(path), overridden)
+        tree["run"]["name"] = Path(path).stem + ("-tiny" if size == "tiny" else "")
     recipe = checker.check(Recipe, tree)
     sections = {"objective": checker.check_objective(recipe.objective), "model": checker.check_model(recipe.model)}
     for name, options in (("contrastive", ContrastiveTerm), ("regularization", Regularization)):
@@ -231,8 +244,7 @@ def find_recipe(path: str | Path) -> Path:
     path = Path(path)
     if path.exists() or path.is_absolute():
         return path
-    shipped = Path(__file__).parent.parent / "recipes"
-    inside = shipped / (path.relative_to("recipes") if path.parts[:1] == ("recipes",) else path)
+    inside = SHIPPED / (path.relative_to("recipes") if path.parts[:1] == ("recipes",) else path)
     return inside if inside.exists() else path
 
 
@@ -262,6 +274,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: {one_line(error)}") from error
     if not isinstance(tree, dict):
         raise InputError(f"{path}: expected sections such as `run:` and `model:`, got {describe(tree)}")
+    return tree
+
+
+def lay_over(tree: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
+    """The tree with the fields of others in place of its own, section by section; the last one wins."""
+    for other in others:
+        merged = dict(tree)
+        for key, value in other.items():
+            is_section = isinstance(value, dict) and isinstance(tree.get(key), dict)
+            merged[key] = lay_over(tree[key], value) if is_section else value
+        tree = merged
     return tree
 
 
