@@ -13,6 +13,7 @@ from conceptron.models.encoder import ConceptEncoder
 from conceptron.models.encoder_layers import BixtLayer, GatedUpdate
 from conceptron.models.layers import ZeroLinear
 from conceptron.models.packing import pack
+from conceptron.models.positions import rotary_angles
 
 SMALL = dict(
     vocab_size=60, hidden_size=32, num_concepts=6, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
@@ -170,8 +171,6 @@ def test_bixt_is_one_similarity_with_two_softmaxes():
 
 
 def angles_of(model: ConceptEncoder, tokens):
-    from conceptron.models.positions import rotary_angles
-
     return rotary_angles(model.anchors(tokens.packed), model.config.head_dim, model.config.rope_theta)
 
 
