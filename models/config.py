@@ -177,10 +177,14 @@ class ConceptConfig(PretrainedConfig):
         self.check_layers()
 
     def check_positions(self) -> None:
-        """What only fits tokens that RoPE turns."""
+        """What only fits tokens, or concepts, that RoPE turns."""
         if self.token_positions != "rope":
             expected = f"none with token_positions = {self.token_positions}: only RoPE is extended"
             self._expect("rope_extension", expected, lambda x: x == "none")
+        if self.decoder_queries == "weighted":
+            expected = "rope with decoder_queries = weighted: weights come from places alone"
+            for name in ("token_positions", "concept_positions"):
+                self._expect(name, expected, lambda x: x == "rope")
         if self.rope_extension == "none":
             self._expect("rope_factor", "1 with rope_extension = none: nothing uses it", lambda x: x == 1)
         if self.rope_extension == "ntk":

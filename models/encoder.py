@@ -13,7 +13,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .config import ConceptConfig
-from .encoder_layers import LAYERS, Places, Tokens
+from .encoder_layers import LAYERS, ConceptAngles, Tokens
 from .layers import HeadBias, HeadNorm, LanguageModelHead, ResidualLinear, ZeroLinear, widening
 from .mixing import CopeMixing
 from .packing import Packed, pack_padded
@@ -49,7 +49,8 @@ class ConceptPreTrainedModel(LoadsOtherSizes, PreTrainedModel):
           stream, divided by sqrt(2L), so that depth does not grow the stream;
         - embeddings and the head: normal(initializer_range);
         - modulations of AdaLN-Zero: zero, whatever the framework did before;
-        - concepts: orthogonal rows of norm sqrt(d), as large as a normalised token, so that no two start alike;
+        - concepts: orthogonal rows of norm sqrt(d), as large as a normalised token, so that no two start alike; their
+          learned places: as embeddings;
         - the vector on queries and keys: anchor_bias on the half that RoPE reads as angle zero (nothing, where there
           are no places to be near in), and their norms: anchor_sharpness;
         - the table of contextual positions: zero.
@@ -66,11 +67,13 @@ class ConceptPreTrainedModel(LoadsOtherSizes, PreTrainedModel):
             init.normal_(module.weight, std=config.initializer_range)
         elif isinstance(module, CopeMixing):
             init.zeros_(module.places)
-        elif isinstance(module, ConceptQueries) and module.weight is not None:
+        elif isinstance(module, ConceptQueries):
             if config.init_queries == "embedding":
                 init.normal_(module.weight, std=config.initializer_range)
-            else:
+            elif module.weight is not None:
                 init.copy_(module.weight, orthogonal_rows(*module.weight.shape))
+            if module.places is not None:
+                init.normal_(module.places, std=config.initializer_range)
         elif isinstance(module, HeadBias):
             half = module.bias.shape[0] // 2
             strength = float(config.anchor_bias) if module.is_placed else 0.0
@@ -141,12 +144,12 @@ class ConceptEncoder(ConceptPreTrainedModel):
         states_Td = self.token_norm(self.widen_tokens(rows_Te))
         tokens = Tokens(states_Td, self.positions.read_angles(packed.position_ids), packed)
         anchors_BC = self.anchors(packed)
-        places = Places(self.positions.angles(anchors_BC), self.positions.concept_angles(anchors_BC))
+        anchor_angles = ConceptAngles(self.positions.angles(anchors_BC), self.positions.concept_angles(anchors_BC))
         c_BCd = self.concepts(states_Td, packed)
         states = []
         for layer in self.layers:
             states.append(c_BCd)
-            c_BCd, tokens = layer(c_BCd, places, tokens)
+            c_BCd, tokens = layer(c_BCd, anchor_angles, tokens)
         return [*states, self.out_norm(c_BCd)]
 
     def visible(self, packed: Packed) -> Packed:

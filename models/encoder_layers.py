@@ -22,8 +22,8 @@ class Tokens(NamedTuple):
     packed: Packed
 
 
-class Places(NamedTuple):
-    """Where the concepts stand, as angles; None where nothing is turned."""
+class ConceptAngles(NamedTuple):
+    """Where the concepts stand; None where nothing is turned."""
 
     reading: Angles | None  # among the tokens
     mixing: Angles | None  # among themselves
@@ -42,13 +42,13 @@ class CrossLayer(nn.Module):
         self.feed = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, c_BCd: Tensor, places: Places, tokens: Tokens) -> tuple[Tensor, Tokens]:
+    def forward(self, c_BCd: Tensor, anchor_angles: ConceptAngles, tokens: Tokens) -> tuple[Tensor, Tokens]:
         read = self.read(
-            self.read_norm(c_BCd), places.reading, tokens.states, tokens.angles, tokens.packed.cu_seqlens,
+            self.read_norm(c_BCd), anchor_angles.reading, tokens.states, tokens.angles, tokens.packed.cu_seqlens,
             tokens.packed.max_seqlen,
         )  # fmt: skip
         c_BCd = c_BCd + self.dropout(read)
-        c_BCd = c_BCd + self.dropout(self.mix(self.mix_norm(c_BCd), places.mixing))
+        c_BCd = c_BCd + self.dropout(self.mix(self.mix_norm(c_BCd), anchor_angles.mixing))
         return c_BCd + self.dropout(self.feed(self.feed_norm(c_BCd))), tokens
 
 

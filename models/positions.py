@@ -75,12 +75,12 @@ class TokenPositions(nn.Module):
         cos, sin = angles
         return cos * sharper, sin * sharper
 
-    def local_angles(self, position_ids: Tensor) -> Angles | None:
-        """The same for the heads of token layers. They look as far as in training whatever the length of the text, so
-        that nothing is extended."""
+    def local_angles(self, position_ids: Tensor, head_dim: int) -> Angles | None:
+        """The same for attention in a window. It looks as far as in training whatever the length of the text, so that
+        nothing is extended."""
         if self.config.token_positions != "rope":
             return None
-        return rotary_angles(position_ids, self.config.token_head_dim, self.config.rope_theta)
+        return rotary_angles(position_ids, head_dim, self.config.rope_theta)
 
     def concept_angles(self, anchors_BC: Tensor) -> Angles | None:
         """Angles of concepts among themselves, whatever tells where tokens stand."""

@@ -54,7 +54,7 @@ class ConceptQueries(nn.Module):
     Sinusoids are those of the anchor in thousandths of the text, whatever C is, and as large as e_i.
     """
 
-    RESIZE: ClassVar = {"weight": ("concept rows",), "places.weight": ("concepts",)}
+    RESIZE: ClassVar = {"weight": ("concept rows",), "places": ("concepts",)}
 
     def __init__(self, config: ConceptConfig):
         super().__init__()
@@ -63,7 +63,7 @@ class ConceptQueries(nn.Module):
         from_anchors = config.init_queries == "anchor"
         self.weight = None if from_anchors else nn.Parameter(torch.empty(C, d))
         self.network = AnchorFeatures(config) if from_anchors else None
-        self.places = nn.Embedding(C, d) if config.concept_positions == "learned" else None
+        self.places = nn.Parameter(torch.empty(C, d)) if config.concept_positions == "learned" else None
 
     def forward(self, tokens_Td: Tensor, packed: Packed) -> Tensor:
         config, B = self.config, packed.num_sequences
@@ -71,7 +71,7 @@ class ConceptQueries(nn.Module):
         shares_C = anchor_fractions(C, packed.cu_seqlens.device)
         rows_Cd = self.weight if self.network is None else self.network(shares_C)
         if config.concept_positions == "learned":
-            rows_Cd = rows_Cd + self.places.weight
+            rows_Cd = rows_Cd + self.places
         elif config.concept_positions == "sinusoidal":
             size = config.initializer_range if config.init_queries == "embedding" else 1.0
             rows_Cd = rows_Cd + (math.sqrt(2) * size * sinusoids(1000.0 * shares_C, d)).to(rows_Cd.dtype)

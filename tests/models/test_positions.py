@@ -118,7 +118,7 @@ def test_temperature_reaches_the_scores_of_tokens_and_no_others():
     assert torch.allclose(read / plain, torch.full((5, 1), (0.1 * math.log(8) + 1) ** 2, dtype=torch.float64))
     assert torch.allclose(plain, (q * k).sum(-1), atol=1e-6)
     assert torch.equal(positions.concept_angles(where)[0], positions.angles(where)[0])
-    assert torch.equal(positions.local_angles(where)[0], rotary_angles(where, config.token_head_dim, THETA)[0])
+    assert torch.equal(positions.local_angles(where, 8)[0], rotary_angles(where, 8, THETA)[0])
 
 
 @pytest.mark.parametrize("extension", CHOICES["rope_extension"])
@@ -280,6 +280,10 @@ def test_cost_is_linear_in_the_length():
     "options, words",
     [
         ({"token_positions": "learned", "rope_extension": "ntk"}, ["rope_extension", "none with token_positions"]),
+        (
+            {"decoder_queries": "weighted", "concept_positions": "none"},
+            ["concept_positions", "rope with decoder_queries"],
+        ),
         ({"rope_factor": 2.0}, ["rope_factor", "1 with rope_extension = none", "2.0"]),
         (
             {"hidden_size": 8, "num_attention_heads": 4, "rope_extension": "ntk"},

@@ -76,8 +76,8 @@ def test_sinusoids_do_not_depend_on_the_number_of_concepts():
 
 def test_learned_places_are_added():
     part = queries("orthogonal", "learned")
-    assert torch.equal(start(part), part.weight + part.places.weight)
-    assert start(part).std(0).min() > 0 and part.places.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert torch.equal(start(part), part.weight + part.places)
+    assert start(part).std(0).min() > 0 and part.places.std().item() == pytest.approx(0.02, rel=0.1)
 
 
 @pytest.mark.parametrize("init", CHOICES["init_queries"])
