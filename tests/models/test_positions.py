@@ -2,7 +2,6 @@
 trained."""
 
 import math
-import time
 
 import numpy as np
 import pytest
@@ -258,7 +257,7 @@ def test_sixteen_thousand_tokens_after_a_trained_length_of_64(extension):
 
 
 def test_cost_is_linear_in_the_length():
-    """Bytes kept for the backward pass, which do not depend on how busy the machine is; time has room for noise."""
+    """What is kept for the backward pass, in bytes: no clock, whose answer depends on how busy the machine is."""
     model, kept = encoder(num_hidden_layers=1, rope_extension="yarn", rope_factor=256.0).float(), {}
     for length in (4096, 16384):
         sizes = {}
@@ -267,13 +266,10 @@ def test_cost_is_linear_in_the_length():
             sizes[x.data_ptr(), x.numel()] = x.numel() * x.element_size()
             return x
 
-        start = time.perf_counter()
         with torch.autograd.graph.saved_tensors_hooks(record, lambda x: x):
             model(packed=pack(words(length)))
-        kept[length] = sum(sizes.values()), time.perf_counter() - start
-    slope = math.log(kept[16384][0] / kept[4096][0], 4)
-    assert 0.8 < slope < 1.05
-    assert kept[16384][1] < 10 * kept[4096][1] + 0.5
+        kept[length] = sum(sizes.values())
+    assert 0.8 < math.log(kept[16384] / kept[4096], 4) < 1.05
 
 
 @pytest.mark.parametrize(
