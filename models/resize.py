@@ -30,11 +30,8 @@ class LoadsOtherSizes:
         sizes = {name: kwargs.pop(name) for name in SIZES if name in kwargs}
         if pretrained_model_name_or_path is not None and isinstance(config, cls.config_class):
             options = {name: kwargs[name] for name in DOWNLOAD_OPTIONS if name in kwargs}
-            saved = cls.config_class.from_pretrained(pretrained_model_name_or_path, **options)
             sizes = {name: getattr(config, name) for name in SIZES} | sizes
-            config = copy.deepcopy(config)
-            for name in SIZES:
-                setattr(config, name, getattr(saved, name))
+            config = with_sizes(config, **saved_sizes(cls.config_class, pretrained_model_name_or_path, **options))
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
         model = resized(model, *model_args, **sizes)
@@ -58,9 +55,7 @@ def resized(model, *model_args, **sizes: int):
     what = ", ".join(f"{name} {getattr(old, name)} -> {size}" for name, size in sizes.items())
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ValueError(f"{what}: ZeRO-3 has partitioned the model; load it without, save it, and load that")
-    config = copy.deepcopy(old)
-    for name, size in sizes.items():
-        setattr(config, name, size)
+    config = with_sizes(old, **sizes)
     config.check()
     other = type(model)(config, *model_args).to(device=model.device, dtype=model.dtype).train(model.training)
     state, wanted, rules, changed = model.state_dict(), other.state_dict(), resize_rules(model), []
@@ -72,6 +67,23 @@ def resized(model, *model_args, **sizes: int):
     other.load_state_dict(state)
     logger.warning(f"resized for {what}: {', '.join(changed) or 'no parameter depends on it'}")
     return other
+
+
+def saved_sizes(config_class: type, name_or_path, **options) -> dict[str, int]:
+    """The ``SIZES`` of a checkpoint; none of one that is nothing but weights, which then has to fit as it is."""
+    fields, _ = config_class.get_config_dict(name_or_path, **options)
+    if fields.get("model_type") != config_class.model_type:
+        return {}
+    saved = config_class.from_dict(fields)
+    return {name: getattr(saved, name) for name in SIZES}
+
+
+def with_sizes(config, **sizes: int):
+    """A copy of ``config``, not checked."""
+    config = copy.deepcopy(config)
+    for name, size in sizes.items():
+        setattr(config, name, size)
+    return config
 
 
 def resize_rules(model) -> dict[str, tuple[str, ...]]:

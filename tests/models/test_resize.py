@@ -110,6 +110,14 @@ def test_by_way_of_auto_classes_and_configurations(auto, kind, tmp_path):
     assert differing(encoder, whole.encoder) == set()
 
 
+def test_weights_without_a_configuration_load_as_they_are(tmp_path):
+    model = saved(tmp_path)
+    (tmp_path / "config.json").unlink()
+    assert differing(ConceptForMaskedLM.from_pretrained(tmp_path, config=model.config), model) == set()
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        ConceptForMaskedLM.from_pretrained(tmp_path, config=ConceptConfig(**{**SMALL, "num_concepts": 9}))
+
+
 def test_sharded_half_precision_and_loading_report(tmp_path):
     model = saved(tmp_path)
     model.bfloat16().save_pretrained(tmp_path / "shards", max_shard_size="8KB")
