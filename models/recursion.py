@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import ConceptConfig
-from .encoder_layers import Tokens
-from .layers import Angles
+from .encoder_layers import ConceptAngles, Tokens
 
 SPREAD = 0.5  # of the logarithm of the rate of K
 
@@ -39,7 +38,7 @@ def draw_iterations(config: ConceptConfig, key: Sequence[int]) -> int | None:
 
 
 def apply_layers(
-    layers: Sequence[nn.Module], c_BCd: Tensor, anchor_angles: Angles, tokens: Tokens, *,
+    layers: Sequence[nn.Module], c_BCd: Tensor, angles: ConceptAngles, tokens: Tokens, *,
     num_texts: int, num_frozen: int = 0, tolerance: float | None = None, with_changes: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """Applies the layers one after the other.
@@ -59,7 +58,7 @@ def apply_layers(
     states, changes = [c_BCd], []
     for k, layer in enumerate(layers):
         with torch.no_grad() if k < num_frozen else contextlib.nullcontext():
-            c_BCd, tokens = layer(states[-1], anchor_angles, tokens, is_last=k == len(layers) - 1)
+            c_BCd, tokens = layer(states[-1], angles, tokens, is_last=k == len(layers) - 1)
         if k == num_frozen - 1:
             c_BCd = pass_gradient(start, c_BCd)
             tokens = tokens._replace(states=pass_gradient(start_tokens.states, tokens.states))

@@ -8,6 +8,7 @@ import torch
 
 from conceptron.models.config import ConceptConfig
 from conceptron.models.encoder import ConceptEncoder
+from conceptron.models.encoder_layers import ConceptAngles
 from conceptron.models.heads import ConceptForMaskedLM
 from conceptron.models.objectives import MaskedLM, SampleKey, SpecialTokens
 from conceptron.models.packing import pack
@@ -107,7 +108,7 @@ def test_gradients_stop_where_they_are_told_to(layer_kind):
     everything.load_state_dict(model.state_dict())
     tokens = everything.read_tokens(batch)
     c_0 = everything.concepts(tokens.states, tokens.packed)
-    angles = rotary_angles(everything.anchors(batch), 8, 10000.0)
+    angles = ConceptAngles(*2 * [rotary_angles(everything.anchors(batch), 8, 10000.0)])
     with torch.no_grad():
         c, t = c_0, tokens
         for _ in range(3):
