@@ -14,10 +14,10 @@ from transformers.utils import ModelOutput
 
 from .config import ConceptConfig
 from .encoder_layers import LAYERS, Tokens
-from .layers import HeadBias, HeadNorm, LanguageModelHead, ResidualLinear, ZeroLinear, widening
+from .layers import ConstantHeads, HeadBias, HeadNorm, LanguageModelHead, ResidualLinear, ZeroLinear, widening
 from .packing import Packed, pack_padded
 from .positions import anchors, rotary_angles
-from .queries import ConceptQueries, orthogonal_rows
+from .queries import ConceptQueries, NullConcepts, orthogonal_rows
 
 
 @dataclass
@@ -42,7 +42,9 @@ class ConceptPreTrainedModel(PreTrainedModel):
           stream, divided by sqrt(2L), so that depth does not grow the stream;
         - embeddings and the head: normal(initializer_range);
         - modulations of AdaLN-Zero: zero, whatever the framework did before;
-        - concepts: orthogonal rows of norm sqrt(d), as large as a normalised token, so that no two start alike;
+        - concepts, and the null concepts: orthogonal rows of norm sqrt(d), as large as a normalised token, so that no
+          two start alike;
+        - heads that no row decides: normal(1), as those of a normalised row;
         - the vector on queries and keys: anchor_bias on the half that RoPE reads as angle zero (nothing, where concepts
           have no anchor to be near to), and their norms: anchor_sharpness.
         """
@@ -61,6 +63,10 @@ class ConceptPreTrainedModel(PreTrainedModel):
                 init.normal_(module.weight, std=config.initializer_range)
             else:
                 init.copy_(module.weight, orthogonal_rows(*module.weight.shape))
+        elif isinstance(module, NullConcepts):
+            init.copy_(module.weight, orthogonal_rows(*module.weight.shape))
+        elif isinstance(module, ConstantHeads):
+            init.normal_(module.weight, std=1.0)
         elif isinstance(module, HeadBias):
             half = module.bias.shape[0] // 2
             strength = 0.0 if config.concept_positions == "none" else float(config.anchor_bias)
