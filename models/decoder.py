@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from .config import ConceptConfig
 from .encoder import ConceptPreTrainedModel
 from .layers import (
-    Angles,
     ConceptAttention,
     FeedForward,
     LocalAttention,
@@ -21,11 +20,11 @@ from .layers import (
     widening,
 )  # fmt: skip
 from .packing import sequence_ids
-from .positions import rotary_angles
+from .positions import Angles, TokenPositions
 
 
 class PositionQuery(nn.Module):
-    """One learned vector for every target row; where the row stands enters through RoPE."""
+    """One learned vector for every target row; where the row stands, ``TokenPositions`` says."""
 
     def __init__(self, config: ConceptConfig):
         super().__init__()
@@ -50,8 +49,8 @@ class Exchange(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, rows_Md: Tensor, row_angles: Angles, w_BCd: Tensor, anchor_angles: Angles, condition_Bd: Tensor | None,
-        cu_seqlens: Tensor, max_seqlen: int,
+        self, rows_Md: Tensor, row_angles: Angles | None, w_BCd: Tensor, anchor_angles: Angles | None,
+        condition_Bd: Tensor | None, cu_seqlens: Tensor, max_seqlen: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The branch [M, d] of the rows, and w for the next layer."""
         w_BCd, h_BCd = self.open(w_BCd, None, condition_Bd, None)
@@ -103,6 +102,7 @@ class ConceptDecoder(ConceptPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.token_dim) if with_tokens else None
         self.widen_tokens = widening(config) if with_tokens else None
         self.query = None if with_tokens else PositionQuery(config)
+        self.positions = TokenPositions(config, config.token_dim if with_tokens else config.hidden_size)
         self.query_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         branches = [branch for _ in range(config.num_decoder_layers) for branch in layer_branches(config)]
         self.branches = nn.ModuleList(branches)
@@ -132,12 +132,12 @@ class ConceptDecoder(ConceptPreTrainedModel):
         Raises:
             ValueError: input_ids or timesteps are missing where the configuration needs them.
         """
-        x_Md = self.query_norm(self.queries(position_ids, input_ids))
+        x_Md = self.query_norm(self.queries(position_ids, input_ids, max_seqlen))
         condition_Bd = self.condition(concepts, timesteps)
-        row_angles, anchor_angles = (
-            rotary_angles(where, self.config.head_dim, self.config.rope_theta) for where in (position_ids, anchors)
-        )
-        owner_M = sequence_ids(cu_seqlens, len(position_ids)) if self.config.decoder_mixing == "local" else None
+        row_angles, anchor_angles = (self.positions.angles(where) for where in (position_ids, anchors))
+        if self.config.decoder_mixing == "local":
+            owner_M = sequence_ids(cu_seqlens, len(position_ids))
+            window_angles = self.positions.local_angles(position_ids, self.config.head_dim)
         branch_Md = None
         for i, norm in enumerate(self.norms):
             x_Md, h_Md = norm(x_Md, branch_Md, condition_Bd, cu_seqlens)
@@ -147,7 +147,7 @@ class ConceptDecoder(ConceptPreTrainedModel):
             if isinstance(part, TokenAttention):
                 branch_Md = part(h_Md, row_angles, concepts, anchor_angles, cu_seqlens, max_seqlen)
             elif isinstance(part, LocalAttention):
-                branch_Md = part(h_Md, row_angles, position_ids, owner_M, max_seqlen)
+                branch_Md = part(h_Md, window_angles, position_ids, owner_M, max_seqlen)
             elif isinstance(part, Exchange):
                 branch_Md, concepts = part(
                     h_Md, row_angles, concepts, anchor_angles, condition_Bd, cu_seqlens, max_seqlen
@@ -156,12 +156,12 @@ class ConceptDecoder(ConceptPreTrainedModel):
                 branch_Md = part(h_Md)
             branch_Md = self.dropout(branch_Md)
 
-    def queries(self, position_ids: Tensor, input_ids: Tensor | None) -> Tensor:
+    def queries(self, position_ids: Tensor, input_ids: Tensor | None, max_seqlen: int) -> Tensor:
         if self.query is not None:
-            return self.query(position_ids)
+            return self.positions(self.query(position_ids), position_ids, max_seqlen)
         if input_ids is None:
             raise ValueError("input_ids: this decoder has token+position queries and needs the ids of the target rows")
-        return self.widen_tokens(self.embed_tokens(input_ids))
+        return self.widen_tokens(self.positions(self.embed_tokens(input_ids), position_ids, max_seqlen))
 
     def condition(self, concepts: Tensor, timesteps: Tensor | None) -> Tensor | None:
         if self.time is None:

@@ -13,11 +13,13 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .config import ConceptConfig
-from .encoder_layers import LAYERS, Tokens
+from .encoder_layers import LAYERS, ConceptAngles, Tokens
 from .layers import ConstantHeads, HeadBias, HeadNorm, LanguageModelHead, ResidualLinear, ZeroLinear, widening
+from .mixing import CopeMixing
 from .packing import Packed, pack_padded
-from .positions import anchors, rotary_angles
+from .positions import TokenPositions, anchors
 from .queries import ConceptQueries, NullConcepts, orthogonal_rows
+from .resize import LoadsOtherSizes
 
 
 @dataclass
@@ -27,12 +29,17 @@ class ConceptEncoderOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None  # the concepts before each layer, and the last of all
 
 
-class ConceptPreTrainedModel(PreTrainedModel):
+class ConceptPreTrainedModel(LoadsOtherSizes, PreTrainedModel):
     """What every model here shares: the configuration, and one place that initialises all weights."""
 
     config_class = ConceptConfig
     base_model_prefix = "encoder"
     supports_gradient_checkpointing = False
+
+    def __init__(self, config: ConceptConfig):
+        config.check()  # again: from_pretrained(folder, field=other) sets fields one by one
+        config.check_tokens()
+        super().__init__(config)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -43,10 +50,11 @@ class ConceptPreTrainedModel(PreTrainedModel):
         - embeddings and the head: normal(initializer_range);
         - modulations of AdaLN-Zero: zero, whatever the framework did before;
         - concepts, and the null concepts: orthogonal rows of norm sqrt(d), as large as a normalised token, so that no
-          two start alike;
+          two start alike; their learned places: as embeddings;
         - heads that no row decides: normal(1), as those of a normalised row;
-        - the vector on queries and keys: anchor_bias on the half that RoPE reads as angle zero (nothing, where concepts
-          have no anchor to be near to), and their norms: anchor_sharpness.
+        - the vector on queries and keys: anchor_bias on the half that RoPE reads as angle zero (nothing, where there
+          are no places to be near in), and their norms: anchor_sharpness;
+        - the table of contextual positions: zero.
         """
         config = self.config
         if isinstance(module, ZeroLinear):
@@ -58,18 +66,22 @@ class ConceptPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
         elif isinstance(module, nn.Embedding | LanguageModelHead):
             init.normal_(module.weight, std=config.initializer_range)
+        elif isinstance(module, CopeMixing):
+            init.zeros_(module.places)
         elif isinstance(module, ConceptQueries):
             if config.init_queries == "embedding":
                 init.normal_(module.weight, std=config.initializer_range)
-            else:
+            elif module.weight is not None:
                 init.copy_(module.weight, orthogonal_rows(*module.weight.shape))
+            if module.places is not None:
+                init.normal_(module.places, std=config.initializer_range)
         elif isinstance(module, NullConcepts):
             init.copy_(module.weight, orthogonal_rows(*module.weight.shape))
         elif isinstance(module, ConstantHeads):
             init.normal_(module.weight, std=1.0)
         elif isinstance(module, HeadBias):
             half = module.bias.shape[0] // 2
-            strength = 0.0 if config.concept_positions == "none" else float(config.anchor_bias)
+            strength = float(config.anchor_bias) if module.is_placed else 0.0
             init.copy_(module.bias, torch.cat((torch.full((half,), strength), torch.zeros(half))))
         elif isinstance(module, HeadNorm):
             init.constant_(module.weight, config.anchor_sharpness)
@@ -82,12 +94,12 @@ class ConceptPreTrainedModel(PreTrainedModel):
 class ConceptEncoder(ConceptPreTrainedModel):
     """Reads packed or padded token ids and returns C concepts for each sequence.
 
-        c_0 = e_i (+ the normalised mean of the tokens around anchor i)
+        c_0 = e_i (+ the normalised mean of the tokens around anchor i) (+ a vector for place i)
         c_l = layer_l(c_{l-1}, tokens),   l = 1 .. L         concepts = RMSNorm(c_L)
 
-    Keys and values are read from normalised tokens; queries and keys are normalised per head; RoPE puts tokens at
-    their positions and concepts at their anchors (``positions.anchors``), so that addressing is relative and any N
-    fits any C. A sequence without tokens gives finite concepts that depend on the parameters only.
+    Keys and values are read from normalised tokens; queries and keys are normalised per head. By default RoPE puts
+    tokens at their positions and concepts at their anchors (``positions.anchors``), so that addressing is relative and
+    any N fits any C. A sequence without tokens gives finite concepts that depend on the parameters only.
 
     Memory and time are linear in T.
     Source: Perceiver IO (Jaegle et al. 2021, arXiv:2107.14795) with anchored concepts.
@@ -96,6 +108,7 @@ class ConceptEncoder(ConceptPreTrainedModel):
     def __init__(self, config: ConceptConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.token_dim)
+        self.positions = TokenPositions(config, config.token_dim)
         self.widen_tokens = widening(config)
         self.token_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.concepts = ConceptQueries(config)
@@ -132,10 +145,11 @@ class ConceptEncoder(ConceptPreTrainedModel):
 
     def encode(self, packed: Packed) -> list[Tensor]:
         """The concepts before each layer, then the normalised ones [B, C, d]."""
-        theta, head_dim = self.config.rope_theta, self.config.head_dim
-        states_Td = self.token_norm(self.widen_tokens(self.embed_tokens(packed.input_ids)))
-        tokens = Tokens(states_Td, rotary_angles(packed.position_ids, head_dim, theta), packed)
-        anchor_angles = rotary_angles(self.anchors(packed), head_dim, theta)
+        rows_Te = self.positions(self.embed_tokens(packed.input_ids), packed.position_ids, packed.max_seqlen)
+        states_Td = self.token_norm(self.widen_tokens(rows_Te))
+        tokens = Tokens(states_Td, self.positions.read_angles(packed.position_ids), packed)
+        anchors_BC = self.anchors(packed)
+        anchor_angles = ConceptAngles(self.positions.angles(anchors_BC), self.positions.concept_angles(anchors_BC))
         c_BCd = self.concepts(states_Td, packed)
         states = []
         for layer in self.layers:
@@ -151,7 +165,7 @@ class ConceptEncoder(ConceptPreTrainedModel):
 
     def anchors(self, packed: Packed) -> Tensor:
         num_positions_B, C = packed.num_positions(), self.config.num_concepts
-        if self.config.concept_positions == "none":
+        if self.config.concept_positions != "rope":
             return num_positions_B.new_zeros((packed.num_sequences, C), dtype=torch.float32)
         return anchors(num_positions_B, C)
 

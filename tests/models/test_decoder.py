@@ -63,7 +63,7 @@ def test_modulation_is_the_identity_after_the_hooks_of_transformers(kind):
     zeros = [m for m in model.modules() if isinstance(m, ZeroLinear)]
     assert len(zeros) == {"none": 5, "local": 7, "concepts": 9}[kind["decoder_mixing"]]
     assert all((p == 0).all() for m in zeros for p in m.parameters())
-    query = model.query_norm(model.queries(inputs()["position_ids"], inputs()["input_ids"]))
+    query = model.query_norm(model.queries(inputs()["position_ids"], inputs()["input_ids"], 4))
     expected = torch.nn.functional.layer_norm(query, (32,), eps=model.config.norm_eps)
     assert torch.allclose(run(model), expected, atol=1e-12)
     open_gates(model)
@@ -192,6 +192,17 @@ def test_weights_are_a_function_of_the_distance_alone():
                 scores = (product.abs() * (theta * x[:, None] + product.angle()).cos()).sum(1) / math.sqrt(8)
                 out.append(scores.softmax(0) @ values[:, h // 2])
             assert torch.allclose(got[n], part.out(torch.cat(out)), atol=1e-5)
+
+
+@pytest.mark.parametrize("mixing", ["none", "local", "concepts"])
+def test_positions_that_are_added_serve_every_mixing(mixing):
+    """Nothing is turned then; rows that move differ by what was added to them."""
+    model = decoder(token_positions="sinusoidal", decoder_mixing=mixing)
+    open_gates(model)
+    there = inputs()["position_ids"].clone()
+    there[3] = 10
+    moved = (run(model, position_ids=there) - run(model)).abs().amax(1)
+    assert moved[3] > 1e-6 and (moved[4:] == 0).all()
 
 
 def test_weighted_queries_take_any_length_and_any_number_of_concepts():

@@ -170,3 +170,5 @@ def test_null_concepts_are_saved_and_start_distinct(tmp_path):
     assert torch.allclose(rows @ rows.T, 16 * torch.eye(8), atol=1e-4)
     built.save_pretrained(tmp_path)
     assert torch.equal(ConceptForMaskedLM.from_pretrained(tmp_path).exposure.null.weight, rows)
+    wider = ConceptForMaskedLM.from_pretrained(tmp_path, num_concepts=12).exposure.null.weight
+    assert wider.shape == (12, 16) and torch.allclose(wider.norm(dim=1), torch.full((12,), 4.0), atol=1e-3)
