@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM
 from transformers.utils import ModelOutput
 
+from .ablation import ablated
 from .config import ConceptConfig
 from .decoder import ConceptDecoder
 from .encoder import ConceptEncoder, ConceptEncoderOutput, ConceptPreTrainedModel
@@ -68,6 +69,7 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
         label_smoothing: float = 0.0,
         return_nll: bool = False,
         num_items_in_batch: Tensor | int | None = None,
+        ablate: str | None = None,
         return_dict: bool = True,
     ) -> ConceptMaskedLMOutput | tuple:
         """
@@ -79,6 +81,7 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
             label_smoothing: of the cross entropy; keep 0 in evaluation.
             return_nll: also return the loss of each target.
             num_items_in_batch: with labels, what their sum is divided by; by default their number.
+            ablate: None, "zero" or "shuffle": what the loss is without the concepts of the text (``ablation.ablated``).
 
         Returns:
             loss if there are targets; logits if there are none, and with labels in eval mode; concepts always.
@@ -89,15 +92,17 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
         if (view is None) == (input_ids is None):
             raise ValueError("input_ids: expected either input_ids [B, N] or view, got both or neither")
         if view is not None:
-            result = self._of_view(view, label_smoothing, return_nll)
+            result = self._of_view(view, label_smoothing, return_nll, ablate)
         else:
             result = self._of_padded(
-                input_ids, attention_mask, labels, timesteps, label_smoothing, return_nll, num_items_in_batch
+                input_ids, attention_mask, labels, timesteps, label_smoothing, return_nll, num_items_in_batch, ablate
             )
         return result if return_dict else result.to_tuple()
 
-    def _of_view(self, view: View, label_smoothing: float, return_nll: bool) -> ConceptMaskedLMOutput:
-        encoded = self.encoder(packed=view.encoder)
+    def _of_view(
+        self, view: View, label_smoothing: float, return_nll: bool, ablate: str | None
+    ) -> ConceptMaskedLMOutput:
+        encoded = ablated(self.encoder(packed=view.encoder), ablate)
         hidden_Md = self.decode(
             encoded, view.decoder_position_ids, view.decoder_cu_seqlens, view.decoder_max_seqlen,
             view.decoder_input_ids, view.timesteps,
@@ -108,12 +113,12 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
 
     def _of_padded(
         self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, timesteps: Tensor | None,
-        label_smoothing: float, return_nll: bool, num_items_in_batch: Tensor | int | None,
+        label_smoothing: float, return_nll: bool, num_items_in_batch: Tensor | int | None, ablate: str | None,
     ) -> ConceptMaskedLMOutput:  # fmt: skip
         if labels is not None and labels.shape != input_ids.shape:
             raise ValueError(f"labels: expected input_ids' shape {list(input_ids.shape)}, got {list(labels.shape)}")
         packed = pack_padded(input_ids, attention_mask)
-        encoded = self.encoder(packed=self.encoder.visible(packed))
+        encoded = ablated(self.encoder(packed=self.encoder.visible(packed)), ablate)
         if timesteps is None and self.config.timestep_conditioning:
             timesteps = self.masked_share(packed)
         valid_BN = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
