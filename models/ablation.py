@@ -4,6 +4,7 @@ B texts, C concepts, d model width.
 """
 
 import torch
+from torch import Tensor
 
 from .encoder import ConceptEncoderOutput
 
@@ -23,11 +24,16 @@ def ablated(encoded: ConceptEncoderOutput, ablate: str | None, step: int = 1) ->
     """
     if ablate is None:
         return encoded
-    if ablate == "zero":
-        return ConceptEncoderOutput(torch.zeros_like(encoded.last_hidden_state), encoded.anchors)
-    if ablate != "shuffle":
+    if ablate not in ("zero", "shuffle"):
         raise ValueError(f"ablate: expected 'zero', 'shuffle' or None, got {ablate!r}")
-    num_texts = encoded.last_hidden_state.shape[0]
-    if num_texts == step:
+    if ablate == "shuffle" and encoded.last_hidden_state.shape[0] == step:
         raise ValueError("ablate: 'shuffle' needs two texts in a batch or more, so that none keeps its own; got 1")
-    return ConceptEncoderOutput(encoded.last_hidden_state.roll(step, 0), encoded.anchors.roll(step, 0))
+
+    def other(x: Tensor) -> Tensor:
+        return torch.zeros_like(x) if ablate == "zero" else x.roll(step, 0)
+
+    return ConceptEncoderOutput(
+        last_hidden_state=other(encoded.last_hidden_state),
+        anchors=encoded.anchors if ablate == "zero" else other(encoded.anchors),
+        hidden_states=None if encoded.hidden_states is None else tuple(map(other, encoded.hidden_states)),
+    )

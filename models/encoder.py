@@ -13,11 +13,13 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .config import ConceptConfig
-from .encoder_layers import LAYERS, Tokens
+from .encoder_layers import Tokens, build_layers
 from .layers import HeadBias, HeadNorm, LanguageModelHead, ResidualLinear, ZeroLinear, widening
 from .packing import Packed, pack_padded
 from .positions import anchors, rotary_angles
 from .queries import ConceptQueries, orthogonal_rows
+from .recursion import apply_layers
+from .token_layers import TokenLayers, TokenResidualLinear, WindowConv
 
 
 @dataclass
@@ -25,6 +27,7 @@ class ConceptEncoderOutput(ModelOutput):
     last_hidden_state: Tensor | None = None  # [B, C, d] the concepts
     anchors: Tensor | None = None  # [B, C] float32, where each concept stands among the tokens
     hidden_states: tuple[Tensor, ...] | None = None  # the concepts before each layer, and the last of all
+    convergence: Tensor | None = None  # [K, B] float32, |c_k+1 - c_k| / |c_k| of each layer or iteration
 
 
 class ConceptPreTrainedModel(PreTrainedModel):
@@ -39,7 +42,9 @@ class ConceptPreTrainedModel(PreTrainedModel):
         """Everything starts here, by kind of module:
 
         - a matrix: normal(1 / sqrt(fan in)), so that rows of norm sqrt(d) keep it; where it writes into a residual
-          stream, divided by sqrt(2L), so that depth does not grow the stream;
+          stream, divided by sqrt(2L), L of the deepest part, iterations counted, so that depth does not grow the
+          stream; and into the stream of tokens, times initializer_range, at which that stream starts;
+        - taps of a convolution: normal(1 / sqrt(their number));
         - embeddings and the head: normal(initializer_range);
         - modulations of AdaLN-Zero: zero, whatever the framework did before;
         - concepts: orthogonal rows of norm sqrt(d), as large as a normalised token, so that no two start alike;
@@ -50,12 +55,15 @@ class ConceptPreTrainedModel(PreTrainedModel):
         if isinstance(module, ZeroLinear):
             init.zeros_(module.weight)
         elif isinstance(module, ResidualLinear):
-            depth = max(config.num_hidden_layers, config.num_decoder_layers)
-            init.normal_(module.weight, std=1 / math.sqrt(2 * depth * module.in_features))
+            depth = max(config.iterations, config.num_decoder_layers, config.num_token_layers)
+            scale = config.initializer_range if isinstance(module, TokenResidualLinear) else 1.0
+            init.normal_(module.weight, std=scale / math.sqrt(2 * depth * module.in_features))
         elif isinstance(module, nn.Linear):
             init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
         elif isinstance(module, nn.Embedding | LanguageModelHead):
             init.normal_(module.weight, std=config.initializer_range)
+        elif isinstance(module, WindowConv):
+            init.normal_(module.weight, std=1 / math.sqrt(module.weight.shape[0]))
         elif isinstance(module, ConceptQueries):
             if config.init_queries == "embedding":
                 init.normal_(module.weight, std=config.initializer_range)
@@ -76,8 +84,9 @@ class ConceptPreTrainedModel(PreTrainedModel):
 class ConceptEncoder(ConceptPreTrainedModel):
     """Reads packed or padded token ids and returns C concepts for each sequence.
 
+        t   = RMSNorm(widen(token_layers(e_ids)))
         c_0 = e_i (+ the normalised mean of the tokens around anchor i)
-        c_l = layer_l(c_{l-1}, tokens),   l = 1 .. L         concepts = RMSNorm(c_L)
+        c_l = layer_l(c_{l-1}, t),   l = 1 .. L, or K times the one tied layer         concepts = RMSNorm(c_L)
 
     Keys and values are read from normalised tokens; queries and keys are normalised per head; RoPE puts tokens at
     their positions and concepts at their anchors (``positions.anchors``), so that addressing is relative and any N
@@ -90,10 +99,11 @@ class ConceptEncoder(ConceptPreTrainedModel):
     def __init__(self, config: ConceptConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.token_dim)
+        self.token_layers = TokenLayers(config)
         self.widen_tokens = widening(config)
         self.token_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.concepts = ConceptQueries(config)
-        self.layers = nn.ModuleList(LAYERS[config.layer_kind](config) for _ in range(config.num_hidden_layers))
+        self.layers = build_layers(config)
         self.out_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps, elementwise_affine=False)
         self.post_init()
 
@@ -105,37 +115,69 @@ class ConceptEncoder(ConceptPreTrainedModel):
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, *,
-        packed: Packed | None = None, output_hidden_states: bool = False, return_dict: bool = True,
+        packed: Packed | None = None, num_iterations: int | None = None, tolerance: float | None = None,
+        output_hidden_states: bool = False, output_convergence: bool = False, return_dict: bool = True,
     ) -> ConceptEncoderOutput | tuple:  # fmt: skip
         """Encodes ``packed``, or ``input_ids`` [B, N] with ``attention_mask`` [B, N], packed at the door.
 
+        Args:
+            num_iterations: K of a tied layer, any; the configuration's by default.
+            tolerance: in evaluation, ends the iterations of a tied layer after one that changed the concepts of every
+                sequence by less, |c_k+1 - c_k| < tolerance * |c_k|. Synchronises with the host once an iteration.
+
         Raises:
-            ValueError: neither or both of ``packed`` and ``input_ids`` came, or a shape does not fit.
+            ValueError: neither or both of ``packed`` and ``input_ids`` came, a shape does not fit, or iterations were
+                asked of layers that are not tied.
         """
         if (packed is None) == (input_ids is None):
             raise ValueError("input_ids: expected either input_ids [B, N] or packed, got both or neither")
+        self.check_iterations(num_iterations, tolerance)
         if packed is None:
             packed = self.visible(pack_padded(input_ids, attention_mask))
-        states = self.encode(packed)
+        states, changes = self.encode(packed, num_iterations, tolerance, output_convergence)
         result = ConceptEncoderOutput(
             last_hidden_state=states[-1],
             anchors=self.anchors(packed),
             hidden_states=tuple(states) if output_hidden_states else None,
+            convergence=torch.stack(changes) if output_convergence else None,
         )
         return result if return_dict else result.to_tuple()
 
-    def encode(self, packed: Packed) -> list[Tensor]:
-        """The concepts before each layer, then the normalised ones [B, C, d]."""
-        theta, head_dim = self.config.rope_theta, self.config.head_dim
-        states_Td = self.token_norm(self.widen_tokens(self.embed_tokens(packed.input_ids)))
-        tokens = Tokens(states_Td, rotary_angles(packed.position_ids, head_dim, theta), packed)
-        anchor_angles = rotary_angles(self.anchors(packed), head_dim, theta)
-        c_BCd = self.concepts(states_Td, packed)
-        states = []
-        for layer in self.layers:
-            states.append(c_BCd)
-            c_BCd, tokens = layer(c_BCd, anchor_angles, tokens)
-        return [*states, self.out_norm(c_BCd)]
+    def encode(
+        self, packed: Packed, num_iterations: int | None = None, tolerance: float | None = None,
+        with_changes: bool = False,
+    ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+        """The concepts [B, C, d] before each layer, then the normalised ones; on request each layer's change [B]."""
+        config, B = self.config, packed.num_sequences
+        tokens = self.read_tokens(packed)
+        anchor_angles = rotary_angles(self.anchors(tokens.packed), config.head_dim, config.rope_theta)
+        K = config.iterations if num_iterations is None else num_iterations
+        num_frozen = 0
+        if config.backprop_iterations is not None and torch.is_grad_enabled():
+            num_frozen = max(0, K - config.backprop_iterations)
+        states, changes = apply_layers(
+            [self.layers[0]] * K if config.tie_layers else list(self.layers),
+            self.concepts(tokens.states, tokens.packed), anchor_angles, tokens,
+            num_texts=B, num_frozen=num_frozen, tolerance=tolerance, with_changes=with_changes,
+        )  # fmt: skip
+        states[-1] = self.out_norm(states[-1])
+        return [c_BCd[:B] for c_BCd in states], changes
+
+    def read_tokens(self, packed: Packed) -> Tokens:
+        """Tokens as concepts read them: through their own layers, as wide as the model, normalised."""
+        states_Re, places = self.token_layers(self.embed_tokens(packed.input_ids), packed)
+        states_Rd = self.token_norm(self.widen_tokens(states_Re))
+        angles = rotary_angles(places.positions, self.config.head_dim, self.config.rope_theta)
+        return Tokens(states_Rd, angles, places.packed)
+
+    def check_iterations(self, num_iterations: int | None, tolerance: float | None) -> None:
+        for name, value in (("num_iterations", num_iterations), ("tolerance", tolerance)):
+            if value is not None and not self.config.tie_layers:
+                raise ValueError(f"{name}: expected nothing without tie_layers = true, got {value!r}")
+        if num_iterations is not None and num_iterations < 1:
+            raise ValueError(f"num_iterations: expected at least 1, got {num_iterations!r}")
+        if tolerance is not None and self.training:
+            raise ValueError(f"tolerance: expected nothing in training, got {tolerance!r}; call model.eval() first")
 
     def visible(self, packed: Packed) -> Packed:
         """What the encoder reads of a text with [MASK] tokens in it: without them if it was configured to drop them."""

@@ -68,6 +68,7 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
         timesteps: Tensor | None = None,
         label_smoothing: float = 0.0,
         return_nll: bool = False,
+        num_iterations: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
         ablate: str | None = None,
         return_dict: bool = True,
@@ -80,6 +81,8 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
             timesteps: [B], for ``input_ids`` and a model with timestep_conditioning; by default the share of [MASK].
             label_smoothing: of the cross entropy; keep 0 in evaluation.
             return_nll: also return the loss of each target.
+            num_iterations: of a tied encoder, see ``ConceptEncoder``; a training step whose iterations are to be drawn
+                needs what ``recursion.draw_iterations`` drew, the same on every rank.
             num_items_in_batch: with labels, what their sum is divided by; by default their number.
             ablate: None, "zero" or "shuffle": what the loss is without the concepts of the text (``ablation.ablated``).
 
@@ -91,34 +94,50 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
         """
         if (view is None) == (input_ids is None):
             raise ValueError("input_ids: expected either input_ids [B, N] or view, got both or neither")
+        if self.training and self.config.iteration_sampling == "random" and num_iterations is None:
+            raise ValueError(
+                "num_iterations: iteration_sampling is random, so a training step needs it; recursion.draw_iterations "
+                "draws it from numbers that are the same on every rank"
+            )
         if view is not None:
-            result = self._of_view(view, label_smoothing, return_nll, ablate)
+            result = self._of_view(view, label_smoothing, return_nll, num_iterations, ablate)
         else:
             result = self._of_padded(
-                input_ids, attention_mask, labels, timesteps, label_smoothing, return_nll, num_items_in_batch, ablate
-            )
+                input_ids, attention_mask, labels, timesteps, label_smoothing, return_nll, num_iterations,
+                num_items_in_batch, ablate,
+            )  # fmt: skip
         return result if return_dict else result.to_tuple()
 
     def _of_view(
-        self, view: View, label_smoothing: float, return_nll: bool, ablate: str | None
+        self, view: View, label_smoothing: float, return_nll: bool, num_iterations: int | None, ablate: str | None
     ) -> ConceptMaskedLMOutput:
-        encoded = ablated(self.encoder(packed=view.encoder), ablate)
-        hidden_Md = self.decode(
-            encoded, view.decoder_position_ids, view.decoder_cu_seqlens, view.decoder_max_seqlen,
-            view.decoder_input_ids, view.timesteps,
-        )  # fmt: skip
+        with_every = self.training and self.config.loss_every_iteration
+        encoded = self.encoder(packed=view.encoder, num_iterations=num_iterations, output_hidden_states=with_every)
+        encoded = ablated(encoded, ablate)
         divisor = torch.where(view.divisor > 0, view.divisor, 1.0)  # a batch without text has loss 0
-        loss, nll = self.loss(hidden_Md, view.targets, view.weights, divisor, label_smoothing, return_nll)
-        return ConceptMaskedLMOutput(loss=loss, concepts=encoded.last_hidden_state, nll=nll)
+        losses = []
+        for iteration in [*self.before_last(encoded), encoded] if with_every else [encoded]:
+            hidden_Md = self.decode(
+                iteration, view.decoder_position_ids, view.decoder_cu_seqlens, view.decoder_max_seqlen,
+                view.decoder_input_ids, view.timesteps,
+            )  # fmt: skip
+            loss, nll = self.loss(hidden_Md, view.targets, view.weights, divisor, label_smoothing, return_nll)
+            losses.append(loss)
+        return ConceptMaskedLMOutput(loss=sum(losses) / len(losses), concepts=encoded.last_hidden_state, nll=nll)
+
+    def before_last(self, encoded: ConceptEncoderOutput) -> list[ConceptEncoderOutput]:
+        """What the encoder would have returned after each iteration but the last (deep supervision)."""
+        return [ConceptEncoderOutput(self.encoder.out_norm(c), encoded.anchors) for c in encoded.hidden_states[1:-1]]
 
     def _of_padded(
         self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, timesteps: Tensor | None,
-        label_smoothing: float, return_nll: bool, num_items_in_batch: Tensor | int | None, ablate: str | None,
+        label_smoothing: float, return_nll: bool, num_iterations: int | None, num_items_in_batch: Tensor | int | None,
+        ablate: str | None,
     ) -> ConceptMaskedLMOutput:  # fmt: skip
         if labels is not None and labels.shape != input_ids.shape:
             raise ValueError(f"labels: expected input_ids' shape {list(input_ids.shape)}, got {list(labels.shape)}")
         packed = pack_padded(input_ids, attention_mask)
-        encoded = ablated(self.encoder(packed=self.encoder.visible(packed)), ablate)
+        encoded = ablated(self.encoder(packed=self.encoder.visible(packed), num_iterations=num_iterations), ablate)
         if timesteps is None and self.config.timestep_conditioning:
             timesteps = self.masked_share(packed)
         valid_BN = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
