@@ -65,7 +65,7 @@ class ConceptConfig(PretrainedConfig):
         funnel: list[int] | None = None,  # token layers (from 0) that halve the number of tokens
         # positions
         token_positions: str = "rope",
-        concept_positions: str = "rope",  # rope: a concept stands at its anchor; none: all stand at position 0
+        concept_positions: str = "rope",  # rope: a concept stands at its anchor; else all stand at position 0
         max_position_embeddings: int = 512,  # rows of learned positions; the length that rope_extension extends
         rope_theta: float = 10000.0,
         rope_extension: str = "none",
@@ -128,6 +128,11 @@ class ConceptConfig(PretrainedConfig):
         return self.token_dim // self.token_num_attention_heads
 
     @property
+    def anchored_reads(self) -> bool:
+        """Whether concepts and tokens stand in the same text, so that attention can know how far apart they are."""
+        return self.token_positions == "rope" and self.concept_positions == "rope"
+
+    @property
     def iterations(self) -> int:
         """How many layers a forward pass applies by default."""
         return self.num_hidden_layers if self.num_iterations is None else self.num_iterations
@@ -172,8 +177,24 @@ class ConceptConfig(PretrainedConfig):
             "num_key_value_heads", f"a divisor of num_attention_heads = {self.num_attention_heads}",
             lambda x: self.num_attention_heads % x == 0,
         )  # fmt: skip
+        self.check_positions()
         self.check_layers()
         self.check_heads()
+
+    def check_positions(self) -> None:
+        """What only fits tokens, or concepts, that RoPE turns."""
+        if self.token_positions != "rope":
+            expected = f"none with token_positions = {self.token_positions}: only RoPE is extended"
+            self._expect("rope_extension", expected, lambda x: x == "none")
+        if self.decoder_queries == "weighted":
+            expected = "rope with decoder_queries = weighted: weights come from places alone"
+            for name in ("token_positions", "concept_positions"):
+                self._expect(name, expected, lambda x: x == "rope")
+        if self.rope_extension == "none":
+            self._expect("rope_factor", "1 with rope_extension = none: nothing uses it", lambda x: x == 1)
+        if self.rope_extension == "ntk":
+            expected = f"more than 2 channels a head with num_attention_heads = {self.num_attention_heads}, for NTK"
+            self._expect("hidden_size", expected, lambda x: x // self.num_attention_heads > 2)
 
     def check_layers(self) -> None:
         """What only fits together with tied layers, slots, hybrid heads or a decoder."""

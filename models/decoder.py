@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from .config import ConceptConfig
 from .encoder import ConceptPreTrainedModel
 from .layers import AdaptiveResidualNorm, FeedForward, ResidualNorm, TimestepEmbedding, TokenAttention, widening
-from .positions import rotary_angles
+from .positions import TokenPositions
 
 
 class PositionQuery(nn.Module):
-    """One learned vector for every target row; where the row stands enters through RoPE."""
+    """One learned vector for every target row; where the row stands, ``TokenPositions`` says."""
 
     def __init__(self, config: ConceptConfig):
         super().__init__()
@@ -42,6 +42,7 @@ class ConceptDecoder(ConceptPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.token_dim) if with_tokens else None
         self.widen_tokens = widening(config) if with_tokens else None
         self.query = None if with_tokens else PositionQuery(config)
+        self.positions = TokenPositions(config, config.token_dim if with_tokens else config.hidden_size)
         self.query_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         branches = [part(config) for _ in range(config.num_decoder_layers) for part in (TokenAttention, FeedForward)]
         self.branches = nn.ModuleList(branches)
@@ -75,11 +76,9 @@ class ConceptDecoder(ConceptPreTrainedModel):
         Raises:
             ValueError: input_ids or timesteps are missing where the configuration needs them.
         """
-        x_Md = self.query_norm(self.queries(position_ids, input_ids))
+        x_Md = self.query_norm(self.queries(position_ids, input_ids, max_seqlen))
         condition_Bd = self.condition(concepts, timesteps)
-        row_angles, anchor_angles = (
-            rotary_angles(where, self.config.head_dim, self.config.rope_theta) for where in (position_ids, anchors)
-        )
+        row_angles, anchor_angles = (self.positions.angles(where) for where in (position_ids, anchors))
         branch_Md = None
         for i, norm in enumerate(self.norms):
             x_Md, h_Md = norm(x_Md, branch_Md, condition_Bd, cu_seqlens)
@@ -92,12 +91,12 @@ class ConceptDecoder(ConceptPreTrainedModel):
                 branch_Md = part(h_Md)
             branch_Md = self.dropout(branch_Md)
 
-    def queries(self, position_ids: Tensor, input_ids: Tensor | None) -> Tensor:
+    def queries(self, position_ids: Tensor, input_ids: Tensor | None, max_seqlen: int) -> Tensor:
         if self.query is not None:
-            return self.query(position_ids)
+            return self.positions(self.query(position_ids), position_ids, max_seqlen)
         if input_ids is None:
             raise ValueError("input_ids: this decoder has token+position queries and needs the ids of the target rows")
-        return self.widen_tokens(self.embed_tokens(input_ids))
+        return self.widen_tokens(self.positions(self.embed_tokens(input_ids), position_ids, max_seqlen))
 
     def condition(self, concepts: Tensor, timesteps: Tensor | None) -> Tensor | None:
         if self.time is None:

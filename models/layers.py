@@ -13,9 +13,7 @@ from ..kernels.concept_attention.op import concept_attention
 from ..kernels.linear_cross_entropy.op import linear_cross_entropy
 from ..kernels.token_attention.op import token_attention
 from .config import ConceptConfig
-from .positions import rotate
-
-Angles = tuple[Tensor, Tensor]
+from .positions import Angles, rotate
 
 
 class ResidualLinear(nn.Linear):
@@ -32,10 +30,13 @@ class HeadBias(nn.Module):
     The same vector on queries and keys, turned by RoPE, is a score that depends on the distance alone and falls with
     its logarithm: attention weights start as a power of the distance, at every scale below theta, and training goes
     on from there. Without it a small model spends most of its time finding out that near tokens matter.
+
+    It starts at zero where the two sides have no places to be near in (``is_placed``).
     """
 
-    def __init__(self, head_dim: int):
+    def __init__(self, head_dim: int, is_placed: bool = True):
         super().__init__()
+        self.is_placed = is_placed
         self.bias = nn.Parameter(torch.empty(head_dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,28 +48,31 @@ class HeadNorm(nn.RMSNorm):
 
 
 class Heads(nn.Module):
-    """Projects rows to normalised, rotated heads: [..., d] -> [..., H, D]."""
+    """Projects rows to normalised, rotated heads: [..., d] -> [..., H, D]; without angles nothing turns."""
 
-    def __init__(self, config: ConceptConfig, num_heads: int):
+    def __init__(self, config: ConceptConfig, num_heads: int, is_placed: bool | None = None):
         super().__init__()
         self.num_heads, self.head_dim = num_heads, config.head_dim
         self.project = nn.Linear(config.hidden_size, num_heads * config.head_dim, bias=False)
-        self.bias = HeadBias(config.head_dim)
+        self.bias = HeadBias(config.head_dim, config.anchored_reads if is_placed is None else is_placed)
         self.norm = HeadNorm(config.head_dim, eps=config.norm_eps)
 
-    def forward(self, x: Tensor, angles: Angles) -> Tensor:
+    def forward(self, x: Tensor, angles: Angles | None) -> Tensor:
         heads = self.project(x).unflatten(-1, (self.num_heads, self.head_dim))
         return rotate(self.norm(self.bias(heads)), angles).to(heads.dtype)
 
 
 class Attention(nn.Module):
-    """Query, key and value heads and the output projection; ``forward`` is left to the two directions below."""
+    """Query, key and value heads and the output projection; ``forward`` is left to the two directions below.
 
-    def __init__(self, config: ConceptConfig):
+    ``is_placed``: both sides stand somewhere; None: if tokens and concepts both do.
+    """
+
+    def __init__(self, config: ConceptConfig, is_placed: bool | None = None):
         super().__init__()
         self.num_kv_heads, self.head_dim = config.num_key_value_heads, config.head_dim
-        self.query = Heads(config, config.num_attention_heads)
-        self.key = Heads(config, config.num_key_value_heads)
+        self.query = Heads(config, config.num_attention_heads, is_placed)
+        self.key = Heads(config, config.num_key_value_heads, is_placed)
         self.value = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
         self.out = ResidualLinear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
@@ -80,7 +84,7 @@ class ConceptAttention(Attention):
     """Concepts read packed rows (tokens, or the concepts themselves). Cost O(C * R)."""
 
     def forward(
-        self, concepts_BCd: Tensor, anchor_angles: Angles, rows_Rd: Tensor, row_angles: Angles,
+        self, concepts_BCd: Tensor, anchor_angles: Angles | None, rows_Rd: Tensor, row_angles: Angles | None,
         cu_seqlens: Tensor, max_seqlen: int,
     ) -> Tensor:  # fmt: skip
         q_BCHD = self.query(concepts_BCd, anchor_angles)
@@ -93,7 +97,7 @@ class TokenAttention(Attention):
     """Packed rows read the concepts of their sequence. Cost O(C * R)."""
 
     def forward(
-        self, rows_Rd: Tensor, row_angles: Angles, concepts_BCd: Tensor, anchor_angles: Angles,
+        self, rows_Rd: Tensor, row_angles: Angles | None, concepts_BCd: Tensor, anchor_angles: Angles | None,
         cu_seqlens: Tensor, max_seqlen: int,
     ) -> Tensor:  # fmt: skip
         q_RHD = self.query(rows_Rd, row_angles)

@@ -6,6 +6,7 @@ B texts, K choices, N tokens of one text, T packed tokens, C concepts, L labels,
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,8 @@ class ConceptForSequenceClassification(ConceptPooledModel):
     head with a small learning rate spends half of a short run on finding the mean. Cosines: offset is the label of
     unrelated texts and offset + scale that of equal ones, 0 and 5 for STS-B.
     """
+
+    RESIZE: ClassVar = {"classifier.weight": ("labels", "concepts")}  # of slots; the others do not follow C
 
     def __init__(self, config: ConceptConfig):
         super().__init__(config)

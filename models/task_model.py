@@ -47,7 +47,6 @@ class ConceptTaskModel(ConceptPreTrainedModel):
     load_report: LoadReport | None = None  # of a model that came from from_pretrained
 
     def __init__(self, config: ConceptConfig, reads_rows: bool):
-        config.check()  # from_pretrained sets its options on a configuration that was already checked
         super().__init__(config)
         self.encoder = ConceptEncoder(config)
         self.decoder = ConceptDecoder(config) if reads_rows else None
