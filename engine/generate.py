@@ -42,7 +42,7 @@ def generate(
         raise InputError(f"{folder}: no config.json; give a Hugging Face folder such as runs/demo/model")
     model = load_model(folder)
     if not isinstance(model, ConceptForMaskedLM):
-        raise InputError(f"{folder}: an encoder without a head cannot generate; give a masked language model")
+        raise InputError(f"{folder}: a {type(model).__name__} cannot generate; give a masked language model")
     vocabulary = load_vocabulary(folder, model.config)
     ids = read(text, vocabulary)
     canvas, source = canvas_of(ids, mode, length, vocabulary.tokens, read_once)

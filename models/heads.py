@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM
 from transformers.utils import ModelOutput
 
+from .ablation import ablated
 from .config import ConceptConfig
 from .decoder import ConceptDecoder
 from .encoder import ConceptEncoder, ConceptEncoderOutput, ConceptPreTrainedModel
@@ -72,6 +73,7 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
         num_iterations: int | None = None,
         num_concepts: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        ablate: str | None = None,
         return_dict: bool = True,
     ) -> ConceptMaskedLMOutput | tuple:
         """
@@ -87,6 +89,7 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
             num_concepts: the decoder gets only so many concepts, the first in ``exposure.nested_order``; by default
                 all, and in training what the configuration leaves it.
             num_items_in_batch: with labels, what their sum is divided by; by default their number.
+            ablate: None, "zero" or "shuffle": what the loss is without the concepts of the text (``ablation.ablated``).
 
         Returns:
             loss if there are targets; logits if there are none, and with labels in eval mode; concepts always.
@@ -102,20 +105,21 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
                 "draws it from numbers that are the same on every rank"
             )
         if view is not None:
-            result = self._of_view(view, label_smoothing, return_nll, num_iterations, num_concepts)
+            result = self._of_view(view, label_smoothing, return_nll, num_iterations, num_concepts, ablate)
         else:
             result = self._of_padded(
                 input_ids, attention_mask, labels, timesteps, label_smoothing, return_nll, num_iterations, num_concepts,
-                num_items_in_batch,
+                ablate, num_items_in_batch,
             )  # fmt: skip
         return result if return_dict else result.to_tuple()
 
     def _of_view(
         self, view: View, label_smoothing: float, return_nll: bool, num_iterations: int | None,
-        num_concepts: int | None,
+        num_concepts: int | None, ablate: str | None,
     ) -> ConceptMaskedLMOutput:  # fmt: skip
         with_every = self.training and self.config.loss_every_iteration
         encoded = self.encoder(packed=view.encoder, num_iterations=num_iterations, output_hidden_states=with_every)
+        encoded = ablated(encoded, ablate)
         divisor = torch.where(view.divisor > 0, view.divisor, 1.0)  # a batch without text has loss 0
         losses = []
         for iteration in [*self.before_last(encoded), encoded] if with_every else [encoded]:
@@ -131,12 +135,12 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
     def _of_padded(
         self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, timesteps: Tensor | None,
         label_smoothing: float, return_nll: bool, num_iterations: int | None, num_concepts: int | None,
-        num_items_in_batch: Tensor | int | None,
+        ablate: str | None, num_items_in_batch: Tensor | int | None,
     ) -> ConceptMaskedLMOutput:  # fmt: skip
         if labels is not None and labels.shape != input_ids.shape:
             raise ValueError(f"labels: expected input_ids' shape {list(input_ids.shape)}, got {list(labels.shape)}")
         packed = pack_padded(input_ids, attention_mask)
-        encoded = self.encoder(packed=self.encoder.visible(packed), num_iterations=num_iterations)
+        encoded = ablated(self.encoder(packed=self.encoder.visible(packed), num_iterations=num_iterations), ablate)
         if timesteps is None and self.config.timestep_conditioning:
             timesteps = self.masked_share(packed)
         valid_BN = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0

@@ -111,5 +111,5 @@ def test_what_is_no_model_is_refused(folder, tmp_path):
         generate(tmp_path, TEXT, mode="prefix", length=4, sampling=Sampling())
     encoder = ConceptForMaskedLM.from_pretrained(folder).encoder
     encoder.save_pretrained(tmp_path / "encoder")
-    with pytest.raises(InputError, match="without a head"):
+    with pytest.raises(InputError, match="a ConceptEncoder cannot generate"):
         generate(tmp_path / "encoder", TEXT, mode="prefix", length=4, sampling=Sampling())
