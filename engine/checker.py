@@ -73,8 +73,9 @@ class Checker:
     def check_options(self, options: type, section: dict[str, Any], field: str) -> dict[str, Any]:
         """The options of a dataclass with their defaults, as plain values."""
         checked = self.check(options_schema(options), section, field).model_dump(mode="json")
+        is_counted = checked.get("masking") == "pmi" and checked["phrases"] is None  # in the text, when training begins
         try:
-            options(**checked)
+            options(**(checked | {"masking": "whole_word"} if is_counted else checked))
         except ValueError as error:  # it begins with the option's name
             option = str(error).partition(":")[0]
             raise InputError(self.line(f"{field}.{option}", one_line(error).removeprefix(f"{option}: "))) from None

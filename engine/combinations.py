@@ -37,8 +37,9 @@ def of_objective(recipe: Recipe) -> Iterator[tuple[str, str]]:
         if model.get("timestep_conditioning") and name not in TIMED:
             yield "model.timestep_conditioning", f"objective {name} has no timesteps; set it to false"
         if part.get("context", mixing != "none") != (mixing != "none"):
-            expected = "false" if mixing == "none" else "true"
-            why = "no row would see it" if mixing == "none" else "what is known must take part in training as in use"
+            expected, why = "true", "what is known must take part in training as it does in use"
+            if mixing == "none":
+                expected, why = "false", "no row would see it"
             yield f"{field}.context", f"expected {expected} with model.decoder_mixing = {mixing}: {why}"
     if not recipe.has_task and recipe.contrastive is None:
         yield "objective.name", "none, and no contrastive section: there is nothing to train"

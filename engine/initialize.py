@@ -1,5 +1,6 @@
 """The first weights of a run from another model: one of this package, or a Llama- or BERT-like one."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +9,18 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..models.backbone import init_from_backbone
 from ..models.config import ConceptConfig
-from ..models.encoder import ConceptPreTrainedModel
-from ..models.warm_start import warm_start
+from ..models.heads import ConceptForMaskedLM
+from ..models.task_model import LoadReport
+from ..models.warm_start import WarmStart, warm_start_tied
 from .errors import InputError
 from .launch import World
 from .recipe import Init
+from .saved_model import quiet
 
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # of a hub repository: no pickles, no code
 
 
-def initialize(model: ConceptPreTrainedModel, init: Init, tokenizer: Any, world: World) -> str:
+def initialize(model: ConceptForMaskedLM, init: Init, tokenizer: Any, world: World) -> str:
     """Fills ``model`` from ``init.source``; returns what became of every tensor, for people to read. Collective.
 
     Raises:
@@ -27,7 +30,9 @@ def initialize(model: ConceptPreTrainedModel, init: Init, tokenizer: Any, world:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if isinstance(config, ConceptConfig):
-            return str(warm_start(model, folder, init.layer))
+            return str(from_ours(model, folder, config, init))
+        if init.layer:
+            raise InputError("init.layer: expected nothing with a backbone; init.layers says how many of its are taken")
         words = AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if has_tokenizer(folder) else None
         return str(
             init_from_backbone(
@@ -35,8 +40,31 @@ def initialize(model: ConceptPreTrainedModel, init: Init, tokenizer: Any, world:
                 vocabulary=words and tokenizer.get_vocab(), source_vocabulary=words and words.get_vocab(),
             )
         )  # fmt: skip
-    except (ValueError, OSError) as error:
+    except InputError:
+        raise
+    except (ValueError, OSError, RuntimeError) as error:
         raise InputError(f"init.source: {init.source}: {' '.join(str(error).split())}") from error
+
+
+def from_ours(model: ConceptForMaskedLM, folder: Path, config: ConceptConfig, init: Init) -> WarmStart | LoadReport:
+    """A model of this package: its weights by name, resized where concepts or positions are more or fewer now."""
+    for name in ("layers", "read_layer"):
+        if getattr(init, name) is not None:
+            raise InputError(f"init.{name}: expected nothing with a model of this package, which has its own layers")
+    if model.config.tie_layers and not config.tie_layers:
+        return warm_start_tied(model, folder, init.layer)
+    if init.layer:
+        raise InputError("init.layer: expected nothing unless model.tie_layers is true and those of the source are not")
+    with quiet():
+        source, info = ConceptForMaskedLM.from_pretrained(
+            folder, config=copy.deepcopy(model.config), use_safetensors=True, output_loading_info=True
+        )
+    new = sorted(info["missing_keys"])
+    loaded = sorted({name for name, _ in source.named_parameters()} - set(new))
+    if not loaded:
+        raise InputError(f"init.source: {init.source}: none of its weights has a place in this model")
+    model.load_state_dict(source.state_dict())
+    return LoadReport(tuple(loaded), tuple(new), tuple(sorted(info["unexpected_keys"])))
 
 
 def find(source: str) -> Path:

@@ -97,6 +97,15 @@ class Eval(Section):
     tokens: Count = 65536  # held-out tokens of one evaluation
 
 
+class Init(Section):
+    """Where the first weights come from, if they are not drawn. A resumed run has its own."""
+
+    source: str  # a folder or a hub id: a model of this package, or a Llama- or BERT-like one, the backbone
+    layers: Count | None = None  # of a backbone, which become layers of tokens; left out: as many as the model has
+    read_layer: CountOrZero | None = None  # of a backbone, from which on its layers become those that read tokens
+    layer: CountOrZero = 0  # of a model of this package, which becomes the tied one
+
+
 class Checkpoint(Section):
     every: CountOrZero = 500  # steps; 0: only after the last step
     keep: Count = 2
@@ -116,6 +125,7 @@ class Recipe(Section):
     objective: dict[str, Any]
     contrastive: dict[str, Any] | None = None  # a section, which may be empty, adds it
     regularization: dict[str, Any] | None = None
+    init: Init | None = None
     optim: Optim = Optim()
     batch: Batch = Batch()
     train: Train
@@ -144,6 +154,8 @@ class Recipe(Section):
         if not self.has_task:
             return NoTask()
         sections = [section for _, section in self.parts()]
+        if self.needs_phrases:
+            raise InputError("objective.phrases: they are counted when training begins; give the file of a list here")
         objectives = [
             OBJECTIVES[section["name"]](**{key: section[key] for key in section if key not in ("name", "weight")})
             for section in sections
@@ -153,6 +165,21 @@ class Recipe(Section):
         names = [section["name"] for section in sections]
         numbered = [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
         return Mixed(tuple(objectives), tuple(section["weight"] for section in sections), tuple(numbered))
+
+    @property
+    def needs_phrases(self) -> bool:
+        """Whether phrases are to be masked that are yet to be counted in the training text."""
+        return any(part.get("masking") == "pmi" and part["phrases"] is None for _, part in self.parts())
+
+    def with_phrases(self, file: Path) -> "Recipe":
+        def fill(section: dict[str, Any]) -> dict[str, Any]:
+            is_empty = section.get("masking") == "pmi" and section["phrases"] is None
+            return {**section, "phrases": str(file)} if is_empty else section
+
+        objective = fill(self.objective)
+        if "parts" in objective:
+            objective = {**objective, "parts": [fill(part) for part in objective["parts"]]}
+        return self.model_copy(update={"objective": objective})
 
     def build_contrastive(self) -> ContrastiveTerm | None:
         return None if self.contrastive is None else ContrastiveTerm(**self.contrastive)
@@ -220,6 +247,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     size, tiny = changes.get("size", tree.pop("size", "full")), tree.pop("tiny", {})
     if size not in SIZES:
         raise InputError(checker.line("size", f"expected one of {', '.join(SIZES)}, got {describe(size)}"))
+    if not isinstance(tiny, dict):
+        raise InputError(checker.line("tiny", f"expected a section, got {describe(tiny)}"))
     if size == "tiny":
         tree = lay_over(tree, read_yaml(SHIPPED / "tiny.yaml"), tiny)
     for text in overrides:

@@ -18,11 +18,13 @@ from ..models.pretraining import Pretraining
 from . import checkpoint, compat, launch, zero
 from .data.corpus import Corpus, open_corpus
 from .data.loader import Loader
+from .data.phrases import open_phrases
 from .data.stages import Stages
 from .data.windows import Windows
 from .errors import InputError
 from .evaluation import evaluate
 from .export import export
+from .initialize import initialize
 from .launch import StopRequest, World
 from .optimizer import build_optimizer
 from .recipe import Recipe, load_recipe
@@ -48,8 +50,8 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
         SystemExit: SIGTERM or SIGINT came; a checkpoint was saved. The code is 128 plus the signal's number.
     """
     recipe, stop = load_recipe(recipe_path, overrides), StopRequest()
-    with launch.world() as world, RunFolder(recipe, world) as run:
-        notes = run.inspect()
+    with launch.world() as world, RunFolder(counted(recipe, world), world) as run:
+        notes, recipe = run.inspect(), run.recipe
         if run.is_finished:
             if world.is_first:
                 print(f"{run.path}: finished already ({run.progress.step} steps); the model is in {run.model}")
@@ -63,6 +65,13 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
                 raise
             raise InputError(f"{run.path}: cannot be written ({error.strerror}); {trainer.way_back()}") from error
     return run.path
+
+
+def counted(recipe: Recipe, world: World) -> Recipe:
+    """The recipe, with the phrases of its text if it asks for them. Collective."""
+    if not recipe.needs_phrases:
+        return recipe
+    return recipe.with_phrases(world.first_then_others(lambda: open_phrases(recipe.data)))
 
 
 class Trainer:
@@ -86,9 +95,10 @@ class Trainer:
         for name in ("text", "populations"):
             run.compare(name, self.identity[name])
         torch.manual_seed(recipe.run.seed)  # the same initial weights on every rank
-        model = Pretraining(
-            ConceptForMaskedLM(self.build_config()), self.contrastive, recipe.build_regularization(), recipe.has_task
-        )
+        bare, self.beginning = ConceptForMaskedLM(self.build_config()), ""
+        if recipe.init and not run.found:
+            self.beginning = initialize(bare, recipe.init, self.corpus.tokenizer, world)
+        model = Pretraining(bare, self.contrastive, recipe.build_regularization(), recipe.has_task)
         if run.found:
             checkpoint.load_weights(run.found, model)
         model.to(world.device).train()
@@ -222,6 +232,10 @@ class Trainer:
             f"of training text ({self.loader.at(0).steps_per_epoch} steps an epoch), "
             f"{world.size} x {world.device.type}, {self.recipe.train.precision}, ZeRO {self.recipe.zero.stage}"
         )
+        if self.beginning:
+            say(f"from {self.recipe.init.source}: {self.beginning}")
+            if world.is_first:
+                (self.run.path / "initialization.txt").write_text(self.beginning + "\n", encoding="utf-8")
         if self.run.found:
             same = self.progress.identity["topology"] == self.identity["topology"]
             say(

@@ -13,16 +13,25 @@ from ..kernels.bixt_attention.op import bixt_attention
 from ..kernels.concept_attention.op import concept_attention
 from ..kernels.slot_attention.op import slot_attention
 from .config import ConceptConfig
-from .layers import Angles, ConceptAttention, FeedForward, Heads, ResidualLinear, ZeroLinear
+from .layers import ConceptAttention, FeedForward, Heads, ResidualLinear, ZeroLinear
+from .mixing import concept_mixing
 from .packing import Packed
+from .positions import Angles
 
 
 class Tokens(NamedTuple):
     """What concepts read: the state of every token, where it stands, and whose it is."""
 
     states: Tensor  # [T, d], normalised before the first layer
-    angles: Angles
+    angles: Angles | None
     packed: Packed
+
+
+class ConceptAngles(NamedTuple):
+    """Where the concepts stand; None where nothing is turned."""
+
+    reading: Angles | None  # among the tokens
+    mixing: Angles | None  # among themselves
 
 
 def norm(config: ConceptConfig) -> nn.Module:
@@ -39,7 +48,7 @@ class ConceptLayer(nn.Module):
         c += branch(RMSNorm(c))                    block_norm "pre"
         c  = RMSNorm(c + branch(RMSNorm(c)))       block_norm "sandwich": bounded for any number of iterations
 
-    ``forward(c [B, C, d], anchor_angles, tokens, is_last) -> (c, tokens)``; after the last layer nobody reads tokens.
+    ``forward(c [B, C, d], angles, tokens, is_last) -> (c, tokens)``; after the last layer nobody reads tokens.
     Source of the sandwich: Geiping et al. 2025, arXiv:2502.05171, section 3.2.
     """
 
@@ -49,20 +58,16 @@ class ConceptLayer(nn.Module):
         self.read = read
         self.read_close = closing_norm(config)
         self.mix_norm = norm(config)
-        self.mix = ConceptAttention(config)
+        self.mix = concept_mixing(config)
         self.mix_close = closing_norm(config)
         self.feed_norm = norm(config)
         self.feed = FeedForward(config)
         self.feed_close = closing_norm(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def think(self, c_BCd: Tensor, anchor_angles: Angles) -> Tensor:
+    def think(self, c_BCd: Tensor, angles: ConceptAngles) -> Tensor:
         """What follows the read: self-attention of the concepts and the feed-forward."""
-        B, C, _ = c_BCd.shape
-        flat_Rd = self.mix_norm(c_BCd).flatten(0, 1)  # the concepts of all sequences as one packed row of B * C
-        flat_angles = tuple(part.flatten(0, 1) for part in anchor_angles)
-        cu_concepts = torch.arange(B + 1, device=c_BCd.device, dtype=torch.int32) * C
-        mixed = self.mix(flat_Rd.view_as(c_BCd), anchor_angles, flat_Rd, flat_angles, cu_concepts, C)
+        mixed = self.mix(self.mix_norm(c_BCd), angles.mixing)
         c_BCd = self.mix_close(c_BCd + self.dropout(mixed))
         return self.feed_close(c_BCd + self.dropout(self.feed(self.feed_norm(c_BCd))))
 
@@ -74,13 +79,13 @@ class CrossLayer(ConceptLayer):
         super().__init__(config, ConceptAttention(config))
 
     def forward(
-        self, c_BCd: Tensor, anchor_angles: Angles, tokens: Tokens, is_last: bool = False
+        self, c_BCd: Tensor, angles: ConceptAngles, tokens: Tokens, is_last: bool = False
     ) -> tuple[Tensor, Tokens]:
         packed = tokens.packed
         read = self.read(
-            self.read_norm(c_BCd), anchor_angles, tokens.states, tokens.angles, packed.cu_seqlens, packed.max_seqlen
+            self.read_norm(c_BCd), angles.reading, tokens.states, tokens.angles, packed.cu_seqlens, packed.max_seqlen
         )
-        return self.think(self.read_close(c_BCd + self.dropout(read)), anchor_angles), tokens
+        return self.think(self.read_close(c_BCd + self.dropout(read)), angles), tokens
 
 
 class BixtAttention(nn.Module):
@@ -100,7 +105,7 @@ class BixtAttention(nn.Module):
         self.token_out = ResidualLinear(d, d, bias=False) if both_ways else None
 
     def forward(
-        self, concepts_BCd: Tensor, anchor_angles: Angles, tokens_Td: Tensor, token_angles: Angles,
+        self, concepts_BCd: Tensor, anchor_angles: Angles | None, tokens_Td: Tensor, token_angles: Angles | None,
         cu_seqlens: Tensor, max_seqlen: int, both_ways: bool,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """What concepts [B, C, d] and, ``both_ways``, tokens [T, d] are to add to themselves."""
@@ -141,14 +146,14 @@ class BixtLayer(ConceptLayer):
             self.token_feed_close = closing_norm(config)
 
     def forward(
-        self, c_BCd: Tensor, anchor_angles: Angles, tokens: Tokens, is_last: bool = False
+        self, c_BCd: Tensor, angles: ConceptAngles, tokens: Tokens, is_last: bool = False
     ) -> tuple[Tensor, Tokens]:
         packed, t_Td = tokens.packed, tokens.states
         read, told = self.read(
-            self.read_norm(c_BCd), anchor_angles, self.token_norm(t_Td), tokens.angles, packed.cu_seqlens,
+            self.read_norm(c_BCd), angles.reading, self.token_norm(t_Td), tokens.angles, packed.cu_seqlens,
             packed.max_seqlen, self.updates_tokens and not is_last,
         )  # fmt: skip
-        c_BCd = self.think(self.read_close(c_BCd + self.dropout(read)), anchor_angles)
+        c_BCd = self.think(self.read_close(c_BCd + self.dropout(read)), angles)
         if told is None:
             return c_BCd, tokens
         t_Td = self.token_close(t_Td + self.dropout(told))
@@ -176,7 +181,7 @@ class SlotHeads(nn.Module):
         return self.key(tokens.states, tokens.angles), values
 
     def forward(
-        self, concepts_BCd: Tensor, anchor_angles: Angles, k_TKD: Tensor, v_TKD: Tensor, packed: Packed
+        self, concepts_BCd: Tensor, anchor_angles: Angles | None, k_TKD: Tensor, v_TKD: Tensor, packed: Packed
     ) -> Tensor:
         """What each concept read, [B, C, H * D]."""
         q_BCHD, where = self.query(concepts_BCd, anchor_angles), (packed.cu_seqlens, packed.max_seqlen)
@@ -241,13 +246,13 @@ class SlotLayer(ConceptLayer):
         self.update = GatedUpdate(config) if config.slot_update == "gated" else ResidualUpdate(config)
 
     def forward(
-        self, c_BCd: Tensor, anchor_angles: Angles, tokens: Tokens, is_last: bool = False
+        self, c_BCd: Tensor, angles: ConceptAngles, tokens: Tokens, is_last: bool = False
     ) -> tuple[Tensor, Tokens]:
         k_TKD, v_TKD = self.read.keys_values(tokens)
         for _ in range(self.num_reads):
-            read = self.read(self.read_norm(c_BCd), anchor_angles, k_TKD, v_TKD, tokens.packed)
+            read = self.read(self.read_norm(c_BCd), angles.reading, k_TKD, v_TKD, tokens.packed)
             c_BCd = self.read_close(self.update(c_BCd, read))
-        return self.think(c_BCd, anchor_angles), tokens
+        return self.think(c_BCd, angles), tokens
 
 
 class HybridLayer(SlotLayer):

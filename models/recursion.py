@@ -12,20 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from .config import ConceptConfig
-from .encoder_layers import Tokens
-from .layers import Angles
+from .encoder_layers import ConceptAngles, Tokens
 
 SPREAD = 0.5  # of the logarithm of the rate of K
 
 
 def draw_iterations(config: ConceptConfig, key: Sequence[int]) -> int | None:
-    """K of one training forward pass, a pure function of ``key``; None where the configuration does not want it drawn.
+    """K of one training step, a pure function of ``key``; None where the configuration does not want it drawn.
 
         K = min(1 + Poisson(rate), max_iterations),   rate ~ LogNormal of mean num_iterations - 1 and sigma 1/2
 
     K is ``num_iterations`` on average but for the cut. It is an argument of the forward pass, not drawn inside, since
     all ranks must take the same (their generators differ, and with ZeRO-3 they would wait for each other for ever),
-    and a resumed run the same as an uninterrupted one: (seed of the run, step, micro-batch) is such a key.
+    and a resumed run the same as an uninterrupted one: (seed of the run, step) is such a key.
 
     Source: Geiping et al. 2025, arXiv:2502.05171, section 3.3.
     """
@@ -39,7 +38,7 @@ def draw_iterations(config: ConceptConfig, key: Sequence[int]) -> int | None:
 
 
 def apply_layers(
-    layers: Sequence[nn.Module], c_BCd: Tensor, anchor_angles: Angles, tokens: Tokens, *,
+    layers: Sequence[nn.Module], c_BCd: Tensor, angles: ConceptAngles, tokens: Tokens, *,
     num_texts: int, num_frozen: int = 0, tolerance: float | None = None, with_changes: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """Applies the layers one after the other.
@@ -58,8 +57,8 @@ def apply_layers(
     start, start_tokens = c_BCd, tokens
     states, changes = [c_BCd], []
     for k, layer in enumerate(layers):
-        with frozen(c_BCd) if k < num_frozen else contextlib.nullcontext():
-            c_BCd, tokens = layer(states[-1], anchor_angles, tokens, is_last=k == len(layers) - 1)
+        with torch.no_grad() if k < num_frozen else contextlib.nullcontext():
+            c_BCd, tokens = layer(states[-1], angles, tokens, is_last=k == len(layers) - 1)
         if k == num_frozen - 1:
             c_BCd = pass_gradient(start, c_BCd)
             tokens = tokens._replace(states=pass_gradient(start_tokens.states, tokens.states))
@@ -69,15 +68,6 @@ def apply_layers(
         if tolerance is not None and bool((changes[-1] < tolerance).all()):
             break
     return states, changes
-
-
-@contextlib.contextmanager
-def frozen(like: Tensor):
-    """no_grad, in which autocast keeps no copy of a weight: one made here would have no gradient afterwards either."""
-    device = like.device.type
-    dtype = torch.get_autocast_dtype(device)
-    with torch.no_grad(), torch.autocast(device, dtype, torch.is_autocast_enabled(device), cache_enabled=False):
-        yield
 
 
 def pass_gradient(start: Tensor, end: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from .config import ConceptConfig
 from .funnel import Pairs, Places, pair_up, pooled_attention
-from .layers import Angles, FeedForward, ResidualLinear
+from .layers import FeedForward, ResidualLinear
 from .local import local_attention
 from .packing import Packed
-from .positions import rotary_angles, rotate
+from .positions import Angles, TokenPositions, rotate
 
 CONV_RADIUS = 2  # a convolution of width 5
 
@@ -39,7 +39,7 @@ class WindowAttention(nn.Module):
         self.out = TokenResidualLinear(H * D, e, bias=False)
 
     def forward(
-        self, rows_Re: Tensor, angles: Angles, places: Places,
+        self, rows_Re: Tensor, angles: Angles | None, places: Places,
         pooled_Pe: Tensor | None = None, pooled_angles: Angles | None = None, pairs: Pairs | None = None,
     ) -> Tensor:  # fmt: skip
         """What the rows read of each other; with ``pairs`` what the pooled rows [P, e] read of the rows."""
@@ -57,7 +57,7 @@ class WindowAttention(nn.Module):
     def heads(self, project: nn.Linear, x: Tensor) -> Tensor:
         return project(x).unflatten(-1, (-1, self.head_dim))
 
-    def turned(self, project: nn.Linear, x: Tensor, angles: Angles) -> Tensor:
+    def turned(self, project: nn.Linear, x: Tensor, angles: Angles | None) -> Tensor:
         heads = self.heads(project, x)
         wide = torch.promote_types(heads.dtype, torch.float32)  # 16 bits would round the angles
         return rotate(heads.to(wide), angles).to(heads.dtype)
@@ -74,7 +74,7 @@ class WindowConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(2 * CONV_RADIUS + 1, config.token_dim))
         self.out = TokenResidualLinear(config.token_dim, config.token_dim, bias=False)
 
-    def forward(self, rows_Re: Tensor, angles: Angles, places: Places) -> Tensor:
+    def forward(self, rows_Re: Tensor, angles: Angles | None, places: Places) -> Tensor:
         num_rows, radius = rows_Re.shape[0], CONV_RADIUS
         taps = torch.arange(-radius, radius + 1, device=rows_Re.device)
         x, positions = F.pad(rows_Re, (0, 0, radius, radius)), F.pad(places.positions, (radius, radius))
@@ -112,10 +112,12 @@ class TokenLayer(nn.Module):
         self.feed = TokenFeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_Re: Tensor, angles: Angles, places: Places) -> Tensor:
+    def forward(self, x_Re: Tensor, angles: Angles | None, places: Places) -> Tensor:
         return self.close(x_Re, self.attention(self.attention_norm(x_Re), angles, places))
 
-    def halve(self, x_Re: Tensor, angles: Angles, places: Places, pooled_angles: Angles, pairs: Pairs) -> Tensor:
+    def halve(
+        self, x_Re: Tensor, angles: Angles | None, places: Places, pooled_angles: Angles | None, pairs: Pairs
+    ) -> Tensor:
         """The same at half the number of rows: queries and the stream are means of pairs; keys and values are not.
 
         Source: Dai et al. 2020 (Funnel-Transformer), arXiv:2006.03236.
@@ -134,23 +136,20 @@ class TokenLayers(nn.ModuleList):
 
     def __init__(self, config: ConceptConfig):
         super().__init__(TokenLayer(config) for _ in range(config.num_token_layers))
-        self.head_dim, self.theta = config.token_head_dim, config.rope_theta
+        self.head_dim = config.token_head_dim
         self.halving = frozenset(config.funnel or ())
 
-    def forward(self, x_Te: Tensor, packed: Packed) -> tuple[Tensor, Places]:
+    def forward(self, x_Te: Tensor, packed: Packed, positions: TokenPositions) -> tuple[Tensor, Places]:
         """The states [R, e] and where they stand; after a funnel there may be one more sequence, see ``pair_up``."""
         places = Places(packed.position_ids, packed.sequence_ids(), packed)
-        angles = self.angles(places) if len(self) else None
+        angles = positions.local_angles(places.positions, self.head_dim)
         x = x_Te
         for i, layer in enumerate(self):
             if i not in self.halving:
                 x = layer(x, angles, places)
                 continue
             pairs = pair_up(places, packed.num_sequences)
-            pooled_angles = self.angles(pairs.places)
+            pooled_angles = positions.local_angles(pairs.places.positions, self.head_dim)
             x = layer.halve(x, angles, places, pooled_angles, pairs)
             places, angles = pairs.places, pooled_angles
         return x, places
-
-    def angles(self, places: Places) -> Angles:
-        return rotary_angles(places.positions, self.head_dim, self.theta)

@@ -58,7 +58,7 @@ def open_corpus(data: DataRecipe) -> Corpus:
 
 def open_vocabulary(data: DataRecipe, cache: Path) -> Vocabulary:
     if data.tokenizer != "pydocs":
-        return tokenizer.describe(tokenizer.load(data.tokenizer), data.tokenizer)
+        return tokenizer.describe(tokenizer.with_mask(tokenizer.load(data.tokenizer)), data.tokenizer)
     split, _ = open_pydocs(cache)
     folder = cache / f"tokenizer-{fingerprint([FORMAT, split.train.identity, data.vocab_size])}"
 

@@ -10,9 +10,10 @@ from torch import nn
 from conceptron.kernels.slot_attention.op import slot_attention
 from conceptron.models.config import ConceptConfig
 from conceptron.models.encoder import ConceptEncoder
-from conceptron.models.encoder_layers import BixtLayer, GatedUpdate
+from conceptron.models.encoder_layers import BixtLayer, ConceptAngles, GatedUpdate, Tokens
 from conceptron.models.layers import ZeroLinear
 from conceptron.models.packing import pack
+from conceptron.models.positions import rotary_angles
 
 SMALL = dict(
     vocab_size=60, hidden_size=32, num_concepts=6, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
@@ -169,10 +170,9 @@ def test_bixt_is_one_similarity_with_two_softmaxes():
     assert torch.allclose(once, got_c, atol=1e-12) and untouched is tokens
 
 
-def angles_of(model: ConceptEncoder, tokens):
-    from conceptron.models.positions import rotary_angles
-
-    return rotary_angles(model.anchors(tokens.packed), model.config.head_dim, model.config.rope_theta)
+def angles_of(model: ConceptEncoder, tokens: Tokens) -> ConceptAngles:
+    angles = rotary_angles(model.anchors(tokens.packed), model.config.head_dim, model.config.rope_theta)
+    return ConceptAngles(angles, angles)
 
 
 def test_the_last_bixt_layer_owns_nothing_for_tokens():
@@ -196,8 +196,8 @@ def test_concepts_share_every_token_out(kind, normalize):
     c = layer.read_norm(model.concepts(tokens.states, batch))
     with torch.no_grad():
         k, v = layer.read.keys_values(tokens)
-        q = layer.read.query(c, angles_of(model, tokens))
-        got = layer.read(c, angles_of(model, tokens), k, v, batch).unflatten(-1, (4, 8))
+        q = layer.read.query(c, angles_of(model, tokens).reading)
+        got = layer.read(c, angles_of(model, tokens).reading, k, v, batch).unflatten(-1, (4, 8))
     num_cross = 2 if kind == "hybrid" else 0
     for b, rows in ((0, slice(0, 5)), (2, slice(5, 14))):
         N = rows.stop - rows.start
@@ -220,7 +220,7 @@ def test_hybrid_heads_each_read_in_their_own_way():
     model = encoder(layer_kind="hybrid")
     layer, batch = model.layers[0], pack(words(9))
     tokens = model.read_tokens(batch)
-    angles = angles_of(model, tokens)
+    angles = angles_of(model, tokens).reading
     with torch.no_grad():
         k, v = layer.read.keys_values(tokens)
         c = model.concepts(tokens.states, batch).clone()

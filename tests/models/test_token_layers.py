@@ -14,6 +14,7 @@ from conceptron.models.config import ConceptConfig
 from conceptron.models.encoder import ConceptEncoder
 from conceptron.models.funnel import Places, pair_up, pooled_attention
 from conceptron.models.packing import Packed, pack
+from conceptron.models.positions import TokenPositions
 from conceptron.models.token_layers import TokenLayers, TokenResidualLinear, WindowConv
 
 SMALL = dict(
@@ -123,7 +124,7 @@ def test_a_wide_window_is_a_layer_of_llama(has_bias):
             mine.feed.gate_up.weight.copy_(torch.cat((theirs.mlp.gate_proj.weight, theirs.mlp.up_proj.weight)))
     x = torch.randn(19, 24, dtype=torch.float64)
     packed = pack([[5] * 12, [5] * 7])
-    got, _ = ours(x, packed)
+    got, _ = ours(x, packed, TokenPositions(config, 24))
     rotary = LlamaRotaryEmbedding(llama)
     for rows in (slice(0, 12), slice(12, 19)):
         expected = x[None, rows]
@@ -219,7 +220,7 @@ def test_a_funnel_pools_queries_and_the_stream_only():
     config = ConceptConfig(**{**SMALL, "num_token_layers": 1, "funnel": [0], "token_window": 50})
     layers = fill(TokenLayers(config).double())
     x = torch.randn(7, 24, dtype=torch.float64)
-    got, places = layers(x, pack([[5] * 7]))
+    got, places = layers(x, pack([[5] * 7]), TokenPositions(config, 24))
     assert got.shape == (4, 24) and places.positions.tolist() == [0.5, 2.5, 4.5, 6.0]
     layer = layers[0]
     pooled = torch.stack([x[0:2].mean(0), x[2:4].mean(0), x[4:6].mean(0), x[6]])
@@ -282,7 +283,7 @@ def test_the_stream_of_tokens_stays_as_small_as_it_starts():
         model, packed = ConceptEncoder(config), pack(words(200))
         with torch.no_grad():
             x = model.embed_tokens(packed.input_ids)
-            y, _ = model.token_layers(x, packed)
+            y, _ = model.token_layers(x, packed, model.positions)
         assert x.std().item() == pytest.approx(0.02, rel=0.1) and 0.02 < y.std().item() < 0.03
         assert torch.cosine_similarity(x, y, dim=1).mean() > 0.7
         weight = model.token_layers[3].feed.down.weight
