@@ -19,7 +19,7 @@ def evaluate(engine: Any, loader: Loader, max_tokens: int, world: World) -> dict
     Args:
         engine: a DeepSpeed engine, or the bare model.
 
-    Returns nats per token, unless the objective is none:
+    Returns nats per token, none where nothing is asked for:
         loss: the objective's own weighted loss, averaged over the grid (for MDLM weights, a bound on the NLL).
         nll_by_t: for each view of the grid, the mean over its target tokens: those that the encoder did not see, if
             there are any.
@@ -53,7 +53,7 @@ def _of_targets(engine: Any, loader: Loader, max_tokens: int, world: World) -> d
                      ((1 - seen) * nll).sum(), (1 - seen).sum()]  # fmt: skip
             sums[name] = sums.get(name, 0) + torch.stack(parts)
     if not sums:
-        return {}
+        return {"loss": None, "nll_seen": None, "nll_unseen": None, "nll_by_t": {}, "num_targets": 0, "num_unseen": 0}
     table = world.sum(torch.stack(list(sums.values()))).cpu()  # [views, 6]
     total = table.sum(0)
     figures = {
@@ -73,7 +73,7 @@ def _of_pairs(engine: Any, loader: Loader, max_tokens: int, world: World) -> dic
     compared = [engine(pair=pair) for pair in pairs]
     a, b = torch.cat([each.a for each in compared]), torch.cat([each.b for each in compared])
     ids = torch.cat([pair.ids for pair in pairs])
-    of_rank = loader.contrastive.loss(a, b, ids, compared[0].temperature).double() / world.size
+    of_rank = loader.contrastive.loss_of(a, b, ids, compared[0].temperature).double() / world.size
     loss, num_texts, num_found = world.sum(torch.stack([of_rank, *loader.contrastive.num_found(a, b, ids)])).tolist()
     return {"contrastive": loss, "retrieval": num_found / max(num_texts, 1), "num_pairs": int(num_texts)}
 

@@ -14,7 +14,6 @@ from .objectives.contrastive import Contrastive, Temperature
 from .objectives.view import Pair, View, check_option
 from .packing import Packed
 from .regularizers import Regularization, Regularizer
-from .similarity import wide
 
 
 @dataclass(frozen=True)
@@ -27,10 +26,9 @@ class ContrastiveTerm(Contrastive):
     ``learnable_temperature``: ``temperature`` is where it starts, and it never falls below ``temperature_floor``.
     ``negatives``, for each text:
         "step"         all other texts of the step. Where a step has several micro-batches, the pairs of all are first
-                       encoded without a graph, for the loss and its gradient by the concepts, and then once more, each
+                       encoded without a graph, for the loss and its gradient by what it compares, then once more, each
                        micro-batch with its share of that gradient (Gao et al. 2021, GradCache, arXiv:2101.06983). The
-                       result does not depend on how a step is cut; it costs one more forward pass over the pairs, and
-                       the memory of their concepts.
+                       result does not depend on how a step is cut; it costs one more forward pass over the pairs.
         "micro_batch"  the texts of the same micro-batch on all ranks. Nothing extra, and fewer negatives.
     """
 
@@ -68,8 +66,8 @@ class Totals(NamedTuple):
 class Compared(NamedTuple):
     """What a contrastive loss is a function of, or its gradient by each."""
 
-    a: Tensor  # [B, C, d] concepts of the first views
-    b: Tensor  # [B, C, d] of the second
+    a: Tensor  # [B, e] what `Contrastive.embed` makes of the first views' concepts, float32
+    b: Tensor  # [B, e] of the second
     temperature: Tensor  # 0-d
 
 
@@ -165,13 +163,14 @@ class Pretraining(nn.Module):
             temperature = second.new_full((), self.contrastive.temperature, dtype=torch.float32)
         else:
             temperature = self.temperature()
-        return Compared(first if first_BCd is None else first_BCd, second, temperature)
+        first = first if first_BCd is None else first_BCd
+        return Compared(self.contrastive.embed(first), self.contrastive.embed(second), temperature)
 
     def contrast(self, compared: Compared, ids: Tensor, totals: Totals, cached: Cached | None) -> Tensor:
         """The contrastive loss of a micro-batch, 0-d: of its own texts, or its part of what is cached."""
         if cached is None:
-            return self.contrastive.loss(compared.a, compared.b, ids, compared.temperature, totals.num_pairs)
-        slope = sum((wide(value) * gradient).sum() for value, gradient in zip(compared, cached.gradient, strict=True))
+            return self.contrastive.loss_of(compared.a, compared.b, ids, compared.temperature, totals.num_pairs)
+        slope = sum((value * gradient).sum() for value, gradient in zip(compared, cached.gradient, strict=True))
         return cached.loss + slope - slope.detach()  # the value of the one, the gradient of the other
 
     @property
@@ -183,15 +182,15 @@ class Pretraining(nn.Module):
 def cache(parts: list[Compared], ids: list[Tensor], contrastive: Contrastive, totals: Totals) -> list[Cached]:
     """The contrastive loss over all micro-batches of a step, and for each of them its gradient. Collective.
 
-    ``parts`` and ``ids``: concepts and ids of each micro-batch of this rank, encoded without a graph.
+    ``parts`` and ``ids``: of each micro-batch of this rank, encoded without a graph.
     """
-    leaves = [wide(torch.cat(views)).requires_grad_() for views in ([p.a for p in parts], [p.b for p in parts])]
-    temperature = parts[0].temperature.clone().requires_grad_()
+    a, b = torch.cat([part.a for part in parts]), torch.cat([part.b for part in parts])
+    leaves = [x.detach().requires_grad_() for x in (a, b, parts[0].temperature)]
     with torch.enable_grad():
-        loss = contrastive.loss(*leaves, torch.cat(ids), temperature, totals.num_pairs)
-    *by_concepts, by_temperature = torch.autograd.grad(loss, [*leaves, temperature])
+        loss = contrastive.loss_of(*leaves[:2], torch.cat(ids), leaves[2], totals.num_pairs)
+    *by_view, by_temperature = torch.autograd.grad(loss, leaves)
     sizes = [len(each) for each in ids]
-    splits = zip(*(gradient.split(sizes) for gradient in by_concepts), strict=True)
+    splits = zip(*(gradient.split(sizes) for gradient in by_view), strict=True)
     is_first = [1.0] + [0.0] * (len(parts) - 1)
     return [
         Cached(loss.detach() * first, Compared(*views, by_temperature * first))

@@ -18,7 +18,10 @@ TERMS = "regularization={terms: [vicreg, t_regs], weighting: learnable, warmup_s
 TIMED = "{name: prefix_diffusion, direction: mixed, weight: 1}"
 MIXED = f"objective={{name: mixed, parts: [{{name: diffusion, weight: 2}}, {TIMED}]}}"
 SHORT = ["train.steps=8", "eval.every=0", "checkpoint.every=0"]
-EVERYTHING = [CONTRAST, TERMS, MIXED, "train.stages=[{until: 3, window: 16}]", "batch.micro_tokens=128", *SHORT]
+EVERYTHING = [
+    CONTRAST, TERMS, MIXED, "train.stages=[{until: 3, window: 16}]", "train.precision=bf16", "batch.micro_tokens=128",
+    *SHORT,
+]  # fmt: skip
 
 
 def lines(folder: Path, kind: str = "train") -> list[dict]:
