@@ -14,11 +14,11 @@ from transformers.utils import ModelOutput
 
 from .config import ConceptConfig
 from .encoder_layers import ConceptAngles, Tokens, build_layers
-from .layers import HeadBias, HeadNorm, LanguageModelHead, ResidualLinear, ZeroLinear, widening
+from .layers import ConstantHeads, HeadBias, HeadNorm, LanguageModelHead, ResidualLinear, ZeroLinear, widening
 from .mixing import CopeMixing
 from .packing import Packed, pack_padded
 from .positions import TokenPositions, anchors
-from .queries import ConceptQueries, orthogonal_rows
+from .queries import ConceptQueries, NullConcepts, orthogonal_rows
 from .recursion import apply_layers
 from .resize import LoadsOtherSizes
 from .token_layers import TokenLayers, TokenResidualLinear, WindowConv
@@ -55,8 +55,9 @@ class ConceptPreTrainedModel(LoadsOtherSizes, PreTrainedModel):
         - taps of a convolution: normal(1 / sqrt(their number));
         - embeddings and the head: normal(initializer_range);
         - modulations of AdaLN-Zero: zero, whatever the framework did before;
-        - concepts: orthogonal rows of norm sqrt(d), as large as a normalised token, so that no two start alike; their
-          learned places: as embeddings;
+        - concepts, and the null concepts: orthogonal rows of norm sqrt(d), as large as a normalised token, so that no
+          two start alike; their learned places: as embeddings;
+        - heads that no row decides: normal(1), as those of a normalised row;
         - the vector on queries and keys: anchor_bias on the half that RoPE reads as angle zero (nothing, where there
           are no places to be near in), and their norms: anchor_sharpness;
         - the table of contextual positions: zero.
@@ -83,6 +84,10 @@ class ConceptPreTrainedModel(LoadsOtherSizes, PreTrainedModel):
                 init.copy_(module.weight, orthogonal_rows(*module.weight.shape))
             if module.places is not None:
                 init.normal_(module.places, std=config.initializer_range)
+        elif isinstance(module, NullConcepts):
+            init.copy_(module.weight, orthogonal_rows(*module.weight.shape))
+        elif isinstance(module, ConstantHeads):
+            init.normal_(module.weight, std=1.0)
         elif isinstance(module, HeadBias):
             half = module.bias.shape[0] // 2
             strength = float(config.anchor_bias) if module.is_placed else 0.0

@@ -82,3 +82,16 @@ class ConceptQueries(nn.Module):
         means = torch.segment_reduce(tokens_Td.float(), "mean", offsets=offsets, axis=0, unsafe=True, initial=0)
         means_BCd = F.rms_norm(means, (d,), eps=config.norm_eps).view(B, C, d)
         return rows_Cd + means_BCd.to(rows_Cd.dtype)
+
+
+class NullConcepts(nn.Module):
+    """What the decoder is given where the concepts of a text are withheld: C learned vectors, in their place."""
+
+    RESIZE: ClassVar = {"weight": ("concept rows",)}
+
+    def __init__(self, config: ConceptConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_concepts, config.hidden_size))
+
+    def forward(self, concepts_BCd: Tensor, is_withheld_B: Tensor) -> Tensor:
+        return torch.where(is_withheld_B[:, None, None], self.weight.to(concepts_BCd.dtype), concepts_BCd)
