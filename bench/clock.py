@@ -65,7 +65,10 @@ def own_stream(device: torch.device | str) -> Iterator[None]:
 
 
 def capture_stream() -> torch.cuda.Stream:
-    return _streams.setdefault(torch.cuda.current_device(), torch.cuda.Stream())
+    device = torch.cuda.current_device()
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    return _streams[device]
 
 
 def prepare_cuda(copies: Sequence[Call], sample_s: float = 1e-3) -> Sampler:

@@ -216,12 +216,18 @@ def device_of(environment: Mapping[str, Any]) -> str:
 
 
 def checkout() -> tuple[str | None, bool | None]:
-    """(commit, has uncommitted changes) when the package runs from a git checkout of its own, else (None, None)."""
+    """(commit, has uncommitted changes) when the package runs from a git checkout of its own.
+
+    A copy without its .git is what CONCEPTRON_COMMIT says (``git describe --always --abbrev=40 --dirty`` of the
+    original); without that, (None, None).
+    """
     root = Path(__file__).parent.parent
-    if not (root / ".git").exists():
-        return None, None
-    commit = first_line(["git", "-C", str(root), "rev-parse", "HEAD"])
-    return commit, None if commit is None else first_line(["git", "-C", str(root), "status", "--porcelain"]) is not None
+    if (root / ".git").exists():
+        commit = first_line(["git", "-C", str(root), "rev-parse", "HEAD"])
+        if commit is not None:
+            return commit, first_line(["git", "-C", str(root), "status", "--porcelain"]) is not None
+    told = os.environ.get("CONCEPTRON_COMMIT")
+    return (told.removesuffix("-dirty"), told.endswith("-dirty")) if told else (None, None)
 
 
 def ptxas_versions() -> dict[str, str | None]:

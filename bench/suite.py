@@ -14,6 +14,7 @@ in the folder is written, and a short table is printed last.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
@@ -32,7 +33,7 @@ from .numbers import report
 
 CHECKOUT = Path(__file__).parent.parent
 DONE, CUT, FAILED, WAITING = "done", "cut by the time limit", "failed", "not started"
-REPORT_S = 15.0  # kept back for the report and the table
+REPORT_S = 25.0  # kept back for the report and the table
 
 
 class Stage(NamedTuple):
@@ -65,15 +66,25 @@ def stages(out: Path, size: str) -> list[Stage]:
     encoder = ("--width", "512", "--heads", "8", "--max-tokens", "65536", "--resume")
     listed = [
         Stage("kernels", bench("kernels", out, "--matrix", "anchor", "--seconds", "0.1", "--limit", "45",
-                               "--resume"), 10),
+                               "--resume"), 9),
         Stage("step", bench("step", out, "seeds-diffusion-l2", "--synthetic"), 2),
-        Stage("scaling", bench("scaling", out, "--seconds", "0.2", "--limit", "5", *encoder), 4),
-        Stage("memory", bench("memory", out, "--min-tokens", "8192", "--concepts", "128", "--fit", "16", *encoder), 4),
+        Stage("scaling", bench("scaling", out, "--min-tokens", "1024", "--seconds", "0.1", "--limit", "5",
+                               *encoder), 6),
+        Stage("memory", bench("memory", out, "--min-tokens", "16384", "--concepts", "128", "--fit", "16", *encoder), 4),
     ]  # fmt: skip
     if (CHECKOUT / "tests").is_dir():
-        tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(CHECKOUT / "tests" / "kernels")]
-        listed.insert(0, Stage("correctness", tests, 5))
+        listed.insert(0, Stage("correctness", correctness(), 6))
     return listed
+
+
+def correctness() -> list[str]:
+    """The tests of the operators on a GPU. Most of their time is compilation, so several processes share the GPU."""
+    tests = CHECKOUT / "tests"
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-o", "addopts=", "--import-mode=importlib",
+               "--confcutdir", str(tests), "-p", "no:doctest"]  # fmt: skip
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
+    return [*command, str(tests / "kernels")]
 
 
 def run_stage(stage: Stage, seconds: float, log: Path) -> str:

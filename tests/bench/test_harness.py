@@ -182,6 +182,16 @@ def test_only_rows_of_the_same_code_and_machine_are_gone_on_with(tmp_path):
             harness.rows_to_resume(path, stamp | {name: value})
 
 
+def test_a_copy_without_git_is_the_commit_that_it_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(harness, "__file__", str(tmp_path / "bench" / "harness.py"))
+    monkeypatch.delenv("CONCEPTRON_COMMIT", raising=False)
+    assert harness.checkout() == (None, None)
+    monkeypatch.setenv("CONCEPTRON_COMMIT", "abc123-dirty")
+    assert harness.checkout() == ("abc123", True)
+    monkeypatch.setenv("CONCEPTRON_COMMIT", "abc123")
+    assert harness.checkout() == ("abc123", False)
+
+
 def test_the_stamped_command_leaves_out_where_results_went(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/conceptron", "bench", "memory", "--out", "/tmp/x", "--fit", "2"])
     assert harness.environment()["command"] == "conceptron bench memory --fit 2"

@@ -94,7 +94,7 @@ def test_every_stage_is_a_command_that_its_benchmark_accepts(size, tmp_path, mon
     for stage in stages(tmp_path, size):
         names.append(stage.name)
         if stage.name == "correctness":
-            assert Path(stage.command[-1]).is_dir() and stage.command[1:4] == ["-m", "pytest", "-q"]
+            assert Path(stage.command[-1]).is_dir() and stage.command[1:6] == ["-m", "pytest", "-q", "-m", "gpu"]
             continue
         assert stage.command[1:5] == ["-m", "conceptron", "bench", stage.name]
         assert stage.command[-2:] == ["--out", str(tmp_path / stage.name)]
