@@ -13,10 +13,11 @@ from ..engine.data.loader import Loader
 from ..engine.data.windows import Windows, unigram_entropy
 from ..engine.evaluation import evaluate
 from ..engine.launch import World
-from ..models.generation import Sampling, fill
+from ..models.generation import fill
 from ..models.heads import ConceptForMaskedLM
 from ..models.objectives.view import SpecialTokens
 from ..models.packing import pack
+from ..models.sampling import Sampling
 
 MAX_CONCEPT_TEXTS = 256
 MAX_TRAIN_TOKENS = 4_000_000  # of the training text, for its unigram
@@ -80,10 +81,7 @@ def nll_of_other_concepts(model: nn.Module, loader: Loader, max_tokens: int) -> 
             view = view.to(device)
             encoded = model.encoder(packed=view.encoder)
             encoded.last_hidden_state = encoded.last_hidden_state.roll(1, dims=0)
-            hidden = model.decode(
-                encoded, view.decoder_position_ids, view.decoder_cu_seqlens, view.decoder_max_seqlen,
-                view.decoder_input_ids, view.timesteps,
-            )  # fmt: skip
+            hidden = model.decode_view(encoded, view)
             total += float(model.lm_head(hidden, view.targets, reduction="none").double().sum())
             count += view.num_targets
     return total / count if count else None
