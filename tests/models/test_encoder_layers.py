@@ -126,8 +126,11 @@ def test_cost_is_linear(options):
 
 @pytest.mark.parametrize("kind, K", [("bixt", 2), ("hybrid", 1)])
 def test_one_graph_for_every_length(kind, K):
-    """The cross layer's is in test_heads.py; a hybrid one holds all that a slot layer does."""
-    model = encoder(torch.float32, layer_kind=kind, tie_layers=True, num_iterations=K)
+    """A hybrid layer holds all that a slot layer does; of a cross layer see test_heads.py and, with a funnel,
+    test_token_layers.py."""
+    model = encoder(
+        torch.float32, layer_kind=kind, tie_layers=True, num_iterations=K, num_token_layers=1, token_mixer="conv"
+    )
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
