@@ -8,6 +8,7 @@ width, V vocabulary, S pairs of a target and a concept (C * M) or a token and a 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..models.config import ConceptConfig
 from ..models.objectives.view import View
@@ -28,6 +29,22 @@ class Sizes:
         return cls(view.encoder.num_sequences, view.encoder.num_tokens, view.num_targets)
 
 
+COUNTED: dict[str, tuple[Any, ...]] = {  # field -> the values for which forward_flops counts every product
+    "layer_kind": ("cross",), "num_token_layers": (0,), "concept_positions": ("rope", "learned", "sinusoidal", "none"),
+    "iteration_sampling": ("fixed",), "backprop_iterations": (None,), "loss_every_iteration": (False,),
+    "concept_dropout": (0.0,), "nested_concepts": (False,), "decoder_queries": ("token+position", "position"),
+    "decoder_mixing": ("none",),
+}  # fmt: skip
+
+
+def uncounted(config: ConceptConfig) -> str | None:
+    """The first field whose value adds or removes work that ``forward_flops`` does not know of."""
+    if config.token_dim != config.hidden_size:
+        return f"token_dim = {config.token_dim}"
+    wrong = (name for name, values in COUNTED.items() if getattr(config, name) not in values)
+    return next((f"{name} = {getattr(config, name)}" for name in wrong), None)
+
+
 def forward_flops(config: ConceptConfig, sizes: Sizes) -> dict[str, int]:
     """FLOPs of one forward pass, by part: each is linear in T and in M.
 
@@ -36,9 +53,14 @@ def forward_flops(config: ConceptConfig, sizes: Sizes) -> dict[str, int]:
         feed     6 B C d I                                          gate, up, down
         decoder  4 B C d k  +  4 M d^2  +  4 C M d  +  6 M d I      per layer, and its modulation
         head     2 M d V
+
+    Raises:
+        ValueError: the configuration has work that is not counted; no utilisation is better than a wrong one.
     """
+    if (field := uncounted(config)) is not None:
+        raise ValueError(f"flops: not counted for {field}")
     B, T, M, C = sizes.num_sequences, sizes.num_tokens, sizes.num_targets, config.num_concepts
-    d, inner, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    d, inner, L = config.hidden_size, config.intermediate_size, config.iterations
     k = config.num_key_value_heads * config.head_dim
     decoder = 4 * B * C * d * k + 4 * M * d * d + 4 * C * M * d + 6 * M * d * inner
     modulation = 0

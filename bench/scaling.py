@@ -20,6 +20,7 @@ growth so far says, is not run, and its row says so. Rows are written after each
 
 import argparse
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -101,13 +102,13 @@ Build = Callable[[Batch], tuple[nn.Module, Encode]]
 
 
 def parse_variant(text: str) -> dict[str, Any]:
-    """"layer_kind=slot,slot_iterations=2" -> fields of ConceptConfig.
+    """"num_token_layers=2,funnel=[0,1]" -> fields of ConceptConfig.
 
     Raises:
         ValueError: not of this form, or no field of ConceptConfig.
     """
     known, fields = inspect.signature(ConceptConfig).parameters, {}
-    for part in text.split(","):
+    for part in re.split(r",(?![^\[]*\])", text):  # not the commas of a list
         name, sign, value = part.partition("=")
         if not sign or name not in known:
             raise ValueError(f"{part!r}: expected field=value with a field of ConceptConfig")

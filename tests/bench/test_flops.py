@@ -28,11 +28,14 @@ def case(**options):
 def inside_operators(config: ConceptConfig, sizes: Sizes) -> int:
     """FLOPs of one forward pass that torch cannot count: the attention products and the head are opaque operators."""
     B, T, M, C, d = sizes.num_sequences, sizes.num_tokens, sizes.num_targets, config.num_concepts, config.hidden_size
-    products = config.num_hidden_layers * (C * T + B * C * C) + config.num_decoder_layers * C * M  # scores of a head
+    products = config.iterations * (C * T + B * C * C) + config.num_decoder_layers * C * M  # scores of a head
     return 2 * 2 * products * d + 2 * M * d * config.vocab_size
 
 
-@pytest.mark.parametrize("options", [{}, {"num_key_value_heads": 1}, {"timestep_conditioning": False}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_key_value_heads": 1}, {"timestep_conditioning": False}, {"tie_layers": True, "num_iterations": 3}],
+)
 def test_forward_is_what_torch_counts(options):
     config, view = case(**options)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -54,3 +57,13 @@ def test_cost_is_linear_in_the_text():
     config, _ = case()
     one, two, four = (sum(forward_flops(config, Sizes(1, n, n)).values()) for n in (1024, 2048, 4096))
     assert four - two == 2 * (two - one)
+
+
+@pytest.mark.parametrize(
+    "options", [{"layer_kind": "bixt"}, {"num_token_layers": 1}, {"token_dim": 16}, {"decoder_mixing": "local"}]
+)
+def test_no_count_is_better_than_a_wrong_one(options):
+    config, _ = case(**options)
+    name, value = next(iter(options.items()))
+    with pytest.raises(ValueError, match=f"flops: not counted for {name} = {value}"):
+        forward_flops(config, Sizes(1, 64, 64))

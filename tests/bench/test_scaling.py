@@ -118,8 +118,8 @@ def test_what_does_not_fit_in_memory_is_not_run(monkeypatch):
 
 
 def test_variants_are_lines_of_their_own():
-    assert parse_variant("layer_kind=slot,slot_iterations=2,nested_concepts=true") == {
-        "layer_kind": "slot", "slot_iterations": 2, "nested_concepts": True,
+    assert parse_variant("layer_kind=slot,nested_concepts=true,funnel=[0,2],num_token_layers=3") == {
+        "layer_kind": "slot", "nested_concepts": True, "funnel": [0, 2], "num_token_layers": 3,
     }  # fmt: skip
     for text in ("layer_kind", "nonsense=3"):
         with pytest.raises(ValueError, match="field=value"):
