@@ -63,6 +63,8 @@ def bench(arguments: argparse.Namespace) -> int:
             from .bench.memory import main
         case "step":
             from .bench.step import main
+        case "ablation":
+            from .bench.ablation import main
         case "suite":
             from .bench.suite import main
         case "report":
@@ -106,8 +108,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--text", nargs="+", default=[], metavar="FILE", help="held-out text for a bare checkpoint")
     command.set_defaults(run=analyze)
 
-    command = commands.add_parser("bench", add_help=False, help="measure: operators, scaling, memory, training steps")
-    command.add_argument("what", choices=("kernels", "scaling", "memory", "step", "suite", "report", "compare"))
+    command = commands.add_parser("bench", add_help=False, help="measure operators, scaling, memory, steps, choices")
+    command.add_argument(
+        "what", choices=("kernels", "scaling", "memory", "step", "ablation", "suite", "report", "compare")
+    )
     command.set_defaults(run=bench, takes_rest=True)
 
     kernels = commands.add_parser("kernels", help="what the Triton operators compile to").add_subparsers(
