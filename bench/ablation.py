@@ -8,7 +8,7 @@ The file holds
     seeds     of every row
     minutes   no training starts later than this; what is left starts when the command is given again
     measure   how much held-out text the yardsticks read
-    rows      name; change, in words; set: dotted field -> value, on top of the row before, or of the one named in `on`
+    rows      name; change, in words; set: dotted field -> value, on top of the row before, or of the one `against`
 
 A cell is a row with a seed: a training run of its own below ``OUT/runs``, then the figures of ``yardsticks.measure`` in
 ``OUT/cells``. A finished cell is not run again, an interrupted one goes on from its checkpoint, and one that fails is a
@@ -58,7 +58,7 @@ class Measure(Section):
 class RowSection(Section):
     name: Annotated[str, Field(pattern=r"^[\w.+-]+$")]
     change: str
-    on: str | None = None  # the row that it changes; left out: the one before
+    against: str | None = None  # the row that it changes; left out: the one before
     set: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -73,7 +73,7 @@ class TableSection(Section):
 class Row(NamedTuple):
     name: str
     change: str
-    on: str | None  # the name of the row that it is held against
+    against: str | None  # the name of the row that it is held against
     path: Path  # its recipe, without a seed
 
 
@@ -99,9 +99,9 @@ def read_table(path: Path) -> TableSection:
     for i, row in enumerate(table.rows):
         if row.name in names:
             raise InputError(f"{path}: rows.{i}.name: {row.name!r} is the name of an earlier row; choose another")
-        if row.on is not None and row.on not in names:
+        if row.against is not None and row.against not in names:
             before = ", ".join(names) or "none"
-            raise InputError(f"{path}: rows.{i}.on: expected an earlier row ({before}), got {row.on!r}")
+            raise InputError(f"{path}: rows.{i}.against: expected an earlier row ({before}), got {row.against!r}")
         names.append(row.name)
     return table
 
@@ -115,11 +115,11 @@ def write_recipes(table: TableSection, overrides: Sequence[str], folder: Path) -
     trees: dict[str | None, dict[str, Any]] = {None: base}
     rows: list[Row] = []
     for section in table.rows:
-        on = section.on or (rows[-1].name if rows else None)
-        tree = trees[section.name] = deepcopy(trees[on])
+        against = section.against or (rows[-1].name if rows else None)
+        tree = trees[section.name] = deepcopy(trees[against])
         for field, value in section.set.items():
             apply_override(tree, f"{field}={json.dumps(value)}")
-        row = Row(section.name, section.change, on, folder / f"{section.name}.yaml")
+        row = Row(section.name, section.change, against, folder / f"{section.name}.yaml")
         row.path.write_text(f"# {section.change}\n{yaml.safe_dump(tree, sort_keys=False)}", encoding="utf-8")
         rows.append(row)
     return rows
@@ -241,13 +241,18 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="conceptron bench ablation", description="One change at a time, measured.")
     parser.add_argument("table", help="a YAML file, such as recipes/ablation/defaults.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="change the base of all rows")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--workers", type=int, default=1, help="processes that train side by side; 0: only this one")
     parser.add_argument("--threads", type=int, help="of each worker; left out: torch decides")
     parser.add_argument("--minutes", type=float, help="instead of the file's")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     options = parser.parse_args(argv)
     table = read_table(find_recipe(options.table))
+    unknown = set(options.rows or ()) - {row.name for row in table.rows}
+    if unknown:
+        parser.error(f"--rows: no row {min(unknown)!r}; there are {', '.join(row.name for row in table.rows)}")
     rows = write_recipes(table, options.overrides, options.out / "recipes")
+    rows = [row for row in rows if not options.rows or row.name in options.rows]
     cells = cells_of(rows, table.seeds, options.out)
     results = run_cells(
         cells, options.out, table.measure, workers=options.workers, threads=options.threads,

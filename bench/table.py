@@ -44,7 +44,7 @@ class Named(Protocol):
 
     name: str
     change: str
-    on: str | None
+    against: str | None
 
 
 def values_of(results: Sequence[Mapping[str, Any]], row: str | None, key: str) -> list[float]:
@@ -59,13 +59,13 @@ def summarize(rows: Sequence[Named], results: Sequence[Mapping[str, Any]]) -> li
     for row in rows:
         mine = [result for result in results if result["row"] == row.name]
         line: dict[str, Any] = {
-            "row": row.name, "on": row.on or "", "change": row.change,
+            "row": row.name, "against": row.against or "", "change": row.change,
             "seeds": sum(result["ended"] == "measured" for result in mine),
         }  # fmt: skip
         marks: dict[str, list[str]] = {BETTER: [], WORSE: []}
         for column in COLUMNS:
             values = values_of(results, row.name, column.key)
-            mark = verdict(values, values_of(results, row.on, column.key), column.sense)
+            mark = verdict(values, values_of(results, row.against, column.key), column.sense)
             line[column.title] = text_of(values, column, mark)
             if mark:
                 marks[mark].append(column.title)
@@ -92,9 +92,11 @@ def verdict(values: Sequence[float], before: Sequence[float], sense: int) -> str
     """
     if sense == 0 or min(len(values), len(before)) < 2:
         return ""
-    change = statistics.mean(values) - statistics.mean(before)
-    if statistics.pvariance(values) + statistics.pvariance(before) > 0:
-        differs = stats.ttest_ind(values, before, equal_var=False).pvalue < LEVEL
+    means, spreads = ([of(side) for side in (values, before)] for of in (statistics.mean, statistics.stdev))
+    change = means[0] - means[1]
+    if max(spreads) > 0:
+        sides = (means[0], spreads[0], len(values)), (means[1], spreads[1], len(before))
+        differs = stats.ttest_ind_from_stats(*sides[0], *sides[1], equal_var=False).pvalue < LEVEL
     else:
         differs = change != 0
     return (BETTER if change * sense > 0 else WORSE) if differs else ""

@@ -81,7 +81,7 @@ def test_every_cell_is_measured_and_the_table_written(table, half):
         assert 0 <= row["accuracy_deleted"] <= 1 and row["chance"] == pytest.approx(1 / 8)
         assert row["heldout_nll"] == pytest.approx(math.log(300), rel=0.2)  # hardly trained: near a uniform guess
     summary, _ = read_results(half / "ablation.json")
-    assert [(line["row"], line["on"], line["seeds"]) for line in summary] == [("first", "", 2), ("second", "first", 2)]
+    assert [(line["row"], line["against"], line["seeds"]) for line in summary] == [("first", "", 2), ("second", "first", 2)]
     assert "±" in summary[0]["hidden NLL"]
     for name in ("cells.csv", "ablation.csv", "ablation.md", "ablation.png", "ablation.svg"):
         assert (half / name).stat().st_size > 0
@@ -129,10 +129,10 @@ def test_rows_build_on_each_other(table, tmp_path):
         {"name": "a", "change": "-"},
         {"name": "b", "change": "-", "set": {"model.num_concepts": 6}},
         {"name": "c", "change": "-", "set": {"train.steps": 5}},
-        {"name": "d", "change": "-", "on": "a", "set": {"objective": {"name": "mlm", "probability": 0.4}}},
+        {"name": "d", "change": "-", "against": "a", "set": {"objective": {"name": "mlm", "probability": 0.4}}},
     ]
     made = write_recipes(read_table(changed(table, tmp_path, rows=rows)), ["optim.lr=0.5"], tmp_path / "recipes")
-    assert [(row.name, row.on) for row in made] == [("a", None), ("b", "a"), ("c", "b"), ("d", "a")]
+    assert [(row.name, row.against) for row in made] == [("a", None), ("b", "a"), ("c", "b"), ("d", "a")]
     recipes = {cell.row.name: cell.recipe for cell in cells_of(made, [7], tmp_path)}
     assert {name: recipe.model["num_concepts"] for name, recipe in recipes.items()} == {"a": 4, "b": 6, "c": 6, "d": 4}
     assert {name: recipe.train.steps for name, recipe in recipes.items()} == {"a": 3, "b": 3, "c": 5, "d": 3}
@@ -144,7 +144,7 @@ def test_rows_build_on_each_other(table, tmp_path):
     ("fields", "line"),
     [
         ({"rows": [{"name": "a", "change": "-"}, {"name": "a", "change": "-"}]}, "rows.1.name: 'a' is the name"),
-        ({"rows": [{"name": "a", "change": "-", "on": "b"}]}, "rows.0.on: expected an earlier row (none), got 'b'"),
+        ({"rows": [{"name": "a", "change": "-", "against": "b"}]}, "rows.0.against: expected an earlier row (none), got 'b'"),
         ({"rows": [{"name": "a", "chance": "-"}]}, "did you mean rows.0.change?"),
         ({"seeds": []}, "seeds"),
     ],
