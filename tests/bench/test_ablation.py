@@ -81,7 +81,8 @@ def test_every_cell_is_measured_and_the_table_written(table, half):
         assert 0 <= row["accuracy_deleted"] <= 1 and row["chance"] == pytest.approx(1 / 8)
         assert row["heldout_nll"] == pytest.approx(math.log(300), rel=0.2)  # hardly trained: near a uniform guess
     summary, _ = read_results(half / "ablation.json")
-    assert [(line["row"], line["against"], line["seeds"]) for line in summary] == [("first", "", 2), ("second", "first", 2)]
+    lines = [(line["row"], line["against"], line["seeds"]) for line in summary]
+    assert lines == [("first", "", 2), ("second", "first", 2)]
     assert "±" in summary[0]["hidden NLL"]
     for name in ("cells.csv", "ablation.csv", "ablation.md", "ablation.png", "ablation.svg"):
         assert (half / name).stat().st_size > 0
@@ -144,7 +145,7 @@ def test_rows_build_on_each_other(table, tmp_path):
     ("fields", "line"),
     [
         ({"rows": [{"name": "a", "change": "-"}, {"name": "a", "change": "-"}]}, "rows.1.name: 'a' is the name"),
-        ({"rows": [{"name": "a", "change": "-", "against": "b"}]}, "rows.0.against: expected an earlier row (none), got 'b'"),
+        ({"rows": [{"name": "a", "change": "-", "against": "b"}]}, "rows.0.against: expected an earlier row"),
         ({"rows": [{"name": "a", "chance": "-"}]}, "did you mean rows.0.change?"),
         ({"seeds": []}, "seeds"),
     ],
