@@ -21,19 +21,20 @@ def generate(arguments: argparse.Namespace) -> int:
     from .engine.data.sources import read_text
     from .engine.errors import InputError
     from .engine.generate import generate
-    from .models.generation import Sampling
+    from .models.sampling import Sampling
 
     try:
         sampling = Sampling(
-            steps=arguments.steps, schedule=arguments.schedule, unmask=arguments.unmask,
-            temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed,
+            steps=arguments.steps, schedule=arguments.schedule, unmask=arguments.unmask, remask=arguments.remask,
+            block=arguments.block, guidance=arguments.guidance, temperature=arguments.temperature,
+            top_k=arguments.top_k, top_p=arguments.top_p, clean_up=arguments.clean_up, seed=arguments.seed,
         )  # fmt: skip
     except ValueError as error:
         raise InputError(f"--{error}") from error
     text = arguments.text if arguments.file is None else read_text(Path(arguments.file))
     samples = generate(
-        arguments.checkpoint, text, mode=arguments.mode, length=arguments.length, sampling=sampling,
-        num_samples=arguments.samples,
+        arguments.checkpoint, text, mode=arguments.mode, sampling=sampling, length=arguments.length,
+        read_once=arguments.read_once, num_samples=arguments.samples,
     )  # fmt: skip
     print("\n---\n".join(samples))
     return 0
@@ -89,16 +90,26 @@ def parser() -> argparse.ArgumentParser:
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", help="the text to read")
     source.add_argument("--file", help="a UTF-8 file to read instead")
-    command.add_argument("--mode", choices=("prefix", "fill", "concepts"), default="prefix", help=(
-        "prefix: continue the text; fill: replace each [MASK] in it; concepts: write it again from its concepts alone"
+    command.add_argument("--mode", choices=("prefix", "fill", "infill", "concepts"), default="prefix", help=(
+        "prefix: continue the text; fill: replace each [MASK] in it by a token; infill: by --length tokens; "
+        "concepts: write it again from its concepts alone"
     ))  # fmt: skip
-    command.add_argument("--length", type=int, default=32, help="tokens to generate (prefix)")
+    command.add_argument("--length", type=int, help="tokens to write; 32, for concepts as many as the text has")
+    command.add_argument("--read-once", action="store_true", help=(
+        "encode the given text only, not what is written (for models trained with prefix_diffusion)"
+    ))  # fmt: skip
     command.add_argument("--steps", type=int, default=16, help="denoising steps")
-    command.add_argument("--schedule", choices=("linear", "cosine"), default="cosine")
-    command.add_argument("--unmask", choices=("confidence", "random"), default="confidence", help="which come first")
+    command.add_argument("--schedule", choices=("linear", "cosine"), default="cosine", help="how many tokens a step")
+    command.add_argument("--unmask", default="confidence", help=(
+        "which come first: confidence, margin, entropy, random; mdlm: ancestral; remdm: and some are hidden again"
+    ))  # fmt: skip
+    command.add_argument("--remask", type=float, default=0.1, help="share that remdm hides again in a step")
+    command.add_argument("--block", type=int, default=0, help="tokens written at a time, left to right; 0: all")
+    command.add_argument("--guidance", type=float, default=0.0, help="strength w of guidance by the concepts")
     command.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token")
     command.add_argument("--top-k", type=int, default=0, help="draw from the k most likely tokens; 0: from all")
     command.add_argument("--top-p", type=float, default=1.0, help="draw from the fewest tokens of this probability")
+    command.add_argument("--clean-up", action="store_true", help="the last step takes the most likely tokens")
     command.add_argument("--samples", type=int, default=1)
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=generate)

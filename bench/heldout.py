@@ -13,10 +13,11 @@ from ..engine.data.loader import Loader
 from ..engine.data.windows import Windows, unigram_entropy
 from ..engine.evaluation import evaluate
 from ..engine.launch import World
-from ..models.generation import Sampling, fill
+from ..models.generation import fill
 from ..models.heads import ConceptForMaskedLM
 from ..models.objectives.view import SpecialTokens, View
 from ..models.packing import pack
+from ..models.sampling import Sampling
 
 MAX_CONCEPT_TEXTS = 256
 MAX_TRAIN_TOKENS = 4_000_000  # of the training text, for its unigram
@@ -91,10 +92,7 @@ def hidden_states(model: nn.Module, view: View, shift: int = 0) -> Tensor:
     in the batch."""
     encoded = model.encoder(packed=view.encoder)
     encoded.last_hidden_state = encoded.last_hidden_state.roll(shift, dims=0)
-    return model.decode(
-        encoded, view.decoder_position_ids, view.decoder_cu_seqlens, view.decoder_max_seqlen, view.decoder_input_ids,
-        view.timesteps,
-    )  # fmt: skip
+    return model.decode_view(encoded, view)
 
 
 def unigram_cross_entropy(train: Windows, windows: Windows, rows: Sequence[int], tokens: SpecialTokens) -> float:

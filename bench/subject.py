@@ -45,7 +45,7 @@ class Subject:
 
     @property
     def encoder(self) -> nn.Module:
-        return self.model.encoder if self.can_predict else self.model
+        return self.model.base_model
 
     @property
     def seed(self) -> int | None:

@@ -1,48 +1,58 @@
-"""Text in, text out: a saved model fills, continues or rewrites a text."""
+"""Text in, text out: a saved model continues, fills or rewrites a text."""
 
 from dataclasses import replace
 from pathlib import Path
 
-from ..models.generation import Sampling, fill
+from ..models.generation import blank_canvas, fill, given_text
 from ..models.heads import ConceptForMaskedLM
 from ..models.objectives.view import SpecialTokens
 from ..models.packing import Packed, pack
+from ..models.sampling import Sampling
 from .data.tokenizer import Vocabulary
 from .errors import InputError
 from .saved_model import load_model, load_vocabulary
 
-MODES = ("fill", "prefix", "concepts")
+MODES = ("prefix", "fill", "infill", "concepts")
+LENGTH = 32  # tokens, of a continuation or a gap
 
 
 def generate(
-    checkpoint: str | Path, text: str, *, mode: str, length: int, sampling: Sampling, num_samples: int = 1
-) -> list[str]:
+    checkpoint: str | Path, text: str, *, mode: str, sampling: Sampling, length: int | None = None,
+    read_once: bool = False, num_samples: int = 1,
+) -> list[str]:  # fmt: skip
     """``num_samples`` texts from one.
 
     Args:
         checkpoint: a Hugging Face folder of a masked language model with its tokenizer.
         text: what the model reads.
-        mode: "fill" replaces each mask token written in the text; "prefix" continues it by ``length`` tokens;
-            "concepts" writes as many tokens as the text has from its concepts alone (for a model trained on the clean
-            view).
+        mode: "prefix" continues the text by ``length`` tokens; "fill" replaces each mask token written in it by one
+            token, "infill" by ``length`` tokens; "concepts" writes ``length`` tokens from the concepts of the text
+            alone.
         sampling: steps, schedule, order, temperature; sample i has seed ``sampling.seed + i``.
+        length: None means 32; for "concepts" as many as the text has.
+        read_once: the encoder reads the given text only, once, and not what has been generated: for models trained
+            with prefix_diffusion.
 
     Raises:
-        InputError: the folder holds no such model, the text is empty, or there is nothing to fill.
+        InputError: the folder holds no such model, the text is empty, there is nothing to fill, or the model cannot
+            sample in this way.
     """
     folder = Path(checkpoint)
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no config.json; give a Hugging Face folder such as runs/demo/model")
     model = load_model(folder)
     if not isinstance(model, ConceptForMaskedLM):
-        raise InputError(f"{folder}: an encoder without a head cannot generate; give a masked language model")
+        raise InputError(f"{folder}: a {type(model).__name__} cannot generate; give a masked language model")
     vocabulary = load_vocabulary(folder, model.config)
     ids = read(text, vocabulary)
-    canvas, source = canvas_of(ids, mode, length, vocabulary.tokens)
-    drawn = [
-        fill(model, canvas, vocabulary.tokens, replace(sampling, seed=sampling.seed + i), source)
-        for i in range(num_samples)
-    ]
+    canvas, source = canvas_of(ids, mode, length, vocabulary.tokens, read_once)
+    try:
+        drawn = [
+            fill(model, canvas, vocabulary.tokens, replace(sampling, seed=sampling.seed + i), source)
+            for i in range(num_samples)
+        ]
+    except ValueError as error:
+        raise InputError(f"--{error}") from error
     return [vocabulary.tokenizer.decode(packed.input_ids.tolist()) for packed in drawn]
 
 
@@ -62,14 +72,20 @@ def read(text: str, vocabulary: Vocabulary) -> list[int]:
     return ids
 
 
-def canvas_of(ids: list[int], mode: str, length: int, tokens: SpecialTokens) -> tuple[Packed, Packed | None]:
+def canvas_of(
+    ids: list[int], mode: str, length: int | None, tokens: SpecialTokens, read_once: bool = False
+) -> tuple[Packed, Packed | None]:
     """(what is filled, what conditions it) of one mode; ``None``: the canvas itself."""
-    if mode == "prefix":
-        if length < 1:
-            raise InputError(f"--length: expected at least 1 token, got {length}")
-        return pack([[*ids, *[tokens.mask_id] * length]]), None
+    if length is not None and (length < 1 or mode == "fill"):
+        expected = "nothing with --mode fill: one token for each mask token" if mode == "fill" else "at least 1 token"
+        raise InputError(f"--length: expected {expected}, got {length}")
     if mode == "concepts":
-        return pack([[tokens.mask_id] * len(ids)]), pack([ids])
-    if tokens.mask_id not in ids:
-        raise InputError("--text: nothing to fill; write the mask token where a token is wanted, or use --mode prefix")
-    return pack([ids]), None
+        return blank_canvas([length or len(ids)], tokens), pack([ids])
+    if mode == "prefix":
+        ids = [*ids, *[tokens.mask_id] * (length or LENGTH)]
+    elif tokens.mask_id not in ids:
+        raise InputError("--text: nothing to fill; write the mask token where text is wanted, or use --mode prefix")
+    if mode == "infill":
+        ids = [i for token in ids for i in [token] * ((length or LENGTH) if token == tokens.mask_id else 1)]
+    canvas = pack([ids])
+    return canvas, given_text(canvas, tokens) if read_once else None

@@ -138,9 +138,17 @@ class Recipe(Section):
                 f"{hidden!r}; leave it out, and it follows"
             )
         try:
-            return ConceptConfig(**{**self.model, "hidden_tokens": hidden}, **from_tokenizer)
+            config = ConceptConfig(**{**self.model, "hidden_tokens": hidden}, **from_tokenizer)
         except (ValueError, TypeError) as error:
             raise InputError(f"model: {one_line(error)}") from error
+        mixes = config.decoder_mixing != "none"
+        if self.objective.get("context", mixes) != mixes:
+            why = "what is known must take part in training as it does in use" if mixes else "no row would see it"
+            raise InputError(
+                f"objective.context: expected {str(mixes).lower()} with model.decoder_mixing = "
+                f"{config.decoder_mixing}: {why}"
+            )
+        return config
 
     def resolved(self) -> dict[str, Any]:
         """Every field with its value, as plain YAML types."""

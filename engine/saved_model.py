@@ -14,22 +14,34 @@ from ..models.config import ConceptConfig
 from ..models.encoder import ConceptEncoder
 from ..models.heads import ConceptForMaskedLM
 from ..models.objectives.view import SpecialTokens
+from ..models.task_heads import (
+    ConceptForMultipleChoice,
+    ConceptForQuestionAnswering,
+    ConceptForSequenceClassification,
+)
 from .data.tokenizer import Vocabulary, describe, load
 from .errors import InputError
 
+MODELS = {
+    model.__name__: model
+    for model in (
+        ConceptForMaskedLM, ConceptForSequenceClassification, ConceptForMultipleChoice, ConceptForQuestionAnswering,
+    )
+}  # fmt: skip
+
 
 def load_model(folder: Path) -> nn.Module:
-    """The masked language model in ``folder``, or the encoder of whatever else has one; float32, in evaluation mode."""
+    """The model that was saved in ``folder``, or the encoder of whatever else has one; float32, in evaluation mode."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if not isinstance(config, ConceptConfig):
         kind = getattr(config, "model_type", None)
         raise InputError(f"{folder}/config.json: expected model_type {ConceptConfig.model_type!r}, got {kind!r}")
-    kind = ConceptForMaskedLM if ConceptForMaskedLM.__name__ in (config.architectures or ()) else ConceptEncoder
+    kind = next((MODELS[name] for name in config.architectures or () if name in MODELS), ConceptEncoder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         with quiet():
             model, loaded = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         line = str(error).strip().splitlines()[0]
         raise InputError(f"{folder}: not the weights of a {kind.__name__} ({line}); save the model again") from error
     if loaded["missing_keys"]:

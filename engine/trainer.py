@@ -15,6 +15,7 @@ import torch
 from ..models.config import ConceptConfig
 from ..models.heads import ConceptForMaskedLM
 from ..models.objectives.view import View
+from ..models.recursion import draw_iterations
 from . import checkpoint, compat, launch, zero
 from .data.corpus import Corpus, open_corpus
 from .data.loader import Loader
@@ -156,11 +157,15 @@ class Trainer:
         divisor = torch.where(divisor > 0, divisor, 1.0) / world.size
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
+        num_iterations = draw_iterations(engine.module.config, (self.recipe.run.seed, step))
         total = torch.zeros(2, dtype=torch.float64, device=world.device)  # the loss, and how many ranks want to stop
         for i, view in enumerate(views):
             torch.manual_seed(dropout_seed(self.recipe.run.seed, step, i, world.rank))
             engine.set_gradient_accumulation_boundary(i == len(views) - 1)
-            output = engine(view=replace(view, divisor=divisor), label_smoothing=self.recipe.train.label_smoothing)
+            output = engine(
+                view=replace(view, divisor=divisor), label_smoothing=self.recipe.train.label_smoothing,
+                num_iterations=num_iterations,
+            )  # fmt: skip
             engine.backward(output.loss)
             total[0] += output.loss.detach() / world.size
         engine.step()

@@ -29,6 +29,7 @@ class ConceptConfig(PretrainedConfig):
     """
 
     model_type = "conceptron"
+    keys_to_ignore_at_inference = ("concepts", "nll")  # transformers' Trainer then gathers logits only
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class ConceptConfig(PretrainedConfig):
         funnel: list[int] | None = None,  # token layers (from 0) that halve the number of tokens
         # positions
         token_positions: str = "rope",
-        concept_positions: str = "rope",  # rope: a concept stands at its anchor; none: all stand at position 0
+        concept_positions: str = "rope",  # rope: a concept stands at its anchor; else all stand at position 0
         max_position_embeddings: int = 512,  # rows of learned positions; the length that rope_extension extends
         rope_theta: float = 10000.0,
         rope_extension: str = "none",
@@ -88,6 +89,8 @@ class ConceptConfig(PretrainedConfig):
         num_pool_queries: int = 4,  # of multi_query
         pair: str = "joint",  # two texts as one sequence, or each encoded by itself
         pair_features: str = "concat",  # of separate pairs: [a, b, |a - b|, a * b], cosine, or slot-wise cosines
+        label_offset: float = 0.0,  # a regression predicts label_offset + label_scale * x, with x = 0 at the start
+        label_scale: float = 1.0,
         # the rest
         dropout: float = 0.0,  # of every residual branch
         initializer_range: float = 0.02,  # of embeddings; every other matrix starts at 1 / sqrt(fan in)
@@ -125,6 +128,11 @@ class ConceptConfig(PretrainedConfig):
         return self.token_dim // self.token_num_attention_heads
 
     @property
+    def anchored_reads(self) -> bool:
+        """Whether concepts and tokens stand in the same text, so that attention can know how far apart they are."""
+        return self.token_positions == "rope" and self.concept_positions == "rope"
+
+    @property
     def iterations(self) -> int:
         """How many layers a forward pass applies by default."""
         return self.num_hidden_layers if self.num_iterations is None else self.num_iterations
@@ -148,10 +156,11 @@ class ConceptConfig(PretrainedConfig):
         for name in ("timestep_conditioning", "tie_layers", "loss_every_iteration", "token_attention_bias",
                      "nested_concepts"):  # fmt: skip
             self._expect(name, "true or false", lambda x: isinstance(x, bool))
-        for name in ("rope_theta", "anchor_sharpness", "initializer_range", "norm_eps"):
+        for name in ("rope_theta", "anchor_sharpness", "initializer_range", "norm_eps", "label_scale"):
             self._expect(name, "a number above 0", lambda x: _is_number(x) and x > 0)
         self._expect("rope_factor", "a number of at least 1", lambda x: _is_number(x) and x >= 1)
         self._expect("anchor_bias", "a number of at least 0", lambda x: _is_number(x) and x >= 0)
+        self._expect("label_offset", "a number", _is_number)
         self._expect(
             "mask_token_id", f"an id below vocab_size = {self.vocab_size}, or none",
             lambda x: x is None or (_is_int(x) and 0 <= x < self.vocab_size),
@@ -168,7 +177,24 @@ class ConceptConfig(PretrainedConfig):
             "num_key_value_heads", f"a divisor of num_attention_heads = {self.num_attention_heads}",
             lambda x: self.num_attention_heads % x == 0,
         )  # fmt: skip
+        self.check_positions()
         self.check_layers()
+        self.check_heads()
+
+    def check_positions(self) -> None:
+        """What only fits tokens, or concepts, that RoPE turns."""
+        if self.token_positions != "rope":
+            expected = f"none with token_positions = {self.token_positions}: only RoPE is extended"
+            self._expect("rope_extension", expected, lambda x: x == "none")
+        if self.decoder_queries == "weighted":
+            expected = "rope with decoder_queries = weighted: weights come from places alone"
+            for name in ("token_positions", "concept_positions"):
+                self._expect(name, expected, lambda x: x == "rope")
+        if self.rope_extension == "none":
+            self._expect("rope_factor", "1 with rope_extension = none: nothing uses it", lambda x: x == 1)
+        if self.rope_extension == "ntk":
+            expected = f"more than 2 channels a head with num_attention_heads = {self.num_attention_heads}, for NTK"
+            self._expect("hidden_size", expected, lambda x: x // self.num_attention_heads > 2)
 
     def check_layers(self) -> None:
         """What only fits together with tied layers, slots, hybrid heads or a decoder."""
@@ -193,6 +219,18 @@ class ConceptConfig(PretrainedConfig):
             self._expect(
                 "decoder_queries", "token+position or position with decoder_mixing = local", lambda x: x != "weighted"
             )
+
+    def check_heads(self) -> None:
+        """What a pool or the features of a pair need of the rest."""
+        fitting, other = "decoder", "decoder_positions"
+        if self.decoder_queries != "token+position":
+            fitting, other = other, fitting
+        self._expect(
+            "pool", f"a pool of concepts, or {fitting}, with decoder_queries = {self.decoder_queries}",
+            lambda x: x != other,
+        )  # fmt: skip
+        if self.pair == "separate" and self.pair_features == "slots":
+            self._expect("pool", "mean with pair_features = slots, which uses no pool", lambda x: x == "mean")
 
     def check_tokens(self) -> None:
         """The layers of tokens, once their sizes are known."""

@@ -1,7 +1,7 @@
-"""ConceptDecoder: target positions ask the concepts of their sequence. No position sees another, so only the M
+"""ConceptDecoder: rows ask the concepts of their sequence. Unless rows are mixed none sees another, so only the
 positions that are asked for are ever computed.
 
-B sequences, M target rows, C concepts, d model width.
+B sequences, M rows of the decoder, C concepts, d model width.
 """
 
 import torch
@@ -9,12 +9,22 @@ from torch import Tensor, nn
 
 from .config import ConceptConfig
 from .encoder import ConceptPreTrainedModel
-from .layers import AdaptiveResidualNorm, FeedForward, ResidualNorm, TimestepEmbedding, TokenAttention, widening
-from .positions import rotary_angles
+from .layers import (
+    ConceptAttention,
+    FeedForward,
+    LocalAttention,
+    TimestepEmbedding,
+    TokenAttention,
+    WeightedAttention,
+    residual_norm,
+    widening,
+)  # fmt: skip
+from .packing import sequence_ids
+from .positions import Angles, TokenPositions
 
 
 class PositionQuery(nn.Module):
-    """One learned vector for every target row; where the row stands enters through RoPE."""
+    """One learned vector for every target row; where the row stands, ``TokenPositions`` says."""
 
     def __init__(self, config: ConceptConfig):
         super().__init__()
@@ -24,12 +34,62 @@ class PositionQuery(nn.Module):
         return self.embedding(torch.zeros_like(position_ids))
 
 
+class Exchange(nn.Module):
+    """Rows see each other through a copy w of the concepts: w reads the rows, then the rows read w. Cost O(C * M).
+
+        w      += attention(LN(w) -> rows)
+        branch  = attention(rows -> LN(w))
+    """
+
+    def __init__(self, config: ConceptConfig):
+        super().__init__()
+        self.open, self.close = (residual_norm(config, has_branch) for has_branch in (False, True))
+        self.gather = ConceptAttention(config)
+        self.read = attention_kind(config)(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, rows_Md: Tensor, row_angles: Angles | None, w_BCd: Tensor, anchor_angles: Angles | None,
+        condition_Bd: Tensor | None, cu_seqlens: Tensor, max_seqlen: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The branch [M, d] of the rows, and w for the next layer."""
+        w_BCd, h_BCd = self.open(w_BCd, None, condition_Bd, None)
+        gathered = self.gather(h_BCd, anchor_angles, rows_Md, row_angles, cu_seqlens, max_seqlen)
+        w_BCd, h_BCd = self.close(w_BCd, self.dropout(gathered), condition_Bd, None)
+        return self.read(rows_Md, row_angles, h_BCd, anchor_angles, cu_seqlens, max_seqlen), w_BCd
+
+
+def attention_kind(config: ConceptConfig) -> type[TokenAttention]:
+    return WeightedAttention if config.decoder_queries == "weighted" else TokenAttention
+
+
+def layer_branches(config: ConceptConfig) -> list[nn.Module]:
+    """The branches of one layer, in order."""
+    match config.decoder_mixing:
+        case "none":
+            reading = [attention_kind(config)(config)]
+        case "local":
+            reading = [LocalAttention(config, config.decoder_window), attention_kind(config)(config)]
+        case "concepts":
+            reading = [Exchange(config)]
+    return [*reading, FeedForward(config)]
+
+
 class ConceptDecoder(ConceptPreTrainedModel):
-    """Concepts and target positions -> one hidden state a target, at cost O(C * M).
+    """Concepts and positions -> one hidden state a row, at cost O(C * M).
 
         x_0     = e[id] or one learned vector                                  (token+position | position queries)
         x      += attention(LN(x) -> concepts);   x += feed_forward(LN(x))     per layer
         hidden  = LN(x)
+
+    ``decoder_queries`` = "weighted": as "position", and attention weights depend on positions alone
+    (``WeightedAttention``).
+
+    ``decoder_mixing`` lets the rows of a sequence see each other, at linear cost: "local" begins each layer with
+    attention among rows at most ``decoder_window`` positions apart; "concepts" lets a copy of the concepts read the
+    rows before these read it (``Exchange``). What is known of a text then takes part as rows that nobody asks for,
+    *context*: objectives give them with ``context``, the padded door and generation give them by themselves. They tell
+    something with token+position queries only; other rows do not know their token.
 
     With ``timestep_conditioning`` each LN is followed by ``* (1 + scale) + shift`` and each branch by ``* gate``, all
     linear in the embedding of t and zero at the start (AdaLN-Zero): the hidden state then begins as LN(x_0), and no
@@ -42,16 +102,12 @@ class ConceptDecoder(ConceptPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.token_dim) if with_tokens else None
         self.widen_tokens = widening(config) if with_tokens else None
         self.query = None if with_tokens else PositionQuery(config)
+        self.positions = TokenPositions(config, config.token_dim if with_tokens else config.hidden_size)
         self.query_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        branches = [part(config) for _ in range(config.num_decoder_layers) for part in (TokenAttention, FeedForward)]
+        branches = [branch for _ in range(config.num_decoder_layers) for branch in layer_branches(config)]
         self.branches = nn.ModuleList(branches)
-        if config.timestep_conditioning:
-            self.time = TimestepEmbedding(config)
-            norms = [AdaptiveResidualNorm(config, has_branch=i > 0) for i in range(len(branches) + 1)]
-        else:
-            self.time = None
-            norms = [ResidualNorm(config) for _ in range(len(branches) + 1)]
-        self.norms = nn.ModuleList(norms)
+        self.time = TimestepEmbedding(config) if config.timestep_conditioning else None
+        self.norms = nn.ModuleList(residual_norm(config, has_branch=i > 0) for i in range(len(branches) + 1))
         self.dropout = nn.Dropout(config.dropout)
         self.post_init()
 
@@ -65,8 +121,9 @@ class ConceptDecoder(ConceptPreTrainedModel):
         """
         Args:
             concepts: [B, C, d], anchors [B, C]: as the encoder returns them.
-            position_ids: [M] positions of the target rows; cu_seqlens [B+1] int32 and max_seqlen say whose they are.
-            input_ids: [M] ids at those positions, for token+position queries; position queries ignore it.
+            position_ids: [M] positions of the rows, rising strictly inside a sequence; cu_seqlens [B+1] int32 and
+                max_seqlen say whose they are.
+            input_ids: [M] ids at those positions, for token+position queries; others ignore it.
             timesteps: [B] in (0, 1], for a model with timestep_conditioning; one without it ignores them.
 
         Returns:
@@ -75,11 +132,12 @@ class ConceptDecoder(ConceptPreTrainedModel):
         Raises:
             ValueError: input_ids or timesteps are missing where the configuration needs them.
         """
-        x_Md = self.query_norm(self.queries(position_ids, input_ids))
+        x_Md = self.query_norm(self.queries(position_ids, input_ids, max_seqlen))
         condition_Bd = self.condition(concepts, timesteps)
-        row_angles, anchor_angles = (
-            rotary_angles(where, self.config.head_dim, self.config.rope_theta) for where in (position_ids, anchors)
-        )
+        row_angles, anchor_angles = (self.positions.angles(where) for where in (position_ids, anchors))
+        if self.config.decoder_mixing == "local":
+            owner_M = sequence_ids(cu_seqlens, len(position_ids))
+            window_angles = self.positions.local_angles(position_ids, self.config.head_dim)
         branch_Md = None
         for i, norm in enumerate(self.norms):
             x_Md, h_Md = norm(x_Md, branch_Md, condition_Bd, cu_seqlens)
@@ -88,16 +146,22 @@ class ConceptDecoder(ConceptPreTrainedModel):
             part = self.branches[i]
             if isinstance(part, TokenAttention):
                 branch_Md = part(h_Md, row_angles, concepts, anchor_angles, cu_seqlens, max_seqlen)
+            elif isinstance(part, LocalAttention):
+                branch_Md = part(h_Md, window_angles, position_ids, owner_M, max_seqlen)
+            elif isinstance(part, Exchange):
+                branch_Md, concepts = part(
+                    h_Md, row_angles, concepts, anchor_angles, condition_Bd, cu_seqlens, max_seqlen
+                )
             else:
                 branch_Md = part(h_Md)
             branch_Md = self.dropout(branch_Md)
 
-    def queries(self, position_ids: Tensor, input_ids: Tensor | None) -> Tensor:
+    def queries(self, position_ids: Tensor, input_ids: Tensor | None, max_seqlen: int) -> Tensor:
         if self.query is not None:
-            return self.query(position_ids)
+            return self.positions(self.query(position_ids), position_ids, max_seqlen)
         if input_ids is None:
             raise ValueError("input_ids: this decoder has token+position queries and needs the ids of the target rows")
-        return self.widen_tokens(self.embed_tokens(input_ids))
+        return self.widen_tokens(self.positions(self.embed_tokens(input_ids), position_ids, max_seqlen))
 
     def condition(self, concepts: Tensor, timesteps: Tensor | None) -> Tensor | None:
         if self.time is None:

@@ -1,62 +1,21 @@
-"""Sampling from a masked model: hidden positions of a canvas are revealed over a few steps.
+"""Sampling from a masked model: hidden positions of a canvas are revealed over a few rounds.
 
 B sequences, T packed tokens, M hidden positions, V vocabulary.
 """
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .encoder import ConceptEncoderOutput
 from .heads import ConceptForMaskedLM
-from .objectives.view import SpecialTokens, check_option
+from .objectives.view import SpecialTokens
 from .packing import Packed, pack
+from .sampling import Sampling, draw, guide
+from .unmasking import BLIND, blocks, budget, certainty, highest
 
-CHUNK_ROWS = 4096  # hidden positions whose logits exist at one time
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a canvas is filled.
-
-    steps: rounds of prediction. After round k of K, n hidden positions have become
-        floor(n * (1 - k / K))            schedule "linear"
-        floor(n * cos(pi / 2 * k / K))    schedule "cosine": few first, while little is known (MaskGIT)
-    unmask: which of a sequence's positions are revealed: those whose drawn token is most probable ("confidence"), or
-        any ("random").
-    temperature: 0 takes the most probable token. top_k, top_p: draw from the k most probable tokens, from the fewest
-        tokens that hold probability p; 0 and 1 mean all.
-    seed: same seed, same canvas, same model, same text.
-
-    Source: Chang et al. 2022 (MaskGIT), arXiv:2202.04200; Sahoo et al. 2024 (MDLM), arXiv:2406.07524.
-    """
-
-    steps: int = 16
-    schedule: str = "cosine"
-    unmask: str = "confidence"
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self):
-        check_option("steps", self.steps, "a whole number of at least 1", int(self.steps) == self.steps >= 1)
-        check_option("schedule", self.schedule, "'linear' or 'cosine'", self.schedule in ("linear", "cosine"))
-        check_option("unmask", self.unmask, "'confidence' or 'random'", self.unmask in ("confidence", "random"))
-        check_option("temperature", self.temperature, "a number of at least 0", self.temperature >= 0)
-        check_option("top_k", self.top_k, "a whole number of at least 0", int(self.top_k) == self.top_k >= 0)
-        check_option("top_p", self.top_p, "a number in (0, 1]", 0 < self.top_p <= 1)
-
-    def num_hidden_after(self, step: int, num_hidden: Tensor) -> Tensor:
-        """[B] hidden at the start -> [B] hidden after ``step`` of ``steps`` rounds."""
-        if step >= self.steps:
-            return torch.zeros_like(num_hidden)
-        done = step / self.steps
-        share = 1 - done if self.schedule == "linear" else math.cos(math.pi / 2 * done)
-        return (num_hidden.double() * share + 1e-9).floor().to(num_hidden.dtype)  # 1e-9: 10 * 0.7 is 7, not 6
+CHUNK_ROWS = 1024  # hidden positions whose logits exist at one time
 
 
 def blank_canvas(lengths: Sequence[int], tokens: SpecialTokens) -> Packed:
@@ -69,6 +28,20 @@ def continue_canvas(prefixes: Sequence[Sequence[int]], num_new: int, tokens: Spe
     return pack([[*prefix, *[tokens.mask_id] * num_new] for prefix in prefixes])
 
 
+def infill_canvas(
+    befores: Sequence[Sequence[int]], num_new: int, afters: Sequence[Sequence[int]], tokens: SpecialTokens
+) -> Packed:
+    """``num_new`` [MASK] tokens between the two parts of each text."""
+    gap = [tokens.mask_id] * num_new
+    return pack([[*before, *gap, *after] for before, after in zip(befores, afters, strict=True)])
+
+
+def given_text(canvas: Packed, tokens: SpecialTokens) -> Packed:
+    """What a canvas gives, where it stands: the source for a model that was trained to generate one part of a text
+    from another (``PrefixDiffusion`` with the positions of the text)."""
+    return canvas.select(canvas.input_ids != tokens.mask_id)
+
+
 def fill(
     model: ConceptForMaskedLM, canvas: Packed, tokens: SpecialTokens, sampling: Sampling, source: Packed | None = None
 ) -> Packed:
@@ -78,14 +51,19 @@ def fill(
         model: its device is where everything runs; dropout is off while it samples.
         canvas: B packed sequences, [MASK] where a token is wanted. What is given is never changed.
         tokens: the ids that are never drawn.
-        source: B packed texts whose concepts condition the result, encoded once (a model trained on the clean view).
-            None: the concepts are those of the canvas itself, encoded again each round as tokens are revealed.
+        source: B packed texts whose concepts condition the result, encoded once: for a model whose encoder sees other
+            text than it is asked for (``PrefixDiffusion``; source: ``given_text``), or all of it (the clean view). The
+            model is at the time that tells which share of the *wanted* tokens is hidden; a decoder that mixes rows
+            sees those that it has written.
+            None: the concepts are those of the canvas itself, encoded again each round as tokens are revealed. The time
+            is the hidden share of the whole canvas; a decoder that mixes rows sees all of it.
 
     Returns:
         The canvas without [MASK], on the model's device.
 
     Raises:
-        ValueError: ``tokens`` does not belong to the model, or ``source`` has another number of sequences.
+        ValueError: ``tokens`` does not belong to the model, ``source`` has another number of sequences, the model
+            cannot be guided, or there are fewer steps than blocks.
     """
     for step in fill_steps(model, canvas, tokens, sampling, source):
         canvas = step
@@ -96,86 +74,94 @@ def fill(
 def fill_steps(
     model: ConceptForMaskedLM, canvas: Packed, tokens: SpecialTokens, sampling: Sampling, source: Packed | None = None
 ) -> Iterator[Packed]:
-    """As ``fill``, and shows the canvas after each round."""
+    """As ``fill``, and shows the canvas after each round. A round that reveals nothing asks the model nothing."""
     check_fit(model, canvas, tokens, source)
-    canvas = canvas.to(model.device)
-    generator = torch.Generator(device=model.device).manual_seed(sampling.seed)
-    special = torch.tensor(sorted(tokens.special_ids), device=model.device)
     was_training = model.training
     model.eval()
     try:
-        encoded = None if source is None else model.encoder(packed=source.to(model.device))
-        num_hidden_B = count_hidden(canvas, tokens)
-        for step in range(1, sampling.steps + 1):
-            hidden = canvas.select(canvas.input_ids == tokens.mask_id)
-            draws_M, confidence_M = predict(model, canvas, hidden, encoded, special, sampling, generator)
-            num_reveal_B = hidden.cu_seqlens.diff() - sampling.num_hidden_after(step, num_hidden_B)
-            if sampling.unmask == "random":
-                confidence_M = torch.rand(confidence_M.shape, device=model.device, generator=generator)
-            reveal_M = rank_within(confidence_M, hidden) < num_reveal_B[hidden.sequence_ids()]
-            input_ids = canvas.input_ids.clone()
-            input_ids[input_ids == tokens.mask_id] = torch.where(reveal_M, draws_M, tokens.mask_id)
-            canvas = canvas._replace(input_ids=input_ids)
-            yield canvas
+        filling = Filling(model, canvas.to(model.device), tokens, sampling, source)
+        for is_wanted_T, rounds in blocks(filling.is_wanted_T, filling.canvas, sampling):
+            for number in range(1, rounds + 1):
+                filling.round(is_wanted_T, number, rounds)
+                yield filling.canvas
     finally:
         model.train(was_training)
 
 
-def predict(
-    model: ConceptForMaskedLM, canvas: Packed, hidden: Packed, encoded: ConceptEncoderOutput | None,
-    special: Tensor, sampling: Sampling, generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """A drawn token [M] for every hidden position, and the model's probability [M] of it."""
-    if encoded is None:
-        encoded = model.encoder(packed=model.encoder.visible(canvas))
-    share_B = hidden.cu_seqlens.diff() / canvas.cu_seqlens.diff().clamp_min(1)
-    hidden_Md = model.decode(
-        encoded, hidden.position_ids, hidden.cu_seqlens, hidden.max_seqlen, hidden.input_ids, share_B.clamp_min(1e-3)
-    )
-    parts = [draw(model.lm_head(rows), special, sampling, generator) for rows in hidden_Md.split(CHUNK_ROWS)]
-    draws, confidences = zip(*parts, strict=True)
-    return torch.cat(draws), torch.cat(confidences)
+class Filling:
+    """A canvas on its way."""
 
+    def __init__(
+        self, model: ConceptForMaskedLM, canvas: Packed, tokens: SpecialTokens, sampling: Sampling,
+        source: Packed | None,
+    ):  # fmt: skip
+        self.model, self.canvas, self.mask_id, self.sampling = model, canvas, tokens.mask_id, sampling
+        self.is_wanted_T = canvas.input_ids == tokens.mask_id
+        self.special = torch.tensor(sorted(tokens.special_ids), device=model.device)
+        self.generator = torch.Generator(device=model.device).manual_seed(sampling.seed)
+        self.encoded = None if source is None else model.encoder(packed=source.to(model.device))
 
-def draw(logits_MV: Tensor, special: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One token [M] from each row of logits, none of them special, and its probability [M] before temperature."""
-    logits_MV = logits_MV.float().index_fill(1, special, -torch.inf)
-    probabilities_MV = logits_MV.softmax(-1)
-    if sampling.temperature == 0:
-        confidence_M, draws_M = probabilities_MV.max(-1)
-        return draws_M, confidence_M
-    weights_MV = restrict(logits_MV / sampling.temperature, sampling).softmax(-1)
-    if weights_MV.shape[0] == 0:
-        return weights_MV.new_zeros(0, dtype=torch.int64), weights_MV.new_zeros(0)
-    draws_M1 = torch.multinomial(weights_MV, 1, generator=generator)
-    return draws_M1[:, 0], probabilities_MV.gather(1, draws_M1)[:, 0]
+    def round(self, is_wanted_T: Tensor, number: int, rounds: int) -> None:
+        """Round ``number`` of the ``rounds`` in which the positions of one block are revealed."""
+        sampling, canvas = self.sampling, self.canvas
+        is_hidden_T = is_wanted_T & (canvas.input_ids == self.mask_id)
+        hidden, shown = canvas.select(is_hidden_T), canvas.select(is_wanted_T & ~is_hidden_T)
+        num_hidden_B, num_shown_B = hidden.cu_seqlens.diff(), shown.cu_seqlens.diff()
+        num_reveal_B, num_hide_B = budget(
+            sampling, number, rounds, num_hidden_B + num_shown_B, num_hidden_B, self.generator
+        )
+        if not num_reveal_B.any():  # then nothing is hidden either
+            return
+        rows_M = is_hidden_T.nonzero()[:, 0]
+        greedy = sampling.clean_up and number == rounds
+        if sampling.unmask in BLIND:  # only what is revealed is predicted
+            rows_M = rows_M[highest(self.uniform(hidden), hidden, num_reveal_B)]
+            draws_M, _ = self.predict(rows_M, greedy)
+        else:
+            draws_M, certainty_M = self.predict(rows_M, greedy)
+            is_revealed_M = highest(certainty_M, hidden, num_reveal_B)
+            rows_M, draws_M = rows_M[is_revealed_M], draws_M[is_revealed_M]
+        again = (is_wanted_T & ~is_hidden_T).nonzero()[:, 0][highest(self.uniform(shown), shown, num_hide_B)]
+        input_ids = canvas.input_ids.clone()
+        input_ids[rows_M] = draws_M
+        input_ids[again] = self.mask_id
+        self.canvas = canvas._replace(input_ids=input_ids)
 
+    def uniform(self, rows: Packed) -> Tensor:
+        return torch.rand(rows.num_tokens, device=self.model.device, generator=self.generator)
 
-def restrict(logits_MV: Tensor, sampling: Sampling) -> Tensor:
-    """Logits with everything outside top_k and top_p at -inf; the most probable token always stays."""
-    if sampling.top_k == 0 and sampling.top_p == 1:
-        return logits_MV
-    sorted_MV, order_MV = logits_MV.sort(-1, descending=True)
-    before_MV = sorted_MV.softmax(-1).cumsum(-1) - sorted_MV.softmax(-1)  # probability of all better tokens
-    drop_MV = before_MV >= sampling.top_p
-    if sampling.top_k > 0:
-        drop_MV[:, sampling.top_k :] = True
-    drop_MV[:, 0] = False
-    return sorted_MV.masked_fill(drop_MV, -torch.inf).gather(1, order_MV.argsort(-1))
+    def predict(self, rows_M: Tensor, greedy: bool) -> tuple[Tensor, Tensor]:
+        """A drawn token [M] for each of these hidden rows of the canvas, and how certain the model is of it [M]."""
+        model, sampling, encoded = self.model, self.sampling, self.encoded
+        if encoded is None:
+            encoded = model.encoder(packed=model.encoder.visible(self.canvas))
+        states = [self.decode(encoded, rows_M)]
+        if sampling.guidance > 0:
+            null = model.exposure.withhold(encoded.last_hidden_state)
+            states.append(self.decode(ConceptEncoderOutput(last_hidden_state=null, anchors=encoded.anchors), rows_M))
+        draws, certainties = [], []
+        for parts in zip(*(hidden_Md.split(CHUNK_ROWS) for hidden_Md in states), strict=True):
+            logits = [model.lm_head(part) for part in parts]
+            guided = guide(*logits, sampling.guidance) if sampling.guidance > 0 else logits[0]
+            tokens, probabilities = draw(guided, self.special, sampling, self.generator, greedy)
+            draws.append(tokens)
+            certainties.append(certainty(sampling.unmask, probabilities, tokens))
+        return torch.cat(draws), torch.cat(certainties)
 
-
-def rank_within(scores_M: Tensor, rows: Packed) -> Tensor:
-    """[M] rank of each row among those of its sequence, 0 for the highest score; ties keep their order."""
-    by_score = torch.argsort(scores_M, descending=True, stable=True)
-    sequence_M = rows.sequence_ids()
-    order_M = by_score[torch.argsort(sequence_M[by_score], stable=True)]
-    rank_M = torch.empty_like(order_M)
-    rank_M[order_M] = torch.arange(len(order_M), device=order_M.device)
-    return rank_M - rows.cu_seqlens.long()[sequence_M]
-
-
-def count_hidden(canvas: Packed, tokens: SpecialTokens) -> Tensor:
-    return canvas.select(canvas.input_ids == tokens.mask_id).cu_seqlens.diff()
+    def decode(self, encoded: ConceptEncoderOutput, rows_M: Tensor) -> Tensor:
+        """Hidden states [M, d] of these rows of the canvas."""
+        model, canvas = self.model, self.canvas
+        is_hidden_T = canvas.input_ids == self.mask_id
+        takes_part_T = torch.ones_like(is_hidden_T) if self.encoded is None else self.is_wanted_T
+        num_hidden_B, num_all_B = (canvas.select(rows).cu_seqlens.diff() for rows in (is_hidden_T, takes_part_T))
+        times_B = (num_hidden_B / num_all_B.clamp_min(1)).clamp_min(1e-3)
+        is_asked_T = torch.zeros_like(is_hidden_T).index_fill(0, rows_M, True)
+        rows_T = takes_part_T if model.mixes_rows else is_asked_T
+        rows = canvas.select(rows_T)
+        hidden_Rd = model.decode(
+            encoded, rows.position_ids, rows.cu_seqlens, rows.max_seqlen, rows.input_ids, times_B
+        )
+        return hidden_Rd[is_asked_T[rows_T]] if model.mixes_rows else hidden_Rd
 
 
 def check_fit(model: ConceptForMaskedLM, canvas: Packed, tokens: SpecialTokens, source: Packed | None) -> None:

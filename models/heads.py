@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM
 from transformers.utils import ModelOutput
 
+from .ablation import ablated
 from .config import ConceptConfig
 from .decoder import ConceptDecoder
 from .encoder import ConceptEncoder, ConceptEncoderOutput, ConceptPreTrainedModel
+from .exposure import Exposure
 from .layers import LanguageModelHead
 from .objectives.view import View
 from .packing import Packed, pack_padded
@@ -41,6 +43,7 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
     def __init__(self, config: ConceptConfig):
         super().__init__(config)
         self.encoder = ConceptEncoder(config)
+        self.exposure = Exposure(config)
         self.decoder = ConceptDecoder(config)
         self.lm_head = LanguageModelHead(config)
         self._tied_weights_keys = {"lm_head.weight": "encoder.embed_tokens.weight"}
@@ -67,7 +70,10 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
         timesteps: Tensor | None = None,
         label_smoothing: float = 0.0,
         return_nll: bool = False,
+        num_iterations: int | None = None,
+        num_concepts: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        ablate: str | None = None,
         return_dict: bool = True,
     ) -> ConceptMaskedLMOutput | tuple:
         """
@@ -78,7 +84,12 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
             timesteps: [B], for ``input_ids`` and a model with timestep_conditioning; by default the share of [MASK].
             label_smoothing: of the cross entropy; keep 0 in evaluation.
             return_nll: also return the loss of each target.
+            num_iterations: of a tied encoder, see ``ConceptEncoder``; a training step whose iterations are to be drawn
+                needs what ``recursion.draw_iterations`` drew, the same on every rank.
+            num_concepts: the decoder gets only so many concepts, the first in ``exposure.nested_order``; by default
+                all, and in training what the configuration leaves it.
             num_items_in_batch: with labels, what their sum is divided by; by default their number.
+            ablate: None, "zero" or "shuffle": what the loss is without the concepts of the text (``ablation.ablated``).
 
         Returns:
             loss if there are targets; logits if there are none, and with labels in eval mode; concepts always.
@@ -88,42 +99,64 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
         """
         if (view is None) == (input_ids is None):
             raise ValueError("input_ids: expected either input_ids [B, N] or view, got both or neither")
+        if self.training and self.config.iteration_sampling == "random" and num_iterations is None:
+            raise ValueError(
+                "num_iterations: iteration_sampling is random, so a training step needs it; recursion.draw_iterations "
+                "draws it from numbers that are the same on every rank"
+            )
         if view is not None:
-            result = self._of_view(view, label_smoothing, return_nll)
+            result = self._of_view(view, label_smoothing, return_nll, num_iterations, num_concepts, ablate)
         else:
             result = self._of_padded(
-                input_ids, attention_mask, labels, timesteps, label_smoothing, return_nll, num_items_in_batch
-            )
+                input_ids, attention_mask, labels, timesteps, label_smoothing, return_nll, num_iterations, num_concepts,
+                ablate, num_items_in_batch,
+            )  # fmt: skip
         return result if return_dict else result.to_tuple()
 
-    def _of_view(self, view: View, label_smoothing: float, return_nll: bool) -> ConceptMaskedLMOutput:
-        encoded = self.encoder(packed=view.encoder)
-        hidden_Md = self.decode(
-            encoded, view.decoder_position_ids, view.decoder_cu_seqlens, view.decoder_max_seqlen,
-            view.decoder_input_ids, view.timesteps,
-        )  # fmt: skip
+    def _of_view(
+        self, view: View, label_smoothing: float, return_nll: bool, num_iterations: int | None,
+        num_concepts: int | None, ablate: str | None,
+    ) -> ConceptMaskedLMOutput:  # fmt: skip
+        with_every = self.training and self.config.loss_every_iteration
+        encoded = self.encoder(packed=view.encoder, num_iterations=num_iterations, output_hidden_states=with_every)
+        encoded = ablated(encoded, ablate)
         divisor = torch.where(view.divisor > 0, view.divisor, 1.0)  # a batch without text has loss 0
-        loss, nll = self.loss(hidden_Md, view.targets, view.weights, divisor, label_smoothing, return_nll)
-        return ConceptMaskedLMOutput(loss=loss, concepts=encoded.last_hidden_state, nll=nll)
+        losses = []
+        for iteration in [*self.before_last(encoded), encoded] if with_every else [encoded]:
+            hidden_Md = self.decode_view(self.expose(iteration, num_concepts), view)
+            loss, nll = self.loss(hidden_Md, view.targets, view.weights, divisor, label_smoothing, return_nll)
+            losses.append(loss)
+        return ConceptMaskedLMOutput(loss=sum(losses) / len(losses), concepts=encoded.last_hidden_state, nll=nll)
+
+    def before_last(self, encoded: ConceptEncoderOutput) -> list[ConceptEncoderOutput]:
+        """What the encoder would have returned after each iteration but the last (deep supervision)."""
+        return [ConceptEncoderOutput(self.encoder.out_norm(c), encoded.anchors) for c in encoded.hidden_states[1:-1]]
 
     def _of_padded(
         self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, timesteps: Tensor | None,
-        label_smoothing: float, return_nll: bool, num_items_in_batch: Tensor | int | None,
+        label_smoothing: float, return_nll: bool, num_iterations: int | None, num_concepts: int | None,
+        ablate: str | None, num_items_in_batch: Tensor | int | None,
     ) -> ConceptMaskedLMOutput:  # fmt: skip
         if labels is not None and labels.shape != input_ids.shape:
             raise ValueError(f"labels: expected input_ids' shape {list(input_ids.shape)}, got {list(labels.shape)}")
         packed = pack_padded(input_ids, attention_mask)
-        encoded = self.encoder(packed=self.encoder.visible(packed))
+        encoded = ablated(self.encoder(packed=self.encoder.visible(packed), num_iterations=num_iterations), ablate)
         if timesteps is None and self.config.timestep_conditioning:
             timesteps = self.masked_share(packed)
         valid_BN = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
         result = ConceptMaskedLMOutput(concepts=encoded.last_hidden_state)
+        encoded = self.expose(encoded, num_concepts)
         if labels is not None:
             targets_T = labels[valid_BN]
-            asked = packed.select(targets_T != IGNORE)
-            targets_M = targets_T[targets_T != IGNORE]
-            hidden_Md = self.decode(encoded, asked.position_ids, asked.cu_seqlens, asked.max_seqlen, asked.input_ids,
-                                    timesteps)  # fmt: skip
+            is_asked_T = targets_T != IGNORE
+            targets_M = targets_T[is_asked_T]
+            if self.mixes_rows:  # the others are context
+                hidden_Md = self.decode(encoded, packed.position_ids, packed.cu_seqlens, packed.max_seqlen,
+                                        packed.input_ids, timesteps)[is_asked_T]  # fmt: skip
+            else:
+                asked = packed.select(is_asked_T)
+                hidden_Md = self.decode(encoded, asked.position_ids, asked.cu_seqlens, asked.max_seqlen,
+                                        asked.input_ids, timesteps)  # fmt: skip
             num_items = max(targets_M.shape[0], 1) if num_items_in_batch is None else num_items_in_batch
             divisor = torch.as_tensor(num_items, dtype=torch.float32, device=hidden_Md.device)
             weights_M = torch.ones_like(targets_M, dtype=torch.float32)
@@ -135,6 +168,24 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
             result.logits = logits_TV.new_zeros(*input_ids.shape, logits_TV.shape[-1])
             result.logits[valid_BN] = logits_TV
         return result
+
+    @property
+    def mixes_rows(self) -> bool:
+        """Does what the decoder answers at one position depend on its other rows?"""
+        return self.config.decoder_mixing != "none"
+
+    def expose(self, encoded: ConceptEncoderOutput, num_concepts: int | None = None) -> ConceptEncoderOutput:
+        """What the decoder gets of the concepts: see ``Exposure``."""
+        concepts, anchors = self.exposure(encoded.last_hidden_state, encoded.anchors, num_concepts)
+        return ConceptEncoderOutput(last_hidden_state=concepts, anchors=anchors)
+
+    def decode_view(self, encoded: ConceptEncoderOutput, view: View) -> Tensor:
+        """Hidden states [M, d] of the targets of a view."""
+        hidden_Rd = self.decode(
+            encoded, view.decoder_position_ids, view.decoder_cu_seqlens, view.decoder_max_seqlen,
+            view.decoder_input_ids, view.timesteps,
+        )  # fmt: skip
+        return hidden_Rd if view.target_rows is None else hidden_Rd[view.target_rows]
 
     def decode(
         self, encoded: ConceptEncoderOutput, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int,

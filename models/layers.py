@@ -13,9 +13,8 @@ from ..kernels.concept_attention.op import concept_attention
 from ..kernels.linear_cross_entropy.op import linear_cross_entropy
 from ..kernels.token_attention.op import token_attention
 from .config import ConceptConfig
-from .positions import rotate
-
-Angles = tuple[Tensor, Tensor]
+from .local import local_attention
+from .positions import Angles, rotate
 
 
 class ResidualLinear(nn.Linear):
@@ -32,10 +31,13 @@ class HeadBias(nn.Module):
     The same vector on queries and keys, turned by RoPE, is a score that depends on the distance alone and falls with
     its logarithm: attention weights start as a power of the distance, at every scale below theta, and training goes
     on from there. Without it a small model spends most of its time finding out that near tokens matter.
+
+    It starts at zero where the two sides have no places to be near in (``is_placed``).
     """
 
-    def __init__(self, head_dim: int):
+    def __init__(self, head_dim: int, is_placed: bool = True):
         super().__init__()
+        self.is_placed = is_placed
         self.bias = nn.Parameter(torch.empty(head_dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,28 +49,46 @@ class HeadNorm(nn.RMSNorm):
 
 
 class Heads(nn.Module):
-    """Projects rows to normalised, rotated heads: [..., d] -> [..., H, D]."""
+    """Projects rows to normalised, rotated heads: [..., d] -> [..., H, D]; without angles nothing turns."""
 
-    def __init__(self, config: ConceptConfig, num_heads: int):
+    def __init__(self, config: ConceptConfig, num_heads: int, is_placed: bool | None = None):
         super().__init__()
         self.num_heads, self.head_dim = num_heads, config.head_dim
         self.project = nn.Linear(config.hidden_size, num_heads * config.head_dim, bias=False)
-        self.bias = HeadBias(config.head_dim)
+        self.bias = HeadBias(config.head_dim, config.anchored_reads if is_placed is None else is_placed)
         self.norm = HeadNorm(config.head_dim, eps=config.norm_eps)
 
-    def forward(self, x: Tensor, angles: Angles) -> Tensor:
+    def forward(self, x: Tensor, angles: Angles | None) -> Tensor:
         heads = self.project(x).unflatten(-1, (self.num_heads, self.head_dim))
         return rotate(self.norm(self.bias(heads)), angles).to(heads.dtype)
 
 
-class Attention(nn.Module):
-    """Query, key and value heads and the output projection; ``forward`` is left to the two directions below."""
+class ConstantHeads(nn.Module):
+    """The same heads for every row, whatever is in it: [..., d] -> [..., H, D]. Only RoPE tells rows apart."""
 
-    def __init__(self, config: ConceptConfig):
+    def __init__(self, config: ConceptConfig, num_heads: int, is_placed: bool | None = None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_heads, config.head_dim))
+        self.bias = HeadBias(config.head_dim, config.anchored_reads if is_placed is None else is_placed)
+        self.norm = HeadNorm(config.head_dim, eps=config.norm_eps)
+
+    def forward(self, x: Tensor, angles: Angles) -> Tensor:
+        return rotate(self.norm(self.bias(self.weight)), angles).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Query, key and value heads and the output projection; ``forward`` is left to the directions below.
+
+    ``is_placed``: both sides stand somewhere; None: if tokens and concepts both do.
+    """
+
+    make_heads: type[nn.Module] = Heads  # of queries and keys
+
+    def __init__(self, config: ConceptConfig, is_placed: bool | None = None):
         super().__init__()
         self.num_kv_heads, self.head_dim = config.num_key_value_heads, config.head_dim
-        self.query = Heads(config, config.num_attention_heads)
-        self.key = Heads(config, config.num_key_value_heads)
+        self.query = self.make_heads(config, config.num_attention_heads, is_placed)
+        self.key = self.make_heads(config, config.num_key_value_heads, is_placed)
         self.value = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
         self.out = ResidualLinear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
@@ -80,7 +100,7 @@ class ConceptAttention(Attention):
     """Concepts read packed rows (tokens, or the concepts themselves). Cost O(C * R)."""
 
     def forward(
-        self, concepts_BCd: Tensor, anchor_angles: Angles, rows_Rd: Tensor, row_angles: Angles,
+        self, concepts_BCd: Tensor, anchor_angles: Angles | None, rows_Rd: Tensor, row_angles: Angles | None,
         cu_seqlens: Tensor, max_seqlen: int,
     ) -> Tensor:  # fmt: skip
         q_BCHD = self.query(concepts_BCd, anchor_angles)
@@ -93,12 +113,40 @@ class TokenAttention(Attention):
     """Packed rows read the concepts of their sequence. Cost O(C * R)."""
 
     def forward(
-        self, rows_Rd: Tensor, row_angles: Angles, concepts_BCd: Tensor, anchor_angles: Angles,
+        self, rows_Rd: Tensor, row_angles: Angles | None, concepts_BCd: Tensor, anchor_angles: Angles | None,
         cu_seqlens: Tensor, max_seqlen: int,
     ) -> Tensor:  # fmt: skip
         q_RHD = self.query(rows_Rd, row_angles)
         k_BCKD, v_BCKD = self.key(concepts_BCd, anchor_angles), self.values(concepts_BCd)
         read_RHD = token_attention(q_RHD, k_BCKD, v_BCKD, cu_seqlens, max_seqlen)
+        return self.out(read_RHD.flatten(-2))
+
+
+class WeightedAttention(TokenAttention):
+    """Rows mix the concepts with weights that depend on where both stand, and on nothing else. Cost O(C * R).
+
+        out_n = sum_c softmax_c(s(a_c - n)) v_c        s(x) = sum_i A_i cos(theta_i x + phi_i), one s a head
+
+    since that is what constant queries and keys are after RoPE. A table [N, C] of free weights, one row a position, is
+    the same with one head and without the limit to functions of the distance, but it ends at its last position and
+    belongs to one C.
+    """
+
+    make_heads = ConstantHeads
+
+
+class LocalAttention(Attention):
+    """Rows read the rows of their sequence at most ``window`` positions away. Cost O(R * window)."""
+
+    def __init__(self, config: ConceptConfig, window: int):
+        super().__init__(config, is_placed=config.token_positions == "rope")
+        self.window = window
+
+    def forward(
+        self, rows_Rd: Tensor, row_angles: Angles | None, position_ids: Tensor, sequence_ids: Tensor, max_seqlen: int
+    ) -> Tensor:
+        q_RHD, k_RKD, v_RKD = self.query(rows_Rd, row_angles), self.key(rows_Rd, row_angles), self.values(rows_Rd)
+        read_RHD = local_attention(q_RHD, k_RKD, v_RKD, position_ids, sequence_ids, self.window, max_seqlen)
         return self.out(read_RHD.flatten(-2))
 
 
@@ -150,6 +198,11 @@ class AdaptiveResidualNorm(nn.Module):
             return x, adaln_modulate(x, shift_Bd, scale_Bd, cu_seqlens, eps=self.eps)
         gate_Bd, shift_Bd, scale_Bd = modulation.chunk(3, dim=-1)
         return adaln_residual_modulate(x, branch, gate_Bd, shift_Bd, scale_Bd, cu_seqlens, eps=self.eps)
+
+
+def residual_norm(config: ConceptConfig, has_branch: bool) -> nn.Module:
+    """Between two branches of the decoder; the first norm closes none."""
+    return AdaptiveResidualNorm(config, has_branch) if config.timestep_conditioning else ResidualNorm(config)
 
 
 class TimestepEmbedding(nn.Module):

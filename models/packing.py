@@ -50,8 +50,7 @@ class Packed(NamedTuple):
 
     def sequence_ids(self) -> Tensor:
         """[T] int64: the sequence that each row belongs to."""
-        rows = torch.arange(self.num_tokens, device=self.cu_seqlens.device, dtype=self.cu_seqlens.dtype)
-        return torch.searchsorted(self.cu_seqlens[1:].contiguous(), rows, right=True)
+        return sequence_ids(self.cu_seqlens, self.num_tokens)
 
     def select(self, keep: Tensor) -> "Packed":
         """Only the rows where ``keep`` [T] bool is true; the others are absent, positions and extents stay."""
@@ -61,6 +60,12 @@ class Packed(NamedTuple):
             self.input_ids[keep], self.position_ids[keep], kept[self.cu_seqlens.long()], self.max_seqlen,
             self.num_positions(),
         )  # fmt: skip
+
+
+def sequence_ids(cu_seqlens: Tensor, num_rows: int) -> Tensor:
+    """[T] int64: the sequence that each of the ``num_rows`` = ``cu_seqlens[-1]`` rows belongs to."""
+    rows = torch.arange(num_rows, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
 
 
 def pack(sequences: Sequence[np.ndarray | Tensor | Sequence[int]]) -> Packed:

@@ -4,6 +4,7 @@ B sequences, T packed tokens, C concepts, d model width.
 """
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from .config import ConceptConfig
 from .packing import Packed
-from .positions import segment_offsets
+from .positions import anchor_fractions, segment_offsets, sinusoids
 
 
 def orthogonal_rows(num_rows: int, width: int) -> Tensor:
@@ -20,20 +21,77 @@ def orthogonal_rows(num_rows: int, width: int) -> Tensor:
     return torch.cat(blocks) * math.sqrt(width)
 
 
-class ConceptQueries(nn.Module):
-    """The C concepts before they have read anything: [B, C, d]."""
+class AnchorFeatures(nn.Module):
+    """[C] anchors as shares of the text -> [C, d] rows of norm sqrt(d), through a small network, for any C at all.
+
+    The features are sin and cos of k * pi * share for k = 0 .. K-1: evenly spaced, so that up to K concepts start
+    nearly orthogonal, and more of them lie on the curve between. tanh is odd: it adds nothing that all share.
+    """
+
+    NUM_FEATURES = 256
 
     def __init__(self, config: ConceptConfig):
         super().__init__()
-        self.from_segments, self.eps = config.init_queries == "segment", config.norm_eps
-        self.weight = nn.Parameter(torch.empty(config.num_concepts, config.hidden_size))
+        self.eps = config.norm_eps
+        self.up = nn.Linear(self.NUM_FEATURES, config.hidden_size)
+        self.down = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, shares_C: Tensor) -> Tensor:
+        steps = torch.arange(self.NUM_FEATURES // 2, device=shares_C.device, dtype=torch.float32)
+        angles = math.pi * shares_C[:, None] * steps
+        features = math.sqrt(2) * torch.cat((angles.sin(), angles.cos()), dim=-1)  # of mean square 1
+        dtype = self.up.weight.dtype
+        rows_Cd = self.down(torch.tanh(self.up(features.to(dtype))))
+        return F.rms_norm(rows_Cd.to(dtype), rows_Cd.shape[-1:], eps=self.eps)  # the stream stays wide under autocast
+
+
+class ConceptQueries(nn.Module):
+    """The C concepts before they have read anything: [B, C, d].
+
+        e_i = a learned row, or what a network makes of anchor i  (+ the normalised mean of the tokens around anchor i)
+                                                                  (+ a learned or sinusoidal vector for place i)
+
+    Sinusoids are those of the anchor in thousandths of the text, whatever C is, and as large as e_i.
+    """
+
+    RESIZE: ClassVar = {"weight": ("concept rows",), "places": ("concepts",)}
+
+    def __init__(self, config: ConceptConfig):
+        super().__init__()
+        self.config = config
+        C, d = config.num_concepts, config.hidden_size
+        from_anchors = config.init_queries == "anchor"
+        self.weight = None if from_anchors else nn.Parameter(torch.empty(C, d))
+        self.network = AnchorFeatures(config) if from_anchors else None
+        self.places = nn.Parameter(torch.empty(C, d)) if config.concept_positions == "learned" else None
 
     def forward(self, tokens_Td: Tensor, packed: Packed) -> Tensor:
-        B, (C, d) = packed.num_sequences, self.weight.shape
-        if not self.from_segments:
-            return self.weight.expand(B, C, d)
+        config, B = self.config, packed.num_sequences
+        C, d = config.num_concepts, config.hidden_size
+        shares_C = anchor_fractions(C, packed.cu_seqlens.device)
+        rows_Cd = self.weight if self.network is None else self.network(shares_C)
+        if config.concept_positions == "learned":
+            rows_Cd = rows_Cd + self.places
+        elif config.concept_positions == "sinusoidal":
+            size = config.initializer_range if config.init_queries == "embedding" else 1.0
+            rows_Cd = rows_Cd + (math.sqrt(2) * size * sinusoids(1000.0 * shares_C, d)).to(rows_Cd.dtype)
+        if config.init_queries != "segment":
+            return rows_Cd.expand(B, C, d)
         offsets = segment_offsets(packed, C)
         # unsafe skips a check of the offsets that would synchronise; they are right by construction
         means = torch.segment_reduce(tokens_Td.float(), "mean", offsets=offsets, axis=0, unsafe=True, initial=0)
-        means_BCd = F.rms_norm(means, (d,), eps=self.eps).view(B, C, d)
-        return self.weight + means_BCd.to(self.weight.dtype)
+        means_BCd = F.rms_norm(means, (d,), eps=config.norm_eps).view(B, C, d)
+        return rows_Cd + means_BCd.to(rows_Cd.dtype)
+
+
+class NullConcepts(nn.Module):
+    """What the decoder is given where the concepts of a text are withheld: C learned vectors, in their place."""
+
+    RESIZE: ClassVar = {"weight": ("concept rows",)}
+
+    def __init__(self, config: ConceptConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_concepts, config.hidden_size))
+
+    def forward(self, concepts_BCd: Tensor, is_withheld_B: Tensor) -> Tensor:
+        return torch.where(is_withheld_B[:, None, None], self.weight.to(concepts_BCd.dtype), concepts_BCd)

@@ -34,9 +34,11 @@ class Diffusion:
         "none"      weight 1, divided by the number of hidden tokens.
     ``encoder_view``:
         "noisy"     the encoder reads the text without what is hidden; every target is *unseen*.
-        "clean"     the encoder reads the whole text: auto-encoding, every target is *seen*. No token mixing in the
-                    decoder means that a target's loss then depends on t through the timestep alone.
+        "clean"     the encoder reads the whole text: auto-encoding, every target is *seen*. A target's loss then
+                    depends on t through the timestep alone, unless the decoder mixes rows.
     ``hidden``: what stands for a hidden token in a noisy encoder's input, nothing ("drop") or [MASK] ("mask").
+    ``context``: also give the decoder the tokens that are not hidden, as rows that are not asked for: for decoders that
+        mix rows, which without it would know the visible text through the concepts alone.
 
     Times have low discrepancy (``view.low_discrepancy_t``), so that every batch is spread over them. The divisor is
     a sum over the batch and adds up over micro-batches and ranks.
@@ -47,6 +49,7 @@ class Diffusion:
     weighting: str = "mdlm"
     encoder_view: str = "noisy"
     hidden: str = "drop"
+    context: bool = False
     eps: float = 1e-3
     t_floor: float = 0.1
 
@@ -55,6 +58,7 @@ class Diffusion:
         check_option("weighting", self.weighting, f"one of {', '.join(weightings)}", self.weighting in weightings)
         check_option("encoder_view", self.encoder_view, f"one of {', '.join(views)}", self.encoder_view in views)
         check_option("hidden", self.hidden, "'drop' or 'mask'", self.hidden in ("drop", "mask"))
+        check_option("context", self.context, "true or false", isinstance(self.context, bool))
         check_option("eps", self.eps, "a number in (0, 1)", 0 < self.eps < 1)
         check_option("t_floor", self.t_floor, "a number in (0, 1]", 0 < self.t_floor <= 1)
 
@@ -79,6 +83,7 @@ class Diffusion:
             encoder=keep_rows(text, everything) if is_clean else hide_rows(text, is_hidden, tokens, self.hidden),
             text=text, rows=rows, decoder_ids=np.full(len(rows), tokens.mask_id), weights=weights,
             seen=np.full(len(rows), is_clean), timesteps=t_B, divisor=divisor,
+            context=~is_hidden if self.context else None,
         )  # fmt: skip
 
     def weights(self, t_M: np.ndarray, num_maskable: int) -> tuple[np.ndarray, float]:

@@ -36,6 +36,8 @@ class MaskedLM:
     ``hidden``: what stands for a hidden token in the encoder's input, "drop": nothing, positions keep their gaps, or
     "mask": [MASK]. The decoder's ids are those of the corrupted text.
 
+    ``context``: also give the decoder the other tokens, as rows that are not asked for: for decoders that mix rows.
+
     Source: Devlin et al. 2019 (BERT), arXiv:1810.04805.
     """
 
@@ -46,6 +48,7 @@ class MaskedLM:
     masking: str = "random"
     span: str = "uniform"
     phrases: str | None = None
+    context: bool = False
 
     def __post_init__(self):
         check_option("probability", self.probability, "a number in (0, 1]", 0 < self.probability <= 1)
@@ -53,6 +56,7 @@ class MaskedLM:
         expected = f"a number in [0, 1 - random = {1 - self.random:g}]"
         check_option("unchanged", self.unchanged, expected, 0 <= self.unchanged <= 1 - self.random)
         check_option("hidden", self.hidden, "'drop' or 'mask'", self.hidden in ("drop", "mask"))
+        check_option("context", self.context, "true or false", isinstance(self.context, bool))
         self.choice()
 
     def choice(self) -> Masking:
@@ -72,7 +76,7 @@ class MaskedLM:
         return build_view(
             encoder=hide_rows(text._replace(ids=ids), is_hidden, tokens, self.hidden),
             text=text, rows=rows, decoder_ids=corrupted[rows], weights=np.ones(len(rows)), seen=is_unchanged[rows],
-            timesteps=None, divisor=float(len(rows)),
+            timesteps=None, divisor=float(len(rows)), context=~is_target if self.context else None,
         )  # fmt: skip
 
     def evaluation_views(self, batch: Packed, keys: Sequence[SampleKey], tokens: SpecialTokens) -> dict[str, View]:

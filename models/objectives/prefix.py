@@ -42,8 +42,8 @@ class PrefixDiffusion:
                     and backward only: otherwise nothing would tell which part is missing.
     ``weighting``, ``eps``, ``t_floor``: as in ``Diffusion``, but with "mdlm" the divisor is the number of tokens of
         the hidden parts that can be hidden: a bound on the NLL of one part given the other.
-    ``context``: also hand the decoder the tokens of the hidden part that t left visible, as rows of weight 0 that are
-        labelled *seen*: for decoders that mix tokens. Without it such tokens are known to nobody.
+    ``context``: also give the decoder the tokens of the hidden part that t left visible, as rows that are not asked
+        for: for decoders that mix rows. Without it such tokens are known to nobody.
 
     All targets are *unseen*. Source: Hudson et al. 2023 (SODA), arXiv:2311.17901, for generating a related view through
     a bottleneck; Sahoo et al. 2024 (MDLM), arXiv:2406.07524, for the loss.
@@ -95,14 +95,12 @@ class PrefixDiffusion:
         t_T = np.repeat(t_B, text.lengths)
         can_hide = text.maskable & ~is_read
         is_target = can_hide & (per_sequence(text, keys, CHOICE, np.random.Generator.random) < t_T)
-        rows = np.flatnonzero(~is_read if self.context else is_target)
-        weights = np.zeros(len(rows))
-        asked = is_target[rows]
-        weights[asked], divisor = self.noise().weights(t_T[rows[asked]], int(can_hide.sum()))
+        rows = np.flatnonzero(is_target)
+        weights, divisor = self.noise().weights(t_T[rows], int(can_hide.sum()))
         return build_view(
             encoder=self.encoder(text, is_read), text=self.placed(text, is_read), rows=rows,
-            decoder_ids=np.where(asked, tokens.mask_id, text.ids[rows]), weights=weights, seen=~asked, timesteps=t_B,
-            divisor=divisor,
+            decoder_ids=np.full(len(rows), tokens.mask_id), weights=weights, seen=np.zeros(len(rows), dtype=bool),
+            timesteps=t_B, divisor=divisor, context=~is_read & ~is_target if self.context else None,
         )  # fmt: skip
 
     def split(self, g: np.random.Generator, num_tokens: int) -> np.ndarray:

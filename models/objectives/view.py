@@ -2,7 +2,7 @@
 
     loss = sum_i weights_i * nll_i / divisor
 
-B sequences, T packed tokens the encoder reads, M target rows.
+B sequences, T packed tokens the encoder reads, R rows of the decoder, M of them targets.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,18 +44,22 @@ class SpecialTokens(NamedTuple):
 
 @dataclass(frozen=True)
 class View:
-    """What the encoder reads, which rows the decoder answers, and how much each answer counts."""
+    """What the encoder reads, which rows the decoder answers, and how much each answer counts.
+
+    R = M, unless there are context rows: tokens that a decoder that mixes rows is told, and not asked for.
+    """
 
     encoder: Packed
-    decoder_position_ids: Tensor  # [M] int64, positions of the target rows in their own sequence
-    decoder_input_ids: Tensor | None  # [M] int64, for token+position queries; position queries ignore it
-    decoder_cu_seqlens: Tensor  # [B+1] int32, target rows of each sequence
+    decoder_position_ids: Tensor  # [R] int64, positions of the rows in their own sequence
+    decoder_input_ids: Tensor | None  # [R] int64, for token+position queries; position queries ignore it
+    decoder_cu_seqlens: Tensor  # [B+1] int32, rows of each sequence
     decoder_max_seqlen: int
     targets: Tensor  # [M] int64
     weights: Tensor  # [M] float32
     seen: Tensor  # [M] bool: did the encoder see this very token?
     timesteps: Tensor | None  # [B] float32 in (0, 1]
     divisor: Tensor  # 0-d float32, what the weighted sum is divided by
+    target_rows: Tensor | None = None  # [M] int64, the rows that are targets, in order; None: all, there is no context
 
     @property
     def num_targets(self) -> int:
@@ -124,11 +128,21 @@ def low_discrepancy_t(keys: Sequence[SampleKey], eps: float) -> np.ndarray:
 
 def build_view(
     encoder: Packed, text: Text, rows: np.ndarray, decoder_ids: np.ndarray, weights: np.ndarray, seen: np.ndarray,
-    timesteps: np.ndarray | None, divisor: float,
+    timesteps: np.ndarray | None, divisor: float, context: np.ndarray | None = None,
 ) -> View:  # fmt: skip
-    """Assembles a view from numpy parts; ``rows`` [M] are the target rows of ``text`` in rising order."""
-    num_targets = np.bincount(text.sequence[rows], minlength=len(text.lengths)).astype(np.int64)
-    decoder = pack_flat(decoder_ids, text.positions[rows], num_targets)
+    """Assembles a view from numpy parts; ``rows`` [M] are the target rows of ``text`` in rising order.
+
+    ``decoder_ids``, ``weights`` and ``seen`` are [M]. ``context`` [T] bool: further rows, none of them a target, that
+    the decoder is told as they are.
+    """
+    shown, shown_ids, target_rows = rows, decoder_ids, None
+    if context is not None:
+        shown = np.union1d(rows, np.flatnonzero(context))
+        target_rows = np.searchsorted(shown, rows)
+        shown_ids = text.ids[shown]
+        shown_ids[target_rows] = decoder_ids
+    num_rows = np.bincount(text.sequence[shown], minlength=len(text.lengths)).astype(np.int64)
+    decoder = pack_flat(shown_ids, text.positions[shown], num_rows)
     return View(
         encoder=encoder,
         decoder_position_ids=decoder.position_ids,
@@ -140,6 +154,7 @@ def build_view(
         seen=torch.from_numpy(seen.astype(bool)),
         timesteps=None if timesteps is None else torch.from_numpy(timesteps.astype(np.float32)),
         divisor=torch.tensor(divisor, dtype=torch.float32),
+        target_rows=None if target_rows is None else torch.from_numpy(target_rows.astype(np.int64)),
     )
 
 

@@ -90,8 +90,9 @@ class Copies(nn.Module):
         self.read = packed
         return ConceptEncoderOutput(last_hidden_state=torch.zeros(packed.num_sequences, 1, 1))
 
-    def decode(self, encoded, position_ids, cu_seqlens, max_seqlen, input_ids, timesteps):
-        assert torch.equal(timesteps, torch.ones(len(cu_seqlens) - 1)) and (input_ids == 1).all()
+    def decode_view(self, encoded, view):
+        position_ids, cu_seqlens = view.decoder_position_ids, view.decoder_cu_seqlens
+        assert torch.equal(view.timesteps, torch.ones(len(cu_seqlens) - 1)) and (view.decoder_input_ids == 1).all()
         written = torch.full_like(position_ids, 7)
         for b in range(len(cu_seqlens) - 1):
             rows = slice(int(self.read.cu_seqlens[b]), int(self.read.cu_seqlens[b + 1]))

@@ -27,13 +27,19 @@ def log_probabilities(model, view) -> torch.Tensor:
         encoded, view.decoder_position_ids, view.decoder_cu_seqlens, view.decoder_max_seqlen, view.decoder_input_ids,
         view.timesteps,
     )  # fmt: skip
+    if view.target_rows is not None:  # the others are context, of no figure
+        assert len(view.target_rows) < len(hidden) or bool((view.timesteps == 1).all())
+        hidden = hidden[view.target_rows]
     return model.lm_head(hidden).double().log_softmax(-1).gather(-1, view.targets[:, None]).squeeze(-1)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "name, options", [("diffusion", {}), ("diffusion", {"encoder_view": "clean"}), ("mlm", {"unchanged": 0.5})]
-)
+    "name, options", [
+        ("diffusion", {}), ("diffusion", {"encoder_view": "clean"}), ("mlm", {"unchanged": 0.5}),
+        ("diffusion", {"context": True}), ("prefix_diffusion", {"context": True}),
+    ]
+)  # fmt: skip
 @pytest.mark.parametrize("micro_tokens", [40, 500])
 def test_figures_are_plain_means(build, world, tokens, windows, name, options, micro_tokens):
     engine, objective = build(), OBJECTIVES[name](**options)

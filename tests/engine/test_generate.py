@@ -1,12 +1,13 @@
 import pytest
 import torch
 
+from conceptron.__main__ import main
 from conceptron.engine.data.tokenizer import describe, train
 from conceptron.engine.errors import InputError
 from conceptron.engine.generate import canvas_of, generate, read
 from conceptron.models.config import ConceptConfig
-from conceptron.models.generation import Sampling
 from conceptron.models.heads import ConceptForMaskedLM
+from conceptron.models.sampling import Sampling
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. "
 
@@ -44,23 +45,65 @@ def test_canvas_of_each_mode(vocabulary):
     tokens, ids = vocabulary.tokens, [20, 21, 22]
     canvas, source = canvas_of(ids, "prefix", 2, tokens)
     assert canvas.input_ids.tolist() == [*ids, tokens.mask_id, tokens.mask_id] and source is None
-    canvas, source = canvas_of(ids, "concepts", 0, tokens)
-    assert canvas.input_ids.tolist() == [tokens.mask_id] * 3 and source.input_ids.tolist() == ids
-    with pytest.raises(InputError, match="nothing to fill"):
-        canvas_of(ids, "fill", 0, tokens)
-    with pytest.raises(InputError, match="--length"):
-        canvas_of(ids, "prefix", 0, tokens)
+    canvas, source = canvas_of(ids, "concepts", 7, tokens)
+    assert canvas.input_ids.tolist() == [tokens.mask_id] * 7 and source.input_ids.tolist() == ids
+    canvas, source = canvas_of(ids, "concepts", None, tokens)
+    assert canvas.num_tokens == 3
+    canvas, source = canvas_of([20, tokens.mask_id, 21], "infill", 4, tokens, read_once=True)
+    assert canvas.input_ids.tolist() == [20, *[tokens.mask_id] * 4, 21]
+    assert source.input_ids.tolist() == [20, 21] and source.position_ids.tolist() == [0, 5]
+    assert source.num_positions().tolist() == [6]
+    assert canvas_of(ids, "prefix", None, tokens)[0].num_tokens == 3 + 32
+    assert canvas_of([tokens.mask_id], "fill", None, tokens)[0].num_tokens == 1
+    for mode in ("fill", "infill"):
+        with pytest.raises(InputError, match="nothing to fill"):
+            canvas_of(ids, mode, None, tokens)
+    for mode, length in (("prefix", 0), ("infill", -1), ("concepts", 0), ("fill", 3)):
+        with pytest.raises(InputError, match="--length"):
+            canvas_of([*ids, tokens.mask_id], mode, length, tokens)
 
 
-@pytest.mark.parametrize(("mode", "text"), [("prefix", "The quick"), ("fill", "The [MASK] brown"), ("concepts", TEXT)])
-def test_same_seed_same_text_and_no_special_tokens(folder, mode, text):
-    sampling = Sampling(steps=4, temperature=1.0, seed=3)
-    first = generate(folder, text, mode=mode, length=12, sampling=sampling, num_samples=2)
-    assert first == generate(folder, text, mode=mode, length=12, sampling=sampling, num_samples=2)
+@pytest.mark.parametrize(
+    ("mode", "text", "length"),
+    [("prefix", "The quick", 12), ("fill", "The [MASK] brown", None), ("infill", "The [MASK] brown", 5),
+     ("concepts", TEXT, None)],
+)  # fmt: skip
+@pytest.mark.parametrize("read_once", [False, True])
+def test_same_seed_same_text_and_no_special_tokens(folder, mode, text, length, read_once):
+    options = dict(mode=mode, length=length, read_once=read_once, sampling=Sampling(steps=4, seed=3), num_samples=2)
+    first = generate(folder, text, **options)
+    assert first == generate(folder, text, **options)
     assert first[0] != first[1], "another sample has another seed"
     for sample in first:
         assert "[" not in sample
         assert mode != "prefix" or sample.startswith(text)
+
+
+def test_the_command_line_reaches_every_option(folder, capsys):
+    options = ["--mode", "infill", "--length", "6", "--read-once", "--steps", "4", "--schedule", "linear", "--unmask",
+               "remdm", "--remask", "0.5", "--block", "3", "--temperature", "0.9", "--top-k", "9", "--top-p", "0.8",
+               "--clean-up", "--samples", "2", "--seed", "5"]  # fmt: skip
+    assert main(["generate", str(folder), "--text", "The [MASK] brown", *options]) == 0
+    sampling = Sampling(steps=4, schedule="linear", unmask="remdm", remask=0.5, block=3, temperature=0.9, top_k=9,
+                        top_p=0.8, clean_up=True, seed=5)  # fmt: skip
+    drawn = generate(
+        folder, "The [MASK] brown", mode="infill", length=6, read_once=True, sampling=sampling, num_samples=2
+    )
+    assert capsys.readouterr().out == "\n---\n".join(drawn) + "\n"
+
+
+@pytest.mark.parametrize(
+    "options, found",
+    [
+        (["--unmask", "best"], "--unmask: expected one of confidence, margin"),
+        (["--guidance", "2"], "--guidance: expected 0 for a model without null concepts"),
+        (["--steps", "2", "--block", "4"], "--steps: expected at least 8, one for each block of 4, got 2"),
+    ],
+)
+def test_what_the_model_cannot_do_is_said_in_one_line(folder, capsys, options, found):
+    assert main(["generate", str(folder), "--text", "The", *options]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"conceptron: error: {found}") and said.count("\n") == 1
 
 
 def test_what_is_no_model_is_refused(folder, tmp_path):
@@ -68,5 +111,5 @@ def test_what_is_no_model_is_refused(folder, tmp_path):
         generate(tmp_path, TEXT, mode="prefix", length=4, sampling=Sampling())
     encoder = ConceptForMaskedLM.from_pretrained(folder).encoder
     encoder.save_pretrained(tmp_path / "encoder")
-    with pytest.raises(InputError, match="without a head"):
+    with pytest.raises(InputError, match="a ConceptEncoder cannot generate"):
         generate(tmp_path / "encoder", TEXT, mode="prefix", length=4, sampling=Sampling())

@@ -130,6 +130,22 @@ def test_fields_that_do_not_fit_together(write):
         recipe.build_config(vocab_size=100)
 
 
+@pytest.mark.parametrize(
+    "overrides, found",
+    [
+        (["model.decoder_mixing=local"], "expected true with model.decoder_mixing = local: what is known must"),
+        (["objective.context=true"], "expected false with model.decoder_mixing = none: no row would see it"),
+    ],
+)
+def test_a_decoder_that_mixes_rows_and_context_belong_together(write, overrides, found):
+    with pytest.raises(InputError, match=r"^objective.context: " + found):
+        load_recipe(write(SMALLEST), overrides).build_config(vocab_size=100)
+    both = ["model.decoder_mixing=concepts", "objective.context=true"]
+    assert load_recipe(write(SMALLEST), both).build_config(vocab_size=100).decoder_mixing == "concepts"
+    apart = {**SMALLEST, "objective": {"name": "tsdae"}, "model": {"decoder_mixing": "local"}}  # which asks every row
+    assert load_recipe(write(apart)).build_config(vocab_size=100).decoder_mixing == "local"
+
+
 def test_saved_recipe_reads_back(write, tmp_path):
     recipe = load_recipe(write(SMALLEST), ["model.norm_eps=1e-5", "optim.betas=[0.5,0.6]", "data.window=64"])
     save_recipe(recipe, tmp_path / "recipe.yaml")

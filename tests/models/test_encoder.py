@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from conceptron.models.config import ConceptConfig
+from conceptron.models.config import CHOICES, ConceptConfig
 from conceptron.models.encoder import ConceptEncoder, ConceptQueries
 from conceptron.models.packing import Packed, pack, pack_padded
 
@@ -31,7 +31,7 @@ def concepts(model: ConceptEncoder, *args, **kwargs) -> torch.Tensor:
         return model(*args, **kwargs).last_hidden_state
 
 
-INITS = ("segment", "orthogonal", "embedding")
+INITS = CHOICES["init_queries"]
 
 
 @pytest.mark.parametrize("init_queries", INITS)
@@ -95,7 +95,7 @@ def test_order_of_tokens_matters_and_far_ones_reach_every_concept():
 def test_concepts_without_a_place_are_a_set():
     """No anchors: permuting the learned concepts permutes the output. With anchors it does not."""
     order = torch.tensor([3, 0, 5, 1, 4, 2])
-    for positions, is_set in (("none", True), ("rope", False)):
+    for positions, is_set in (("none", True), ("rope", False), ("sinusoidal", False)):
         model, batch = encoder(init_queries="orthogonal", concept_positions=positions), pack(words(15, 7))
         before = concepts(model, packed=batch)
         with torch.no_grad():

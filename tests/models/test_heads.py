@@ -22,6 +22,13 @@ SMALL = dict(
 TOKENS = SpecialTokens(3, frozenset({0, 1, 2, 3}), 60)
 
 
+MIXED = (
+    {"decoder_mixing": "local", "decoder_window": 3},
+    {"decoder_mixing": "concepts"},
+    {"decoder_mixing": "concepts", "decoder_queries": "weighted"},
+)
+
+
 def model(**options) -> ConceptForMaskedLM:
     torch.manual_seed(0)
     built = ConceptForMaskedLM(ConceptConfig(**{**SMALL, **options})).double().eval()
@@ -98,6 +105,28 @@ def test_only_asked_rows_are_decoded_and_the_result_is_that_of_all_rows():
     assert torch.equal(evaluated.logits, dense) and evaluated.nll.shape == (rows[0],)
 
 
+@pytest.mark.parametrize("mixing", ["local", "concepts"])
+def test_a_decoder_that_mixes_rows_gets_the_known_ones_through_every_door(mixing):
+    """The loss of the padded door is that of its logits, which know all rows, and of a view with context."""
+    built, (ids, mask, labels) = model(decoder_mixing=mixing, hidden_tokens="mask"), padded()
+    out = built(ids, mask, labels=labels, return_nll=True)
+    asked = labels != -100
+    expected = -out.logits[asked].log_softmax(-1).gather(1, labels[asked][:, None])[:, 0]
+    assert torch.allclose(out.nll.double(), expected, atol=1e-6)
+    given = Diffusion(hidden="mask", context=True).view(pack(texts(12)), [SampleKey(0, 0, 0)], TOKENS)
+    shown = given.decoder_input_ids[None]
+    logits = built(shown, timesteps=given.timesteps).logits[0, given.target_rows]
+    nll = -logits.log_softmax(-1).gather(1, given.targets[:, None])[:, 0]
+    assert 0 < given.num_targets < 12
+    assert torch.allclose(built(view=given, return_nll=True).nll.double(), nll, atol=1e-6)
+    alone = replace(
+        given, target_rows=None, decoder_input_ids=shown[0, given.target_rows],
+        decoder_position_ids=given.decoder_position_ids[given.target_rows],
+        decoder_cu_seqlens=torch.tensor([0, given.num_targets], dtype=torch.int32),
+    )  # fmt: skip
+    assert not torch.allclose(built(view=alone, return_nll=True).nll.double(), nll, atol=1e-4)
+
+
 def test_padding_and_batch_change_nothing():
     built, (ids, mask, labels) = model(), padded()
     wide = [torch.nn.functional.pad(x, (4, 9), value=v) for x, v in ((ids, 0), (mask, 0), (labels, -100))]
@@ -163,7 +192,11 @@ def test_an_untied_model_is_initialised_too():
     assert (free.lm_head.bias == 0).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"decoder_queries": "position"}, {"tie_word_embeddings": False}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"decoder_queries": "position"}, {"tie_word_embeddings": False}, {"decoder_mixing": "local"},
+     {"decoder_queries": "weighted", "decoder_mixing": "concepts", "condition_dropout": 0.1}], ids=str,
+)  # fmt: skip
 def test_saved_and_loaded_bit_for_bit(tmp_path, options):
     built, (ids, mask, _) = model(**options).float(), padded()
     built.save_pretrained(tmp_path)
@@ -194,9 +227,10 @@ print(tuple(out.logits.shape), out.loss.item() > 0)
     assert done.stdout.strip() == "(2, 4, 60) True", done.stderr
 
 
-def test_every_parameter_is_read_inside_its_own_module():
+@pytest.mark.parametrize("options", [{}, *MIXED], ids=str)
+def test_every_parameter_is_read_inside_its_own_module(options):
     """ZeRO-3 gathers a module's weights around that module's forward only: elsewhere they have no elements here."""
-    built = model()
+    built = model(**options)
     expected = built(view=view()).loss.item()
     whole = {parameter: parameter.data for parameter in built.parameters()}
 
@@ -221,6 +255,7 @@ def test_every_parameter_gets_a_gradient():
     for objective, options in (
         (Diffusion(), {}),
         (MaskedLM(), {"timestep_conditioning": False, "decoder_queries": "position"}),
+        *((Diffusion(context=True), options) for options in MIXED),
     ):
         built = model(**options)
         got = gradients(built, built(view=view(objective)).loss)
@@ -260,7 +295,7 @@ def test_the_vocabulary_can_grow(tmp_path):
 
 def test_it_is_one_graph_for_every_batch():
     """torch.compile without a break, and no new graph for other lengths."""
-    built = model(timestep_conditioning=False).float()
+    built = model(timestep_conditioning=False, **MIXED[0]).float()
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()

@@ -38,8 +38,10 @@ def at_one(objective: PrefixDiffusion, sequences: list, names: list[SampleKey] |
 def parts(view: View, b: int) -> tuple[list, ...]:
     """What is read, and where; what is asked: where, which tokens, with which weight, seen or not."""
     reads = slice(*view.encoder.cu_seqlens[b : b + 2].tolist())
-    asks = slice(*view.decoder_cu_seqlens[b : b + 2].tolist())
-    columns = (view.decoder_position_ids, view.targets, view.weights, view.seen)
+    start, stop = view.decoder_cu_seqlens[b : b + 2].tolist()
+    rows = torch.arange(len(view.targets)) if view.target_rows is None else view.target_rows
+    asks = (rows >= start) & (rows < stop)
+    columns = (view.decoder_position_ids[rows], view.targets, view.weights, view.seen)
     read = view.encoder.input_ids[reads].tolist(), view.encoder.position_ids[reads].tolist()
     return (*read, *(column[asks].tolist() for column in columns))
 
@@ -129,16 +131,18 @@ def test_the_uniform_predictor_has_a_bound_of_ln_v_on_what_is_hidden():
     assert view.divisor == float(hidden.sum())
 
 
-def test_context_rows_are_the_visible_rest_with_weight_0():
+def test_context_rows_are_the_visible_rest_and_no_targets():
     sequences, names = texts((80, 1, 64)), keys(3)
     plain, view = (PrefixDiffusion(context=c).view(pack(sequences), names, TOKENS) for c in (False, True))
     everything = at_one(PrefixDiffusion(), sequences, names)
     assert view.decoder_position_ids.tolist() == everything.decoder_position_ids.tolist()
-    asked = ~view.seen
-    assert 0 < asked.sum() < len(asked) and view.targets[asked].tolist() == plain.targets.tolist()
-    assert torch.equal(view.weights[asked], plain.weights) and (view.weights[~asked] == 0).all()
+    asked = torch.zeros(len(view.decoder_input_ids), dtype=torch.bool).index_fill(0, view.target_rows, True)
+    assert 0 < view.num_targets == asked.sum() < len(asked) and plain.target_rows is None
+    for name in ("targets", "weights", "seen", "divisor"):
+        assert torch.equal(getattr(view, name), getattr(plain, name))
+    assert torch.equal(view.decoder_position_ids[asked], plain.decoder_position_ids)
     assert (view.decoder_input_ids[asked] == TOKENS.mask_id).all()
-    assert torch.equal(view.decoder_input_ids[~asked], view.targets[~asked]) and view.divisor == plain.divisor
+    assert torch.equal(view.decoder_input_ids[~asked], everything.targets[~asked])
 
 
 def test_special_tokens_are_never_asked_for():

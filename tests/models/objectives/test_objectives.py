@@ -245,6 +245,68 @@ def test_a_hidden_token_depends_on_the_visible_ones_only():
         assert (model(view=changed, return_nll=True).nll - base).abs().min() > 1e-4
 
 
+@pytest.mark.parametrize("objective", [Diffusion(), Diffusion(encoder_view="clean"), MaskedLM()], ids=str)
+def test_context_rows_are_all_that_is_not_asked(objective):
+    """The same view, and in the decoder each text as it would be shown, with [MASK] where something is hidden."""
+    batch, names = pack(text()), keys(5)
+    plain, view = (replace(objective, context=c).view(batch, names, TOKENS) for c in (False, True))
+    for name in ("targets", "weights", "seen", "timesteps", "divisor"):
+        ours, theirs = getattr(view, name), getattr(plain, name)
+        assert ours is theirs is None or torch.equal(ours, theirs)
+    assert all(torch.equal(*pair) for pair in zip(view.encoder[:3], plain.encoder[:3], strict=True))
+    assert torch.equal(view.decoder_cu_seqlens, batch.cu_seqlens)
+    assert torch.equal(view.decoder_position_ids, batch.position_ids)
+    assert torch.equal(view.decoder_position_ids[view.target_rows], plain.decoder_position_ids)
+    expected = batch.input_ids.clone()
+    expected[view.target_rows] = TOKENS.mask_id
+    assert 0 < view.num_targets < len(expected) and torch.equal(view.decoder_input_ids, expected)
+
+
+@pytest.mark.parametrize("mixing", ["none", "local", "concepts"])
+def test_a_known_token_reaches_a_target_directly_only_if_rows_are_mixed(mixing):
+    """The encoder is kept as it is, and one context row says another word."""
+    model = tiny_model(decoder_mixing=mixing)
+    batch, tokens = pack([[5, 6, 7, 4, 5, 6, 7, 4]]), SpecialTokens(3, frozenset({3}), 8)
+    view = Diffusion(context=True).view_at(np.array([0.5]), batch, keys(1), tokens)
+    base = model(view=view, return_nll=True).nll
+    row = next(i for i, token in enumerate(view.decoder_input_ids.tolist()) if token != 3)
+    ids = view.decoder_input_ids.clone()
+    ids[row] = 4 if ids[row] != 4 else 5
+    moved = (model(view=replace(view, decoder_input_ids=ids), return_nll=True).nll - base).abs()
+    assert 0 < len(moved) < 8 and ((moved == 0).all() if mixing == "none" else (moved > 1e-6).all())
+
+
+def test_the_bound_of_a_perfect_denoiser_is_the_negative_log_likelihood():
+    """Any joint distribution of three words: its own conditionals, weighted as diffusion does over all ways to hide,
+    are -ln p(text) exactly, since hiding k of n has the weight int t^(k-1) (1-t)^(n-k) dt = (k-1)! (n-k)! / n!."""
+    rng, n, V = np.random.default_rng(0), 3, 4
+    joint = rng.dirichlet(np.full(V**n, 0.3)).reshape(V, V, V) + 1e-3
+    joint /= joint.sum()
+    words = (2, 0, 3)
+
+    def nll(place: int, hidden: tuple[bool, ...]) -> float:  # -ln p(word at place | words that are not hidden)
+        p = joint[tuple(slice(None) if h else word for h, word in zip(hidden, words, strict=True))]
+        axis = sum(hidden[:place])
+        return -math.log(p.sum(tuple(i for i in range(p.ndim) if i != axis))[words[place]] / p.sum())
+
+    exact = 0.0
+    for hidden in itertools.product([False, True], repeat=n):
+        k = sum(hidden)
+        if k:
+            weight = math.factorial(k - 1) * math.factorial(n - k) / math.factorial(n)
+            exact += weight * sum(nll(i, hidden) for i in range(n) if hidden[i])
+    assert exact == pytest.approx(-math.log(joint[words]), rel=1e-12)
+
+    count, tokens = 4000, SpecialTokens(4, frozenset({4}), 5)
+    view = Diffusion(context=True).view(pack([list(words)] * count), keys(count), tokens)
+    is_hidden = (view.decoder_input_ids == 4).view(count, n).tolist()
+    places = (view.target_rows % n).tolist()
+    owners = torch.div(view.target_rows, n, rounding_mode="floor")
+    losses = torch.tensor([nll(i, tuple(is_hidden[b])) for i, b in zip(places, owners.tolist(), strict=True)])
+    each = torch.zeros(count).index_add(0, owners, view.weights * losses)
+    assert abs(float(each.mean()) - exact) < 4 * float(each.std()) / math.sqrt(count) < 0.6
+
+
 def test_a_target_is_invisible_to_a_noisy_encoder_and_not_to_a_clean_one():
     model, tokens = tiny_model(), SpecialTokens(3, frozenset({3}), 8)
     text = [5, 6, 7, 4, 5, 6, 7, 4]
@@ -277,6 +339,8 @@ def test_a_batch_without_text_has_loss_zero_and_no_nan(objective):
         ("mlm", {"hidden": "blank"}, ["hidden", "drop", "blank"]),
         ("diffusion", {"weighting": "elbo"}, ["weighting", "mdlm", "elbo"]),
         ("diffusion", {"encoder_view": "dirty"}, ["encoder_view", "noisy", "dirty"]),
+        ("diffusion", {"context": 1}, ["context", "true or false", "1"]),
+        ("mlm", {"context": "yes"}, ["context", "true or false", "yes"]),
         ("diffusion", {"eps": 0.0}, ["eps", "(0, 1)", "0.0"]),
         ("diffusion", {"t_floor": 1.5}, ["t_floor", "(0, 1]", "1.5"]),
     ],
