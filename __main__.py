@@ -53,6 +53,12 @@ def compile_kernels(arguments: argparse.Namespace) -> int:
     return main(arguments.rest)
 
 
+def describe(arguments: argparse.Namespace) -> int:
+    from .bench.describe import main
+
+    return main(arguments.rest)
+
+
 def bench(arguments: argparse.Namespace) -> int:
     """Each benchmark reads its own options."""
     match arguments.what:
@@ -118,6 +124,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("path", help="runs/NAME, or a Hugging Face folder")
     command.add_argument("--text", nargs="+", default=[], metavar="FILE", help="held-out text for a bare checkpoint")
     command.set_defaults(run=analyze)
+
+    command = commands.add_parser("describe", add_help=False, help="what the model of a recipe costs, before training")
+    command.set_defaults(run=describe, takes_rest=True)
 
     command = commands.add_parser("bench", add_help=False, help="measure operators, scaling, memory, steps, choices")
     command.add_argument(

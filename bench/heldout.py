@@ -15,7 +15,7 @@ from ..engine.evaluation import evaluate
 from ..engine.launch import World
 from ..models.generation import fill
 from ..models.heads import ConceptForMaskedLM
-from ..models.objectives.view import SpecialTokens, View
+from ..models.objectives.view import SpecialTokens
 from ..models.packing import pack
 from ..models.sampling import Sampling
 
@@ -80,19 +80,10 @@ def nll_of_other_concepts(model: nn.Module, loader: Loader, max_tokens: int) -> 
             if view.encoder.num_sequences < 2:
                 continue
             view = view.to(device)
-            hidden = hidden_states(model, view, shift=1)
-            nats = float(model.lm_head(hidden, view.targets, reduction="none").double().sum())
-            sums[name] = sums.get(name, 0) + np.array([nats, view.num_targets])
+            nll = model(view=view, ablate="shuffle", return_nll=True).nll
+            sums[name] = sums.get(name, 0) + np.array([float(nll.double().sum()), len(nll)])
     means = [nats / count for nats, count in sums.values() if count]
     return float(np.mean(means)) if means else None
-
-
-def hidden_states(model: nn.Module, view: View, shift: int = 0) -> Tensor:
-    """[M, d], what the head reads at the view's targets; ``shift``: with the concepts of the text so many places before
-    in the batch."""
-    encoded = model.encoder(packed=view.encoder)
-    encoded.last_hidden_state = encoded.last_hidden_state.roll(shift, dims=0)
-    return model.decode_view(encoded, view)
 
 
 def unigram_cross_entropy(train: Windows, windows: Windows, rows: Sequence[int], tokens: SpecialTokens) -> float:

@@ -69,7 +69,7 @@ def reconstruction(model: nn.Module, loader: Loader, max_tokens: int) -> tuple[f
     for views in loader.evaluation(max_tokens):
         view = views[f"delete={DELETED:.2f}"].to(device)
         view = replace(view, timesteps=torch.ones(view.encoder.num_sequences, device=device))
-        hidden = heldout.hidden_states(model, view)
+        hidden = model.decode_view(model.encoder(packed=view.encoder), view)
         chunks = zip(hidden.split(2048), view.targets.split(2048), strict=True)  # [2048, V] logits at a time
         is_right = torch.cat([model.lm_head(rows).argmax(-1) == targets for rows, targets in chunks])
         for i, asked in enumerate((view.seen, ~view.seen)):
