@@ -342,6 +342,16 @@ def test_weights_that_must_come_from_the_checkpoint_do_or_it_is_refused(pretrain
         ConceptForQuestionAnswering.from_pretrained(tmp_path)
 
 
+def test_slots_follow_another_number_of_concepts(pretrained, tmp_path):
+    """From a masked language model, and from a head that was trained: cosines keep their part of the text."""
+    fresh = ConceptForSequenceClassification.from_pretrained(pretrained["position"][1], num_concepts=12, **PAIRS[2])
+    assert fresh.classifier.weight.shape == (3, 12) and "classifier.weight" in fresh.load_report.new
+    model(**PAIRS[2]).float().save_pretrained(tmp_path)
+    saved = ConceptForSequenceClassification.from_pretrained(tmp_path).classifier.weight
+    wide = ConceptForSequenceClassification.from_pretrained(tmp_path, num_concepts=18).classifier.weight
+    assert wide.shape == (3, 18) and torch.allclose(wide[:, 1::3], saved, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind, options", [*HEADS, *((ConceptForSequenceClassification, pair) for pair in PAIRS)])
 def test_saved_and_loaded_bit_for_bit(kind, options, tmp_path):
     built, given = model(kind, **options).float(), inputs(kind, options)
