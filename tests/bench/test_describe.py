@@ -19,10 +19,10 @@ from conceptron.models.objectives.view import SampleKey, SpecialTokens
 from conceptron.models.packing import pack
 
 KINDS = [
-    {}, {"layer_kind": "bixt"}, {"layer_kind": "slot"}, {"layer_kind": "hybrid"}, {"timestep_conditioning": True},
-    {"num_token_layers": 2, "token_window": 8, "funnel": [1]}, {"num_token_layers": 1, "token_mixer": "conv"},
-    {"tie_layers": True, "num_iterations": 3, "backprop_iterations": 2},
-    {"decoder_mixing": "local", "decoder_window": 8}, {"decoder_mixing": "concepts", "concept_positions": "cope"},
+    {}, {"layer_kind": "bixt", "decoder_mixing": "local", "decoder_window": 8},
+    {"layer_kind": "slot", "decoder_mixing": "concepts", "concept_positions": "cope"},
+    {"layer_kind": "hybrid", "timestep_conditioning": True}, {"num_token_layers": 2, "token_window": 8, "funnel": [1]},
+    {"num_token_layers": 1, "token_mixer": "conv", "tie_layers": True, "num_iterations": 3, "backprop_iterations": 2},
 ]  # fmt: skip
 
 
@@ -91,6 +91,7 @@ def test_against_full_attention():
 @pytest.mark.parametrize("options", KINDS, ids=named)
 def test_the_command_prints_every_kind_on_one_screen(options, tmp_path, capsys):
     overrides = [f"model.{key}={json.dumps(value)}" for key, value in options.items()]
+    overrides += ["objective.context=true"] if "decoder_mixing" in options else []
     assert main(["demo.yaml", "batch.micro_tokens=512", *overrides, "--max-tokens", "512", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) <= 30 and max(map(len, printed)) <= 120
