@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from conceptron.engine.trainer import train
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-SHIPPED = sorted(path for path in RECIPES.rglob("*.yaml") if path.name != "tiny.yaml")
+# neither tiny.yaml, which is laid over them, nor tables of ablations
+SHIPPED = sorted(path for path in RECIPES.rglob("*.yaml") if "objective" in yaml.safe_load(path.read_text()))
 STEPS = 8
 FEW = [
     "size=tiny", "data.window=32", "data.validation=0.2", "batch.tokens=256", "batch.micro_tokens=128",
