@@ -20,7 +20,8 @@ on.
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,12 +53,12 @@ GIB = 2**30
 GPU_FIGURES = ("memory_used_bytes", "power_w", "energy_j", "sm_clock_mhz", "sm_clock_min_mhz", "throttled",
                "joules_per_million_tokens", "nvml")  # fmt: skip
 OURS, FULL = "concept", "full attention"
-PARTS = {  # part of the report -> beginning of the module's name, the first that fits
-    "embedding": ("encoder.embed_tokens", "encoder.token_norm", "decoder.embed_tokens", "body.embeddings"),
-    "queries": ("encoder.concepts",),
-    "encoder": ("encoder", "body"),
-    "decoder": ("decoder",),
-    "head": ("lm_head", "head"),
+PARTS = {  # part of the report -> modules, the first that fits
+    "embedding": r"encoder\.(embed_tokens|token_norm)|decoder\.embed_tokens|body\.embeddings",
+    "queries": r"encoder\.concepts",
+    "encoder": r"encoder|body",
+    "decoder": r"decoder",
+    "head": r"lm_head|head",
 }
 
 
@@ -107,22 +108,30 @@ def make_model(kind: str, shape: Shape, num_concepts: int) -> nn.Module:
 
 
 @contextmanager
-def saved_by_part(model: nn.Module) -> Iterator[dict[str, int]]:
-    """Bytes that the forward pass inside keeps for backward, by part; each storage counts once, parameters not at all.
+def saved_by_part(
+    model: nn.Module, parts: Mapping[str, str] = PARTS, ignored: Collection[torch.Size] = ()
+) -> Iterator[dict[str, int]]:
+    """Bytes that the forward pass inside keeps for backward, by part; each storage counts once, parameters not at all,
+    nor the 16-bit copies that autocast makes of them.
 
     Activations that a fused operator saves are seen like any other. A storage belongs to the part that saved it first.
+
+    Args:
+        parts: part -> a regular expression that the names of its modules begin with.
+        ignored: shapes of what is not to be counted.
     """
-    bytes_of, stack, seen = dict.fromkeys([*PARTS, "other"], 0), ["other"], set()
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    bytes_of, stack, seen = dict.fromkeys([*parts, "other"], 0), ["other"], set()
+    parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}  # one a storage
 
     def part_of(name: str) -> str | None:
-        return next((part for part, starts in PARTS.items() if name.startswith(starts)), None)
+        return next((part for part, pattern in parts.items() if re.match(pattern, name)), None)
 
     def save(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters and storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
-            bytes_of[stack[-1]] += storage.nbytes()
+        if storage._cdata not in parameters and storage._cdata not in seen:
+            seen.add(storage._cdata)
+            if tensor.shape not in ignored and not is_cast_parameter(tensor):
+                bytes_of[stack[-1]] += storage.nbytes()
         return tensor
 
     handles = []
@@ -137,6 +146,14 @@ def saved_by_part(model: nn.Module) -> Iterator[dict[str, int]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def is_cast_parameter(tensor: Tensor) -> bool:
+    """Whether nothing but casts and transpositions lies between a parameter and this tensor."""
+    node = tensor.grad_fn
+    while node is not None and node.name() in ("ToCopyBackward0", "TBackward0", "TransposeBackward0"):
+        node = node.next_functions[0][0]
+    return node is not None and node.name() == "torch::autograd::AccumulateGrad"
 
 
 def training_case(

@@ -33,7 +33,7 @@ from ..engine.recipe import Recipe, load_recipe
 from ..models.heads import ConceptForMaskedLM
 from ..models.objectives.view import SpecialTokens, View
 from .ceilings import matmul_flops, synchronize
-from .flops import Sizes, step_flops, uncounted
+from .flops import Sizes, step_flops
 from .harness import environment, markdown_table, write_results
 from .nvml import monitor_of
 
@@ -157,8 +157,7 @@ def run(recipe: Recipe, num_steps: int, warm_up: int, use_synthetic: bool) -> di
         start = time.perf_counter()
         batches = [loader.step(step) for step in steps]
         alone_s = time.perf_counter() - start
-        known = uncounted(config) is None  # else the row says for which field
-        flops = sum(step_flops(config, Sizes.of(view)) for views in batches for view in views) if known else None
+        flops = sum(step_flops(config, Sizes.of(view)) for views in batches for view in views)
         num_tokens = sum(int(loader.windows.lengths[loader.samples(step).windows].sum()) for step in steps)
         del batches
 
@@ -183,8 +182,7 @@ def run(recipe: Recipe, num_steps: int, warm_up: int, use_synthetic: bool) -> di
         **{f"{phase}_ms": seconds / num_steps * 1e3 for phase, seconds in watch.seconds.items()},
         "data_alone_ms": alone_s / num_steps * 1e3, "data_alone_tokens_per_s": num_tokens / alone_s,
         "starved": watch.seconds["data"] > 0.05 * total_s,
-        "tflops": flops / total_s / 1e12 if known else None, "matmul_tflops": rate / 1e12,
-        "mfu": flops / total_s / rate if known else f"not counted for {uncounted(config)}",
+        "tflops": flops / total_s / 1e12, "matmul_tflops": rate / 1e12, "mfu": flops / total_s / rate,
         "padding_avoided": padding_waste(loader, steps), "batch_filled": loader.efficiency,
         **parts,
         **monitor.summary(num_tokens),

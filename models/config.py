@@ -1,5 +1,7 @@
 """ConceptConfig: one flat description of an architecture, checked when it is made."""
 
+from typing import ClassVar
+
 from transformers import PretrainedConfig
 
 CHOICES = {
@@ -29,7 +31,7 @@ class ConceptConfig(PretrainedConfig):
     """
 
     model_type = "conceptron"
-    keys_to_ignore_at_inference = ("concepts", "nll")  # transformers' Trainer then gathers logits only
+    keys_to_ignore_at_inference: ClassVar = ["concepts", "nll"]  # transformers' Trainer then gathers logits only
 
     def __init__(
         self,

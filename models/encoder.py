@@ -189,9 +189,10 @@ class ConceptEncoder(ConceptPreTrainedModel):
         """Tokens as concepts read them: through their own layers, as wide as the model, normalised."""
         rows_Te = self.positions(self.embed_tokens(packed.input_ids), packed.position_ids, packed.max_seqlen)
         rows_Re, places = self.token_layers(rows_Te, packed, self.positions)
+        wide_Rd = self.widen_tokens(rows_Re).to(rows_Re.dtype)  # a stream that layers add to, not in 16 bits
         # the temperature of YaRN is for a softmax over tokens
         find = self.positions.angles if self.config.layer_kind == "slot" else self.positions.read_angles
-        return Tokens(self.token_norm(self.widen_tokens(rows_Re)), find(places.positions), places.packed)
+        return Tokens(self.token_norm(wide_Rd), find(places.positions), places.packed)
 
     def check_iterations(self, num_iterations: int | None, tolerance: float | None) -> None:
         for name, value in (("num_iterations", num_iterations), ("tolerance", tolerance)):

@@ -35,7 +35,8 @@ class Exposure(nn.Module):
     ``concept_dropout``: of those, this share is left out, any of them, but never all.
 
     Which ones is the same for a whole micro-batch: concepts are then simply fewer, [B, K, d], and no operator needs a
-    mask. Draws come from torch's generators, as dropout does; that of k from the one of the CPU, since it is a size.
+    mask. Draws come from torch's generators, as dropout does; that of k from the one of the CPU, since it is a size;
+    torch.compile breaks the graph there.
     """
 
     def __init__(self, config: ConceptConfig):

@@ -15,7 +15,7 @@ from .packing import Packed, pack
 from .sampling import Sampling, draw, guide
 from .unmasking import BLIND, blocks, budget, certainty, highest
 
-CHUNK_ROWS = 1024  # hidden positions whose logits exist at one time
+CHUNK_ROWS = 512  # hidden positions whose logits exist at one time, in float64
 
 
 def blank_canvas(lengths: Sequence[int], tokens: SpecialTokens) -> Packed:

@@ -118,8 +118,7 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
         num_concepts: int | None, ablate: str | None,
     ) -> ConceptMaskedLMOutput:  # fmt: skip
         with_every = self.training and self.config.loss_every_iteration
-        encoded = self.encoder(packed=view.encoder, num_iterations=num_iterations, output_hidden_states=with_every)
-        encoded = ablated(encoded, ablate)
+        encoded = ablated(self.encoder(packed=view.encoder, num_iterations=num_iterations), ablate)
         divisor = torch.where(view.divisor > 0, view.divisor, 1.0)  # a batch without text has loss 0
         losses = []
         for iteration in [*self.before_last(encoded), encoded] if with_every else [encoded]:

@@ -14,11 +14,14 @@ from conceptron.models.config import ConceptConfig
 from conceptron.models.encoder import ConceptEncoder
 from conceptron.models.heads import ConceptForMaskedLM
 from conceptron.models.layers import ZeroLinear
-from conceptron.models.packing import pack
+from conceptron.models.packing import Packed, pack
+from conceptron.models.pooling import mean_of_rows
 from conceptron.models.task_heads import (
     ConceptForMultipleChoice,
     ConceptForQuestionAnswering,
     ConceptForSequenceClassification,
+    class_loss,
+    span_loss,
 )
 
 SMALL = dict(
@@ -271,17 +274,23 @@ def test_autocast_gives_about_the_same(kind, options):
     assert (answers(low).float() - answers(high)).abs().max() < 0.3
 
 
-def test_a_packed_batch_is_one_graph_without_a_look_back():
-    """fullgraph: nothing is read back from the device. One graph for all lengths."""
-    built = model(ConceptForQuestionAnswering).float()
+def test_what_heads_add_is_one_graph_without_a_look_back():
+    """fullgraph: nothing is read back from the device. One graph for all lengths. The rest is ConceptForMaskedLM's."""
+    pool = model(pool="multi_query").float().pool
+
+    def head(rows: torch.Tensor, concepts: torch.Tensor, packed: Packed, spans: torch.Tensor) -> torch.Tensor:
+        pooled = pool(concepts) + mean_of_rows(rows, packed.cu_seqlens)
+        return class_loss(pooled, spans[:, 0]) + span_loss(rows[:, :2], packed, spans)
+
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    compiled = torch.compile(built, fullgraph=True, backend="eager", dynamic=True)
-    at = torch.tensor([1, 0, 2])
-    for lengths in ((20, 9, 7), (11, 12, 30)):
-        given = {"packed": pack(texts(*lengths)), "start_positions": at, "end_positions": at}
-        assert torch.allclose(compiled(**given).loss, built(**given).loss, rtol=1e-4)
+    compiled = torch.compile(head, fullgraph=True, backend="eager", dynamic=True)
+    spans = torch.tensor([[1, 5], [0, 0], [2, 8]])
+    for lengths in ((20, 9, 7), (11, 0, 30)):
+        packed = pack(texts(*lengths))
+        given = torch.randn(packed.num_tokens, 32), torch.randn(3, 6, 32), packed, spans
+        assert torch.allclose(compiled(*given), head(*given), rtol=1e-5)
     assert counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()
 
@@ -340,6 +349,16 @@ def test_weights_that_must_come_from_the_checkpoint_do_or_it_is_refused(pretrain
     assert set(built.load_report.new) == {"norm.weight", "classifier.weight", "classifier.bias"}
     with pytest.raises(ValueError, match=r"decoder\.branches"):
         ConceptForQuestionAnswering.from_pretrained(tmp_path)
+
+
+def test_slots_follow_another_number_of_concepts(pretrained, tmp_path):
+    """From a masked language model, and from a head that was trained: cosines keep their part of the text."""
+    fresh = ConceptForSequenceClassification.from_pretrained(pretrained["position"][1], num_concepts=12, **PAIRS[2])
+    assert fresh.classifier.weight.shape == (3, 12) and "classifier.weight" in fresh.load_report.new
+    model(**PAIRS[2]).float().save_pretrained(tmp_path)
+    saved = ConceptForSequenceClassification.from_pretrained(tmp_path).classifier.weight
+    wide = ConceptForSequenceClassification.from_pretrained(tmp_path, num_concepts=18).classifier.weight
+    assert wide.shape == (3, 18) and torch.allclose(wide[:, 1::3], saved, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind, options", [*HEADS, *((ConceptForSequenceClassification, pair) for pair in PAIRS)])
