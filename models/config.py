@@ -52,7 +52,7 @@ class ConceptConfig(PretrainedConfig):
         iteration_sampling: str = "fixed",  # random: K of each training step is drawn, num_iterations on average
         max_iterations: int = 16,  # of a K that is drawn
         backprop_iterations: int | None = None,  # gradients flow through the last of the iterations only; None: all
-        loss_every_iteration: bool = False,  # the decoder answers from the concepts of each iteration, not the last only
+        loss_every_iteration: bool = False,  # the decoder answers from each iteration, not the last only
         # layers of tokens before concepts read them
         num_token_layers: int = 0,
         token_mixer: str = "local",  # local: windowed attention; conv: depthwise convolution
