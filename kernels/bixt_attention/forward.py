@@ -29,8 +29,9 @@ def weights_over_concepts(p, top, in_c, in_n):
     w is p times exp2(top - max top), over its sum: no second exponential and no maximum of columns, which costs three
     shuffles an element of a thread. A column that lies so far below the others that its sum is SMALL loses precision.
     """
-    highest = tl.max(tl.where(in_c, top, -float("inf")), 0)
-    w = p * tl.where(in_c, tl.exp2(top - highest), 0.0)[:, None]
+    top = tl.where(in_c, top, -float("inf"))
+    highest = tl.max(top, 0)
+    w = p * tl.exp2(top - highest)[:, None]
     total = tl.where(in_n, tl.sum(w, 0), 1.0)
     return w * (1.0 / total)[None, :], highest + tl.log2(total), tl.min(total, 0)
 

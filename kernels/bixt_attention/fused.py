@@ -111,7 +111,8 @@ def bixt_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     check_supported("concept_qk", concept_qk)
-    return _BixtAttention.apply(concept_qk, concept_v, token_qk, token_v, cu_seqlens, max_seqlen, scale)
+    inputs = concept_qk, concept_v, token_qk, token_v
+    return _BixtAttention.apply(*inputs, cu_seqlens.contiguous(), max_seqlen, scale)
 
 
 def builds() -> list[Build]:

@@ -12,6 +12,7 @@ from conceptron.kernels.bixt_attention.reference import reference_bixt_attention
 
 NAMES = "concept_out", "token_out", "dconcept_qk", "dconcept_v", "dtoken_qk", "dtoken_v"
 LENGTHS = {"ragged": [33, 0, 17], "long": [97], "even": [16, 16], "short": [1, 2, 0, 15], "none": [], "empty": [0, 0]}
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +66,7 @@ def launch(inputs, cu_seqlens, max_seqlen, scale, upstream, chunk):
     return [concept_out, token_out, *backward.backward(*upstream, *inputs, *saved)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize(
     ("lengths", "C", "H", "D", "chunk"),
     [
@@ -385,6 +386,7 @@ def test_graph_replay_with_other_lengths():
 
     torch.use_deterministic_algorithms(False)  # filling memory is not part of what is captured
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
     torch.cuda.current_stream().wait_stream(stream)
