@@ -19,32 +19,56 @@ from ..concept_attention.forward import LN2, LOG2E, merge_kernel
 from ..splits import REDUCE, Split, choose_chunk, locate, matrix_units, split_build
 from ..tiles import load_tile, store_tile
 
-SMALL = tl.constexpr(2.0**-100)  # float32 still adds what is 2**-24 of it
+SMALL = tl.constexpr(2.0**-100)  # terms that underflow, below 2**-126, are nothing to a sum above it
 
 
 @triton.jit
 def weights_over_concepts(p, top, in_c, in_n):
-    """(w [BLOCK_C, BLOCK_N], log2 sum_c exp2(a s), the smallest sum): the softmax down each column of p = exp2(a s - top).
+    """(w [BLOCK_C, BLOCK_N], log2 sum_c exp2(a s), smallest sum): the softmax of each column of p = exp2(a s - top).
 
     w is p times exp2(top - max top), over its sum: no second exponential and no maximum of columns, which costs three
-    shuffles an element of a thread. A column that lies so far below the others that its sum is SMALL loses precision.
+    shuffles an element of a thread. A column that lies so far below the others that its sum is below SMALL comes out
+    finite and wrong.
     """
     top = tl.where(in_c, top, -float("inf"))
     highest = tl.max(top, 0)
     w = p * tl.exp2(top - highest)[:, None]
     total = tl.where(in_n, tl.sum(w, 0), 1.0)
-    return w * (1.0 / total)[None, :], highest + tl.log2(total), tl.min(total, 0)
+    smallest = tl.min(total, 0)
+    total = tl.maximum(total, SMALL)
+    return w * (1.0 / total)[None, :], highest + tl.log2(total), smallest
 
 
 @triton.jit
-def weights_by_maximum(s, in_c, in_n, EVEN_C: tl.constexpr):
-    """(w, log2 sum_c exp2(s)) as weights_over_concepts, for any s."""
-    if not EVEN_C:
-        s = tl.where(in_c[:, None], s, -float("inf"))
-    top = tl.max(s, 0)
-    w = tl.exp2(s - top[None, :])
-    total = tl.sum(w, 0)
-    return w * (1.0 / total)[None, :], top + tl.log2(total)
+def read_again(
+    concept_qk_ptr, concept_v_ptr, token_qk_ptr, token_out_ptr, token_lse_ptr,
+    c, in_c, token, length, head, num_heads,
+    concept_qk_stride_c, concept_v_stride_c, token_qk_stride_t, scale_log2,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """token_out and token_lse of ``length`` tokens from ``token`` on, each from its own maximum: right for any scores.
+
+    The pointers to inputs stand at the sequence and head.
+    """
+    concept_qk = load_tile(concept_qk_ptr, c.to(tl.int64) * concept_qk_stride_c, in_c, D, BLOCK_D, not EVEN_C)
+    concept_v = load_tile(concept_v_ptr, c.to(tl.int64) * concept_v_stride_c, in_c, D, BLOCK_D, not EVEN_C)
+    n = tl.arange(0, BLOCK_N)
+    for i in tl.range(0, length, BLOCK_N, num_stages=1):  # too rare to spend registers on
+        in_n = n < length - i
+        token_qk = load_tile(
+            token_qk_ptr + (token + i) * token_qk_stride_t, n * token_qk_stride_t, in_n, D, BLOCK_D, True
+        )
+        s = tl.dot(concept_qk, tl.trans(token_qk), input_precision=PRECISION) * scale_log2  # [BLOCK_C, BLOCK_N]
+        if not EVEN_C:
+            s = tl.where(in_c[:, None], s, -float("inf"))
+        top = tl.max(s, 0)
+        w = tl.exp2(s - top[None, :])
+        total = tl.sum(w, 0)
+        w = (w * (1.0 / total)[None, :]).to(concept_v.dtype)
+        cell = (token + i) * num_heads + head
+        tl.store(token_lse_ptr + cell + n * num_heads, top + tl.log2(total), mask=in_n)
+        read = tl.dot(tl.trans(concept_v), w, input_precision=PRECISION)  # [BLOCK_D, BLOCK_N]
+        store_tile(token_out_ptr + cell * D, n * num_heads * D, tl.trans(read), in_n, D, BLOCK_D, True)
 
 
 @triton.jit(do_not_specialize=["num_sequences", "num_concepts", "chunk"])
@@ -71,18 +95,18 @@ def forward_kernel(
     m = tl.full([BLOCK_C], -float("inf"), tl.float32)
     l = tl.zeros([BLOCK_C], tl.float32)
     acc = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+    lowest = 1.0
+    token = (start + first).to(tl.int64)
     if length > 0:
         concept_qk_ptr += sequence * concept_qk_stride_b + head * concept_qk_stride_h
         concept_v_ptr += sequence * concept_v_stride_b + head * concept_v_stride_h
         # concept_qk, concept_v [BLOCK_C, BLOCK_D]
         concept_qk = load_tile(concept_qk_ptr, c.to(tl.int64) * concept_qk_stride_c, in_c, D, BLOCK_D, not EVEN_C)
         concept_v = load_tile(concept_v_ptr, c.to(tl.int64) * concept_v_stride_c, in_c, D, BLOCK_D, not EVEN_C)
-        token = (start + first).to(tl.int64)
         token_qk_ptr += head * token_qk_stride_h
         token_v_ptr += head * token_v_stride_h
         scale_log2 = scale * LOG2E
         n = tl.arange(0, BLOCK_N)
-        lowest = 1.0
         for i in range(0, length, BLOCK_N):
             in_n = n < length - i
             # token_qk, token_v [BLOCK_N, BLOCK_D]
@@ -96,30 +120,17 @@ def forward_kernel(
             alpha = tl.exp2((m - new_m) * scale_log2)
             l = l * alpha + tl.sum(p, 1)
             m = new_m
-            token_v = load_tile(
-                token_v_ptr + (token + i) * token_v_stride_t, n * token_v_stride_t, in_n, D, BLOCK_D, True
-            )
-            acc = tl.dot(p.to(token_v.dtype), token_v, acc * alpha[:, None], input_precision=PRECISION)
-
+            spread = p.to(concept_v.dtype)
             w, token_lse, smallest = weights_over_concepts(p, m * scale_log2, in_c, in_n)
             lowest = tl.minimum(lowest, smallest)
             cell = (token + i) * num_heads + head
             tl.store(token_lse_ptr + cell + n * num_heads, token_lse, mask=in_n)
             read = tl.dot(tl.trans(concept_v), w.to(concept_v.dtype), input_precision=PRECISION)  # [BLOCK_D, BLOCK_N]
             store_tile(token_out_ptr + cell * D, n * num_heads * D, tl.trans(read), in_n, D, BLOCK_D, True)
-        if lowest < SMALL:  # scores that differ by 70 or more: what tokens read is computed again, with true maxima
-            tl.debug_barrier()
-            for i in range(0, length, BLOCK_N):
-                in_n = n < length - i
-                token_qk = load_tile(
-                    token_qk_ptr + (token + i) * token_qk_stride_t, n * token_qk_stride_t, in_n, D, BLOCK_D, True
-                )
-                s = tl.dot(concept_qk, tl.trans(token_qk), input_precision=PRECISION) * scale_log2
-                w, token_lse = weights_by_maximum(s, in_c, in_n, EVEN_C)
-                cell = (token + i) * num_heads + head
-                tl.store(token_lse_ptr + cell + n * num_heads, token_lse, mask=in_n)
-                read = tl.dot(tl.trans(concept_v), w.to(concept_v.dtype), input_precision=PRECISION)
-                store_tile(token_out_ptr + cell * D, n * num_heads * D, tl.trans(read), in_n, D, BLOCK_D, True)
+            token_v = load_tile(
+                token_v_ptr + (token + i) * token_v_stride_t, n * token_v_stride_t, in_n, D, BLOCK_D, True
+            )
+            acc = tl.dot(spread, token_v, acc * alpha[:, None], input_precision=PRECISION)
     # a sequence without tokens: acc = 0, l = 0, and lse = -inf
     safe_l = tl.where(l > 0, l, 1.0)
     out = acc * (1.0 / safe_l)[:, None]
@@ -132,6 +143,14 @@ def forward_kernel(
         row = (slot.to(tl.int64) * num_heads + head) * num_concepts + c
         store_tile(concept_out_ptr, row * D, out, in_c, D, BLOCK_D, not EVEN_C)
         tl.store(lse_ptr + row, lse, mask=in_c)
+    if lowest < SMALL:  # some scores lie 69 apart or more: what tokens read is written again
+        tl.debug_barrier()
+        read_again(
+            concept_qk_ptr, concept_v_ptr, token_qk_ptr, token_out_ptr, token_lse_ptr,
+            c, in_c, token, length, head, num_heads,
+            concept_qk_stride_c, concept_v_stride_c, token_qk_stride_t, scale * LOG2E,
+            D, BLOCK_N, BLOCK_D, EVEN_C, PRECISION,
+        )  # fmt: skip
 
 
 # {(units, D > 64): {BLOCK_C: (BLOCK_N, num_warps, num_stages)}}; units as splits.matrix_units. Chosen from the compile

@@ -1,8 +1,8 @@
 """The torch backend: two batched matrix products and one softmax, differentiable by autograd.
 
 As in bixt_attention, sequences run one after the other where that is known to be faster, else padded, side by side.
-Holds the weights [B, H, N, C] for backward, in at least float32. Results are linear in them, so they are normalised after
-the product, and a column of ones beside v makes it leave the masses as well.
+Holds the weights [B, H, N, C] for backward, in at least float32. Results are linear in them, so they are normalised
+after the product, and a column of ones beside v makes it leave the masses as well.
 """
 
 import torch

@@ -249,6 +249,22 @@ def test_scores_far_below_zero(dtype, device, no_worse):
         no_worse(name, *three, slack=150.0 if dtype == torch.float32 else 1.0)  # the rounding of a score of -150
 
 
+@pytest.mark.parametrize("chunk", [None, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_one_token_far_above_the_others(dtype, chunk, device, no_worse):
+    """Its scores push the exponentials of all other tokens to 0: their softmax over concepts is computed again."""
+    lengths = [40, 3]
+    concept_qk, concept_v, token_qk, token_v = make(lengths, 5, 1, 16, dtype, device)
+    concept_qk[..., 0], token_qk[..., 0], token_qk[0, :, 0] = 10.0, 0.0, 10.0
+    inputs, cu_seqlens = (concept_qk, concept_v, token_qk, token_v), boundaries(lengths, device)
+    gradients = upstream([concept_qk, token_qk])
+    ours = launch(inputs, cu_seqlens, 40, 1.0, gradients, chunk)
+    plain = oracle(inputs, cu_seqlens, 1.0, gradients)
+    truth = oracle(inputs, cu_seqlens, 1.0, gradients, torch.float64)
+    for name, *three in zip(NAMES, ours, plain, truth, strict=True):
+        no_worse(name, *three, slack=100.0 if dtype == torch.float32 else 1.0)  # the rounding of a score of 100
+
+
 @pytest.mark.parametrize("used", [0, 1])
 def test_gradient_of_one_result(used, device):
     """An output that nobody uses has no gradient; the other's must not change."""
