@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from conceptron.kernels.concept_attention import backward, concept_attention, forward, reference
-from conceptron.kernels.splits import choose_chunk
+from conceptron.kernels.concept_attention import backward, concept_attention, forward, fused, reference
+from conceptron.kernels.splits import ARCHS, choose_chunk
 
 # name: lengths, C, H, Hkv, D, q shared by the batch, dropout, scale
 CASES = {
@@ -330,6 +330,31 @@ def test_dropout_keeps_the_mean(device):
     drawn = [concept_attention(q, k, v, cu_seqlens, 24, dropout_p=0.3, seed=s, backend="torch") for s in range(200)]
     drawn = torch.stack(drawn)
     assert float(((drawn.mean(0) - plain) / (drawn.std(0) / 200**0.5)).abs().mean()) < 1.1
+
+
+@pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
+def test_whatever_the_tables_choose_is_compiled(dropout):
+    """For any number of rows, the tiles of every kernel are among the builds of the compile table."""
+    builds = [build for build in fused.builds() if ("seed_ptr" not in build.constants) == dropout]
+
+    def compiled(kernel, units, block_d, config):
+        launch = config["num_warps"], config["num_stages"]
+        tile = {name: value for name, value in config.items() if not name.startswith(("num_", "EVEN"))} | {"D": block_d}
+        return any(
+            (build.kernel, build.archs) == (kernel, ARCHS[units]) and (build.num_warps, build.num_stages) == launch
+            and tile.items() <= build.constants.items()
+            for build in builds
+        )  # fmt: skip
+
+    for units, wide in forward.TILES:
+        block_d = 128 if wide else 64
+        for num_rows in (1, 17, 33, 65, 128, 129, 256, 257, 2048):
+            chosen = forward.forward_config(num_rows, block_d, units, dropout)
+            assert compiled(forward.forward_kernel, units, block_d, chosen), (units, wide, num_rows, chosen)
+            rows, tokens = backward.backward_config(num_rows, block_d, units, dropout)
+            assert rows["ONE_PASS"] == (tokens is None)
+            assert compiled(backward.row_kernel, units, block_d, rows), (units, wide, num_rows, rows)
+            assert tokens is None or compiled(backward.dkv_kernel, units, block_d, tokens), (units, wide, tokens)
 
 
 @pytest.mark.gpu
