@@ -5,10 +5,13 @@
     kernels.json    roofline.*: our operators under the run's ceilings; speedup.*: against the fastest accurate peer
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from .exponents import (
@@ -35,7 +38,10 @@ LINES = {  # encoder -> marker, line, colour; what is not listed is a variant of
     OURS: ("o", "-", BLUE), GROWING: ("o", "--", BLUE), FULL: ("s", "-", ORANGE), UNPADDED: ("s", "--", ORANGE),
     LOCAL: ("^", "-", GREEN), PERCEIVER: ("v", "-", GREY),
 }  # fmt: skip
-VARIANT_MARKERS = "DPX*dph<>"
+VARIANTS = (  # marker, colour
+    ("D", PURPLE), ("P", "#b5487f"), ("X", "#0f8a8a"), ("*", "#a67c00"), ("d", "#5b6bd6"), ("p", "#7a5c3e"),
+    ("h", "#3b8d3b"), ("<", "#a33b3b"), (">", "#4a5560"),
+)  # fmt: skip
 
 
 def line_of(name: str, names: Sequence[str]) -> dict[str, Any]:
@@ -43,12 +49,17 @@ def line_of(name: str, names: Sequence[str]) -> dict[str, Any]:
     if name in LINES:
         marker, line, colour = LINES[name]
     else:
-        marker, line, colour = VARIANT_MARKERS[variants.index(name) % len(VARIANT_MARKERS)], ":", PURPLE
+        (marker, colour), line = VARIANTS[variants.index(name) % len(VARIANTS)], (0, (4, 1.5, 1, 1.5))
     return {"marker": marker, "linestyle": line, "color": colour, "markersize": 4.5}
 
 
-def legend_below(axes: Any, columns: int = 2) -> None:
-    axes.legend(fontsize=8.5, loc="upper left", bbox_to_anchor=(-0.02, -0.17), ncols=columns, handlelength=3.2)
+def legend_below(panels: Sequence[Axes]) -> None:
+    """One legend for all panels, under them."""
+    found = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    columns = len(found) if len(found) <= 4 else 3 if max(map(len, found)) < 48 else 2
+    panels[0].figure.legend(
+        found.values(), found, fontsize=9, loc="outside lower center", ncols=columns, handlelength=3.4,
+    )  # fmt: skip
 
 
 def draw_scaling(folder: Path) -> None:
@@ -62,26 +73,28 @@ def draw_scaling(folder: Path) -> None:
 
 
 def plot_growth(path: Path, rows: Rows, quantity: str, note: str) -> None:
-    """Log-log, one panel a phase; each line is labelled with its exponent at large N."""
+    """Log-log, one panel a phase; each line is labelled with its exponents at large N."""
     title, label, unit = {
         "time_ms": ("Time against length", "time of a batch", "ms"),
         "peak_bytes": ("Memory against length", "peak memory of a batch", "bytes"),
     }[quantity]
     names = encoders_of(rows)
     exponent = {(row["encoder"], row["phase"], row["of"]): row["exponent at large N"] for row in fits(rows)}
-    with canvas(path, title, f"{note}; lower is better", size=(10.4, 5.7), columns=2) as panels:
+    note = f"{note}; lower is better; $N^a$, $N^b$: growth over the three longest, left and right"
+    height = 4.7 + 0.21 * math.ceil(len(names) / 3)
+    with canvas(path, title, note, size=(10.8, height), columns=2) as panels:
         for axes, phase in zip(panels, PHASES, strict=True):
             for name in names:
                 lengths, values = points(rows, name, phase, quantity)
-                slope = exponent.get((name, phase, QUANTITIES[quantity]))
-                text = f"{name}  $\\sim N^{{{slope:.2f}}}$" if slope is not None else name
+                slopes = (exponent.get((name, phase, QUANTITIES[quantity])) for phase in PHASES)
+                text = ", ".join(f"$N^{{{slope:.2f}}}$" for slope in slopes if slope is not None)
                 if lengths:
-                    axes.plot(lengths, values, label=text, **line_of(name, names))
+                    axes.plot(lengths, values, label=f"{name}  {text}", **line_of(name, names))
             axes.set_title(PHASE_TITLES[phase], fontsize=11)
             unit_axis(axes, unit)
             length_axis(axes, [row["N"] for row in rows])
-            legend_below(axes)
         panels[0].set_ylabel(label)
+        legend_below(panels)
 
 
 def plot_speedup(path: Path, rows: Rows, note: str) -> None:
@@ -112,21 +125,18 @@ def plot_speedup(path: Path, rows: Rows, note: str) -> None:
             length_axis(axes, [row["N"] for row in rows])
             axes.margins(x=0.1)
             name_ends(axes, ends)
-            legend_below(axes)
         panels[0].set_ylabel("peer's time / ours")
+        legend_below(panels)
 
 
-def name_ends(axes: Any, ends: Sequence[tuple[float, float, str]], apart: float = 1.22) -> None:
-    """The last value of each line: behind its end, or above it where other lines go on. The axis is logarithmic; values
-    too near each other are moved apart."""
+def name_ends(axes: Axes, ends: Sequence[tuple[float, float, str]], apart: float = 1.22) -> None:
+    """The last value of each line behind its end, on a logarithmic axis; those too near each other are moved apart."""
     places: dict[float, float] = {}
-    longest = max((x for x, _, _ in ends), default=0)
     for x, y, colour in sorted(ends, key=lambda end: end[1]):
         places[x] = max(y, places[x] * apart) if x in places else y
         text = f"{y:.2f}x" if y < 10 else f"{y:.0f}x"
-        offset, align = ((8, 0), "left") if x == longest else ((-4, 9), "center")
-        axes.annotate(text, (x, places[x]), xytext=offset, textcoords="offset points", va="center", ha=align,
-                      fontsize=9, color=colour)  # fmt: skip
+        axes.annotate(text, (x, places[x]), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9,
+                      color=colour, path_effects=[withStroke(linewidth=3, foreground="white")], zorder=5)  # fmt: skip
 
 
 def draw_memory(folder: Path) -> None:
@@ -155,7 +165,7 @@ def plot_memory(path: Path, rows: Rows, note: str) -> None:
         against.set_title("peak of the tensors, and of the process", fontsize=11)
         unit_axis(against, "bytes")
         length_axis(against, [row["N"] for row in rows])
-        legend_below(against)
+        legend_below([against])
         last = max((row for row in rows if row["C"]), key=lambda row: (row["N"], row["C"]))
         held = ["parameters", "gradients", "optimizer"]
         names = [*held, *(n for n in last if n.startswith("activations") and last[n] >= 1024), "temporary"]

@@ -10,7 +10,7 @@ A document holds its tables between two markers,
     <!-- end -->
 
 where the first names a result file (from the checkout's root) and, if wanted, the columns. What stands between them is
-written from the file; ``tests/bench/test_numbers.py`` fails when the two differ.
+written from the file, or "Not measured." when there is none; ``tests/bench/test_numbers.py`` fails when the two differ.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from typing import Any
 from .charts import draw_kernels, draw_memory, draw_scaling
 from .exponents import write_tables
 from .harness import markdown_table, read_results, write_results, write_text
-from .kernels.best import best_peers
+from .kernels.best import COLUMNS, best_peers
 
 CHECKOUT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- numbers: (?P<path>\S+)(?P<columns>[^>]*?) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
@@ -40,11 +40,12 @@ def fill(text: str, root: Path) -> str:
     """``text`` with every marked table written anew from its result file.
 
     Raises:
-        FileNotFoundError: a marker names a file that is not there.
         ValueError: a marker names a column that the file does not have.
     """
 
     def table(match: re.Match) -> str:
+        if not (root / match["path"]).exists():
+            return f"{match[1]}\nNot measured.\n\n{match[5]}"
         rows, environment = read_results(root / match["path"])
         columns = match["columns"].split()
         known = {column.replace(" ", "_"): column for row in rows for column in row}
@@ -129,6 +130,7 @@ def derive(path: Path) -> None:
     """Writes anew what follows from a measured file: derived tables and figures."""
     rows, environment = read_results(path)
     if path.name == "kernels.json":
+        write_results(path.parent, "kernels", rows, environment, title="Operators beside their peers", columns=COLUMNS)
         best = best_peers(rows)
         write_results(path.parent, "best", best, environment, title="Against the fastest accurate peer")
         draw_kernels(path.parent, best)

@@ -11,6 +11,7 @@ rounding). One that does not pass is timed, and marked; no speed-up over it is s
 import argparse
 import gc
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +37,7 @@ from ..harness import (
     write_results,
 )
 from ..roofline import Ceilings, Floor, work_of
-from .best import best_peers
+from .best import COLUMNS, best_peers
 from .cases import OPERATORS, Case, Inputs, lengths_of, make_inputs, oracle
 from .matrix import MATRICES
 from .providers import PROVIDERS, Prepared, Provider, Tensors, Unavailable, providers_of
@@ -98,18 +99,23 @@ def error_of(results: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError inside the block when it takes longer. Main thread only, where there are such signals."""
+    """Raises TimeoutError inside the block when it takes longer. Main thread only, where there are such signals.
+
+    A timer that runs already goes on afterwards.
+    """
 
     def ring(signum: int, frame: Any) -> None:
         raise TimeoutError(f"not ready after {seconds:.0f} s")
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    handler, start = signal.signal(signal.SIGALRM, ring), time.monotonic()
+    left_s, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, handler)
+        if left_s:
+            signal.setitimer(signal.ITIMER_REAL, max(1e-3, left_s - (time.monotonic() - start)))
 
 
 def check(
@@ -267,10 +273,6 @@ def main(argv: Sequence[str]) -> int:
     draw_kernels(options.out, best)
     print(f"written to {options.out}")
     return 0
-
-
-COLUMNS = ("operator", "case", "mode", "provider", "ms", "tflops", "gb_s", "share_of_floor", "peak_mb", "error",
-           "ours_is_faster_by")  # fmt: skip
 
 
 def summary(rows: Sequence[dict], case: Case) -> str:

@@ -1,5 +1,6 @@
 """The comparison of operators: who is checked, timed, refused, and over whom a speed-up is stated."""
 
+import signal
 import time
 
 import pytest
@@ -119,3 +120,19 @@ def test_operators_take_turns_in_the_anchor_matrix():
     cases = MATRICES["anchor"]()
     assert {case.operator for case in cases[: len(OPERATORS)]} == set(OPERATORS)
     assert cases[0].label == "B64-N512-C128-H8-D64"
+
+
+def test_a_time_limit_leaves_another_timer_as_it_was():
+    rung = []
+    handler = signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(TimeoutError, match="not ready after"), run.time_limit(0.05):
+            time.sleep(5)
+        with run.time_limit(5):
+            pass
+        time.sleep(0.4)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+    assert rung == [1]
