@@ -11,7 +11,7 @@ from .errors import InputError
 if TYPE_CHECKING:
     from .recipe import Recipe
 
-LENGTH = 3  # tokens of the shortest uniform span
+SHORTEST_SPAN = 3  # tokens, of the uniform ones
 TIMED = ("diffusion", "prefix_diffusion")  # objectives that have a time
 
 
@@ -31,10 +31,10 @@ def of_objective(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "objective.parts", "some parts have hidden = 'drop' and some 'mask'; a model hides tokens in one way"
     shortest = min(window for _, window in recipe.stages())
     for field, part in parts:
-        if part.get("masking") == "span" and part["span"] == "uniform" and part["probability"] * shortest < LENGTH:
+        if part.get("masking") == "span" and part["span"] == "uniform" and part["probability"] * shortest < SHORTEST_SPAN:
             yield f"{field}.masking", (
                 f"span, but {part['probability']:g} of a window of {shortest} tokens is less than the shortest span, "
-                f"{LENGTH}; use longer windows, or masking = random"
+                f"{SHORTEST_SPAN}; use longer windows, or masking = random"
             )
         name, hidden = part["name"], part.get("hidden")
         if hidden and model.get("hidden_tokens", hidden) != hidden:
