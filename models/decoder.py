@@ -108,7 +108,8 @@ class ConceptDecoder(ConceptPreTrainedModel):
         branches = [branch for _ in range(config.num_decoder_layers) for branch in layer_branches(config)]
         self.branches = nn.ModuleList(branches)
         self.time = TimestepEmbedding(config) if config.timestep_conditioning else None
-        self.norms = nn.ModuleList(residual_norm(config, has_branch=i > 0) for i in range(len(branches) + 1))
+        norms = [residual_norm(config, i > 0, following) for i, following in enumerate([*branches, None])]
+        self.norms = nn.ModuleList(norms)
         self.dropout = nn.Dropout(config.dropout)
         self.post_init()
 

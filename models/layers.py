@@ -219,8 +219,21 @@ class AdaptiveResidualNorm(nn.Module):
         return adaln_residual_modulate(x, branch, gate_Bd, shift_Bd, scale_Bd, cu_seqlens, eps=self.eps)
 
 
-def residual_norm(config: ConceptConfig, has_branch: bool) -> nn.Module:
-    """Between two branches of the decoder; the first norm closes none."""
+class Residual(nn.Module):
+    """Closes the branch before it, and opens one that looks at no row (``WeightedAttention``): x <- x + branch."""
+
+    def forward(
+        self, x: Tensor, branch: Tensor | None, condition: Tensor | None, cu_seqlens: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x = x if branch is None else x + branch
+        return x, x
+
+
+def residual_norm(config: ConceptConfig, has_branch: bool, following: nn.Module | None = None) -> nn.Module:
+    """Between two branches of the decoder; the first norm closes none. What nobody would read has no parameters."""
+    is_gated = config.timestep_conditioning and has_branch
+    if isinstance(following, WeightedAttention) and not is_gated:
+        return Residual()
     return AdaptiveResidualNorm(config, has_branch) if config.timestep_conditioning else ResidualNorm(config)
 
 
