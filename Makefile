@@ -6,7 +6,7 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test numbers lint clean
 
 # One thread: the model is small, and two threads that wait for each other crawl when other programs want the cores.
 demo: export OMP_NUM_THREADS = 1
@@ -17,6 +17,23 @@ demo: $(READY)
 test: export OMP_NUM_THREADS = 1
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --benchmark-disable
+
+# Measures everything that a CPU can, on a quiet machine and a clean checkout, about 20 minutes; then the documents. Results
+# are collected in runs/, which git ignores, so that each is stamped with a clean checkout.
+CPU := runs/bench/cpu
+numbers: $(READY)
+	rm -rf $(CPU)
+	$(BIN)/conceptron bench scaling --out $(CPU)/scaling
+	$(BIN)/conceptron bench memory --out $(CPU)/memory
+	$(BIN)/conceptron bench kernels --out $(CPU)/kernels
+	$(BIN)/conceptron bench scaling --only concept --variants layer_kind=bixt layer_kind=slot layer_kind=hybrid \
+		num_token_layers=2 num_token_layers=2,token_mixer=conv "num_token_layers=2,funnel=[0]" \
+		tie_layers=true,num_iterations=6 token_dim=64 --out $(CPU)/variants
+	$(BIN)/conceptron bench scaling --min-tokens 16384 --max-tokens 1048576 --only concept "plain Perceiver" \
+		--limit 120 --out $(CPU)/long
+	$(BIN)/conceptron bench step demo.yaml --out $(CPU)/step
+	cp -r $(CPU)/. bench/results/cpu/
+	$(BIN)/conceptron bench report bench/results/cpu --paste README.md docs/numbers.md
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -53,6 +53,12 @@ def compile_kernels(arguments: argparse.Namespace) -> int:
     return main(arguments.rest)
 
 
+def describe(arguments: argparse.Namespace) -> int:
+    from .bench.describe import main
+
+    return main(arguments.rest)
+
+
 def bench(arguments: argparse.Namespace) -> int:
     """Each benchmark reads its own options."""
     match arguments.what:
@@ -64,6 +70,8 @@ def bench(arguments: argparse.Namespace) -> int:
             from .bench.memory import main
         case "step":
             from .bench.step import main
+        case "ablation":
+            from .bench.ablation import main
         case "suite":
             from .bench.suite import main
         case "report":
@@ -117,8 +125,13 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--text", nargs="+", default=[], metavar="FILE", help="held-out text for a bare checkpoint")
     command.set_defaults(run=analyze)
 
-    command = commands.add_parser("bench", add_help=False, help="measure: operators, scaling, memory, training steps")
-    command.add_argument("what", choices=("kernels", "scaling", "memory", "step", "suite", "report", "compare"))
+    command = commands.add_parser("describe", add_help=False, help="what the model of a recipe costs, before training")
+    command.set_defaults(run=describe, takes_rest=True)
+
+    command = commands.add_parser("bench", add_help=False, help="measure operators, scaling, memory, steps, choices")
+    command.add_argument(
+        "what", choices=("kernels", "scaling", "memory", "step", "ablation", "suite", "report", "compare")
+    )
     command.set_defaults(run=bench, takes_rest=True)
 
     kernels = commands.add_parser("kernels", help="what the Triton operators compile to").add_subparsers(

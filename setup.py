@@ -9,7 +9,7 @@ FOLDERS = [  # tests/test_house.py holds this list against the tree
     "kernels", *(f"kernels.{operator}" for operator in OPERATORS),
     "models", "models.objectives",
     "engine", "engine.data",
-    "recipes", "recipes.pretrain",
+    "recipes", "recipes.ablation", "recipes.pretrain",
     "bench", "bench.geometry", "bench.kernels",
 ]  # fmt: skip
 
@@ -21,6 +21,7 @@ setup(
         "conceptron": ["py.typed"],
         "conceptron.kernels": ["*.pyi"],
         "conceptron.recipes": ["*.yaml"],
+        "conceptron.recipes.ablation": ["*.yaml"],
         "conceptron.recipes.pretrain": ["*.yaml"],
     },
 )

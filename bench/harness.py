@@ -1,10 +1,8 @@
 """How everything in bench/ is timed, how its memory is measured, and how results are written.
 
 Timing: providers take turns in a shuffled order, one sample each a round, so that a machine that slows down slows all
-of them; medians and the 20th and 80th percentile. On a CPU a sample is the mean of enough calls to last a millisecond.
-On a GPU it is one replay of a CUDA graph of many calls that walk over several copies of the inputs, so that L2 is cold,
-timed by events behind a kernel that keeps the GPU busy until the host has queued the round, so that no launch gap is
-timed. The GPU path has not been run on a GPU yet.
+of them; medians and the 20th and 80th percentile. On a CPU a sample is the mean of enough calls to last a millisecond;
+``clock.py`` has the samples, those of a GPU too.
 """
 
 import csv
@@ -20,7 +18,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
@@ -28,11 +26,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-Call = Callable[[], object]
+from .clock import Call, Sampler, prepare_cpu, prepare_cuda, time_round_cuda
 
 
 class Timing(NamedTuple):
-    """Milliseconds a call. ``method``: "clock" (CPU), "graph" (CUDA graph) or "events" (CUDA, cannot be captured)."""
+    """Milliseconds a call. ``method``: "clock" (CPU), "graph" or "events" (CUDA), or "once" (one call, no warm-up)."""
 
     median_ms: float
     p20_ms: float
@@ -66,13 +64,14 @@ class Memory(NamedTuple):
 
 def compare(
     providers: Mapping[str, Call | Sequence[Call]], *, device: torch.device | str = "cpu", budget_s: float = 2.0,
-    min_rounds: int = 5, max_rounds: int = 200, seed: int = 0,
+    min_rounds: int = 5, max_rounds: int = 200, seed: int = 0, known_s: Mapping[str, float] | None = None,
 ) -> dict[str, Timing | Refusal]:  # fmt: skip
     """Times every provider beside the others; one that raises is a ``Refusal`` and does not stop the rest.
 
     A provider is a call without arguments, or several that do the same on different copies of their inputs. Warm-up
     (compilation included) is not timed. Rounds go on until ``budget_s`` seconds a provider are spent, between
-    ``min_rounds`` and ``max_rounds``.
+    ``min_rounds`` and ``max_rounds``. ``known_s``: seconds of a call that has just been made, for providers that need
+    no other to warm up if it was a long one (CPU).
     """
     on_cuda = torch.device(device).type == "cuda"
     ready: dict[str, Sampler] = {}
@@ -80,7 +79,7 @@ def compare(
     for name, calls in providers.items():
         copies = [calls] if callable(calls) else list(calls)
         try:
-            ready[name] = prepare_cuda(copies) if on_cuda else prepare_cpu(copies)
+            ready[name] = prepare_cuda(copies) if on_cuda else prepare_cpu(copies, (known_s or {}).get(name, 0.0))
         except Exception as error:  # whatever a peer raises is its result here
             refused[name] = refusal(error)
     samples: dict[str, list[float]] = {name: [] for name in ready}
@@ -116,100 +115,7 @@ def refusal(error: Exception) -> Refusal:
     return Refusal(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)
 
 
-class Sampler(NamedTuple):
-    run: Callable[[], float]  # CPU: one sample in ms a call; CUDA: queues one sample
-    num_calls: int
-    method: str
-
-
-def prepare_cpu(copies: Sequence[Call], sample_s: float = 1e-3, warm_up_s: float = 0.05) -> Sampler:
-    start, durations = time.perf_counter(), []
-    # the first call may build caches, so a quick one is warmed up twice; a long one has better uses for its time
-    while not durations or (durations[0] < 1 and len(durations) < 2) or (
-        time.perf_counter() - start < warm_up_s and len(durations) < 1000
-    ):
-        before = time.perf_counter()
-        copies[len(durations) % len(copies)]()
-        durations.append(time.perf_counter() - before)
-    num_calls = max(len(copies), math.ceil(sample_s / max(min(durations), 1e-7)))
-
-    def sample() -> float:
-        begin = time.perf_counter()
-        for i in range(num_calls):
-            copies[i % len(copies)]()
-        return (time.perf_counter() - begin) * 1e3 / num_calls
-
-    return Sampler(sample, num_calls, "clock")
-
-
-def prepare_cuda(copies: Sequence[Call], sample_s: float = 1e-3) -> Sampler:
-    for _ in range(3):
-        for call in copies:
-            call()
-    once = elapsed_ms(copies[0]) * 1e-3
-    num_calls = len(copies) * max(1, math.ceil(sample_s / max(once, 1e-6) / len(copies)))
-
-    def body() -> None:
-        for i in range(num_calls):
-            copies[i % len(copies)]()
-
-    try:
-        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            copies[0]()
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph):
-            body()
-        graph.replay()
-        torch.cuda.synchronize()
-    except RuntimeError:  # something in it synchronises with the host; told by the method in the result
-        torch.cuda.synchronize()
-        return Sampler(lambda: body() or 0.0, num_calls, "events")
-    return Sampler(lambda: graph.replay() or 0.0, num_calls, "graph")
-
-
-def time_round_cuda(order: Sequence[str], ready: Mapping[str, Sampler], samples: Mapping[str, list[float]]) -> None:
-    events = {name: (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for name in order}
-    torch.cuda._sleep(2_000_000)  # about 1 ms: the host queues ahead of the GPU
-    for name in order:
-        events[name][0].record()
-        ready[name].run()
-        events[name][1].record()
-    torch.cuda.synchronize()
-    for name in order:
-        samples[name].append(events[name][0].elapsed_time(events[name][1]) / ready[name].num_calls)
-
-
-def elapsed_ms(call: Call) -> float:
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    begin.record()
-    call()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end)
-
-
-def num_cold_copies(bytes_per_call: int, limit: int = 64) -> int:
-    """Copies of the inputs that push a call's own out of L2 before its turn: three times L2, at most ``limit``."""
-    l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
-    return min(limit, 1 + math.ceil(3 * l2_bytes / max(1, bytes_per_call)))
-
-
 # --- memory -----------------------------------------------------------------------------------------------------------
-
-
-def cuda_peak(call: Call) -> Memory:
-    """Peak of torch's CUDA allocator during one call, warm-up excluded."""
-    call()
-    torch.cuda.synchronize()
-    gc.collect()
-    torch.cuda.reset_peak_memory_stats()
-    baseline = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return Memory(baseline, torch.cuda.max_memory_allocated())
 
 
 def resident_peak(target: str, timeout_s: float = 600, **arguments: Any) -> tuple[Memory, Any]:
@@ -219,10 +125,13 @@ def resident_peak(target: str, timeout_s: float = 600, **arguments: Any) -> tupl
     baseline is taken in between; the peak starts anew there where the system allows it. The call's result must be JSON.
 
     Raises:
-        RuntimeError: the child failed; the message ends with its last line of standard error.
+        RuntimeError: the child failed, with its last line of standard error, or took longer than ``timeout_s``.
     """
     command = [sys.executable, "-m", __name__, target, json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{target}: not done after {timeout_s:.0f} s") from error
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         raise RuntimeError(f"{target}: {last[0]}")
@@ -271,7 +180,8 @@ def peak_resident_bytes() -> int:
 def environment(seed: int | None = None) -> dict[str, Any]:
     """What a number depends on besides the code measured: commit, hardware, driver, versions, threads, date, command.
 
-    What a run records about itself (``engine.telemetry.environment``) is part of it; None is unknown or not there.
+    What a run records about itself (``engine.telemetry.environment``) is part of it; None is unknown or not there. The
+    command leaves out where results go (``--out``), which changes no number.
     """
     from ..engine import telemetry
     from ..engine.launch import World
@@ -280,6 +190,8 @@ def environment(seed: int | None = None) -> dict[str, Any]:
     run = telemetry.environment(World(rank=0, local_rank=0, size=1, device=device))
     commit, dirty = checkout()
     program, *rest = run.pop("command")
+    if "--out" in rest:
+        del rest[rest.index("--out") : rest.index("--out") + 2]
     return {
         "commit": commit,
         "dirty": dirty,
@@ -304,12 +216,18 @@ def device_of(environment: Mapping[str, Any]) -> str:
 
 
 def checkout() -> tuple[str | None, bool | None]:
-    """(commit, has uncommitted changes) when the package runs from a git checkout of its own, else (None, None)."""
+    """(commit, has uncommitted changes) when the package runs from a git checkout of its own.
+
+    A copy without its .git is what CONCEPTRON_COMMIT says (``git describe --always --abbrev=40 --dirty`` of the
+    original); without that, (None, None).
+    """
     root = Path(__file__).parent.parent
-    if not (root / ".git").exists():
-        return None, None
-    commit = first_line(["git", "-C", str(root), "rev-parse", "HEAD"])
-    return commit, None if commit is None else first_line(["git", "-C", str(root), "status", "--porcelain"]) is not None
+    if (root / ".git").exists():
+        commit = first_line(["git", "-C", str(root), "rev-parse", "HEAD"])
+        if commit is not None:
+            return commit, first_line(["git", "-C", str(root), "status", "--porcelain"]) is not None
+    told = os.environ.get("CONCEPTRON_COMMIT")
+    return (told.removesuffix("-dirty"), told.endswith("-dirty")) if told else (None, None)
 
 
 def ptxas_versions() -> dict[str, str | None]:
@@ -375,6 +293,25 @@ def read_results(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """(rows, environment) of a file that ``write_results`` wrote."""
     content = json.loads(Path(path).read_text())
     return content["rows"], content["environment"]
+
+
+SAME = ("commit", "gpu", "cpu", "threads", "torch", "triton", "dtype")  # of two results in one table
+
+
+def rows_to_resume(path: Path, stamp: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows that an interrupted run left in ``path``; none when it left no file.
+
+    Raises:
+        ValueError: they were measured with other code or elsewhere, so they do not belong in the table of ``stamp``.
+    """
+    if not path.exists():
+        return []
+    rows, before = read_results(path)
+    for name in SAME:
+        if before.get(name) != stamp.get(name):
+            raise ValueError(f"{path} was measured with {name} {before.get(name)}, this is {stamp.get(name)}; "
+                             "choose another --out")  # fmt: skip
+    return rows
 
 
 def flatten(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,23 +68,22 @@ def losses(model: nn.Module, loader: Loader, train: Windows | None, max_tokens: 
 
 @torch.no_grad()
 def nll_of_other_concepts(model: nn.Module, loader: Loader, max_tokens: int) -> float | None:
-    """Nats per target when each text is decoded from the concepts of its neighbour in the batch.
+    """Nats per target when each text is decoded from the concepts of its neighbour in the batch, averaged over the
+    grid as the model's own NLL is.
 
-    What it lies above the model's own NLL is what the concepts say about their text. None when no batch has two texts.
+    What it lies above that is what the concepts say about their text. None when no batch has two texts.
     """
     device = next(model.parameters()).device
-    total, count = 0.0, 0
+    sums: dict[str, np.ndarray] = {}  # of each view: nats and targets
     for views in loader.evaluation(max_tokens):
-        for view in views.values():
+        for name, view in views.items():
             if view.encoder.num_sequences < 2:
                 continue
             view = view.to(device)
-            encoded = model.encoder(packed=view.encoder)
-            encoded.last_hidden_state = encoded.last_hidden_state.roll(1, dims=0)
-            hidden = model.decode_view(encoded, view)
-            total += float(model.lm_head(hidden, view.targets, reduction="none").double().sum())
-            count += view.num_targets
-    return total / count if count else None
+            nll = model(view=view, ablate="shuffle", return_nll=True).nll
+            sums[name] = sums.get(name, 0) + np.array([float(nll.double().sum()), len(nll)])
+    means = [nats / count for nats, count in sums.values() if count]
+    return float(np.mean(means)) if means else None
 
 
 def unigram_cross_entropy(train: Windows, windows: Windows, rows: Sequence[int], tokens: SpecialTokens) -> float:
@@ -115,7 +114,6 @@ class Concepts(NamedTuple):
     longest: int
 
 
-@torch.no_grad()
 def concepts(encoder: nn.Module, loader: Loader, max_texts: int = MAX_CONCEPT_TEXTS) -> Concepts:
     """The concepts of whole held-out windows, without anything hidden.
 
@@ -127,15 +125,21 @@ def concepts(encoder: nn.Module, loader: Loader, max_texts: int = MAX_CONCEPT_TE
     long_enough = rows[windows.lengths[rows] >= encoder.config.num_concepts]
     rows = (long_enough if len(long_enough) >= 32 else rows)[:max_texts]
     lengths = windows.lengths[rows]
-    batch_of = np.cumsum(lengths) // loader.micro_tokens
+    values = encode(encoder, [windows[int(row)] for row in rows], loader.micro_tokens)
+    return Concepts(values, int(lengths.min()), int(lengths.max()))
+
+
+@torch.no_grad()
+def encode(encoder: nn.Module, texts: Sequence[np.ndarray], batch_tokens: int) -> Tensor:
+    """The concepts [B, C, d] of whole texts, float32 on the CPU; about ``batch_tokens`` tokens are read at a time."""
     device = next(encoder.parameters()).device
     encoder.eval()
+    batch_of = np.cumsum([len(ids) for ids in texts]) // batch_tokens
     parts = []
     for number in np.unique(batch_of):
-        batch = pack([windows[int(row)] for row in rows[batch_of == number]])
+        batch = pack([texts[i] for i in np.flatnonzero(batch_of == number)])
         parts.append(encoder(packed=batch.to(device)).last_hidden_state.float().cpu())
-    return Concepts(torch.cat(parts), int(lengths.min()), int(lengths.max()))
-
+    return torch.cat(parts)
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------

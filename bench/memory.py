@@ -9,15 +9,19 @@ Each case is one fresh process that trains a masked-diffusion model for two step
     temporary                            the allocator's peak during the second step, less all of the above
     allocator peak                       their sum: parameters, gradients, moments and what lived beside them
     resident peak                        of the process (on a GPU: as NVML sees it), with libraries and slack
+    power, energy, clock, throttled      on a GPU, as NVML sees them while the step is repeated for a second
 
 and the same for a full-attention encoder of equal width and depth, whose language-model head sees the same targets.
+Parameters, gradients and moments are float32; on a GPU the step runs under autocast to bfloat16.
 
 The prediction is a straight line through the allocator's peaks of the two longest concept cases; it is checked by a run
-at the N that it names for ``--fit`` GiB.
+at the N that it names for ``--fit`` GiB. A case that fails says why. Results are written after each: ``--resume`` goes
+on.
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,18 +37,28 @@ from ..models.objectives import OBJECTIVES
 from ..models.objectives.view import SampleKey, SpecialTokens, View
 from ..models.packing import pack
 from .allocator import allocator_peak
-from .harness import device_of, environment, markdown_table, resident_peak, write_results
+from .charts import draw_memory
+from .harness import (
+    environment,
+    markdown_table,
+    refusal,
+    resident_peak,
+    rows_to_resume,
+    write_results,
+)
+from .nvml import watched
 from .peers import Shape, bert
-from .plot import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, canvas, length_axis
 
 GIB = 2**30
+GPU_FIGURES = ("memory_used_bytes", "power_w", "energy_j", "sm_clock_mhz", "sm_clock_min_mhz", "throttled",
+               "joules_per_million_tokens", "nvml")  # fmt: skip
 OURS, FULL = "concept", "full attention"
-PARTS = {  # part of the report -> beginning of the module's name, the first that fits
-    "embedding": ("encoder.embed_tokens", "encoder.token_norm", "decoder.embed_tokens", "body.embeddings"),
-    "queries": ("encoder.concepts",),
-    "encoder": ("encoder", "body"),
-    "decoder": ("decoder",),
-    "head": ("lm_head", "head"),
+PARTS = {  # part of the report -> modules, the first that fits
+    "embedding": r"encoder\.(embed_tokens|token_norm)|decoder\.embed_tokens|body\.embeddings",
+    "queries": r"encoder\.concepts",
+    "encoder": r"encoder|body",
+    "decoder": r"decoder",
+    "head": r"lm_head|head",
 }
 
 
@@ -94,22 +108,30 @@ def make_model(kind: str, shape: Shape, num_concepts: int) -> nn.Module:
 
 
 @contextmanager
-def saved_by_part(model: nn.Module) -> Iterator[dict[str, int]]:
-    """Bytes that the forward pass inside keeps for backward, by part; each storage counts once, parameters not at all.
+def saved_by_part(
+    model: nn.Module, parts: Mapping[str, str] = PARTS, ignored: Collection[torch.Size] = ()
+) -> Iterator[dict[str, int]]:
+    """Bytes that the forward pass inside keeps for backward, by part; each storage counts once, parameters not at all,
+    nor the 16-bit copies that autocast makes of them.
 
     Activations that a fused operator saves are seen like any other. A storage belongs to the part that saved it first.
+
+    Args:
+        parts: part -> a regular expression that the names of its modules begin with.
+        ignored: shapes of what is not to be counted.
     """
-    bytes_of, stack, seen = dict.fromkeys([*PARTS, "other"], 0), ["other"], set()
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    bytes_of, stack, seen = dict.fromkeys([*parts, "other"], 0), ["other"], set()
+    parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}  # one a storage
 
     def part_of(name: str) -> str | None:
-        return next((part for part, starts in PARTS.items() if name.startswith(starts)), None)
+        return next((part for part, pattern in parts.items() if re.match(pattern, name)), None)
 
     def save(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters and storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
-            bytes_of[stack[-1]] += storage.nbytes()
+        if storage._cdata not in parameters and storage._cdata not in seen:
+            seen.add(storage._cdata)
+            if tensor.shape not in ignored and not is_cast_parameter(tensor):
+                bytes_of[stack[-1]] += storage.nbytes()
         return tensor
 
     handles = []
@@ -126,6 +148,14 @@ def saved_by_part(model: nn.Module) -> Iterator[dict[str, int]]:
             handle.remove()
 
 
+def is_cast_parameter(tensor: Tensor) -> bool:
+    """Whether nothing but casts and transpositions lies between a parameter and this tensor."""
+    node = tensor.grad_fn
+    while node is not None and node.name() in ("ToCopyBackward0", "TBackward0", "TransposeBackward0"):
+        node = node.next_functions[0][0]
+    return node is not None and node.name() == "torch::autograd::AccumulateGrad"
+
+
 def training_case(
     kind: str, shape: Sequence[int], num_tokens: int, num_concepts: int, device: str
 ) -> Callable[[], dict]:
@@ -136,7 +166,8 @@ def training_case(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
     def loss() -> Tensor:
-        return model(view) if kind == FULL else model(view=view).loss
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            return model(view) if kind == FULL else model(view=view).loss
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -156,41 +187,35 @@ def training_case(
         )
         persistent = 0 if device == "cuda" else parameters + moments  # a CPU's count starts at zero
         total = peak.peak_bytes + persistent
+        gpu = watched(step, torch.device(device), num_tokens, seconds=1.0)
         return {
             "parameters": parameters, "gradients": parameters, "optimizer": moments,
             **{f"activations: {part}": size for part, size in activations.items()},
-            "allocator_peak": total, "nvml": nvml_used() if device == "cuda" else None,
+            "allocator_peak": total, **gpu,
         }  # fmt: skip
 
     return case
 
 
-def nvml_used() -> int | None:
-    """Bytes that NVML says this process's GPU has in use; None when nvidia-ml-py is not installed."""
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
-    return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
-
-
 def run_case(kind: str, shape: Shape, num_tokens: int, num_concepts: int, device: str) -> dict[str, Any]:
-    """One row of the table, from a fresh process."""
-    memory, result = resident_peak(
-        f"{__name__}:training_case", kind=kind, shape=list(shape.__dict__.values()), num_tokens=num_tokens,
-        num_concepts=num_concepts, device=device,
-    )  # fmt: skip
+    """One row of the table, from a fresh process; one that fails says how."""
+    case = {"encoder": kind, "N": num_tokens, "C": num_concepts if kind == OURS else None}
+    try:
+        memory, result = resident_peak(
+            f"{__name__}:training_case", kind=kind, shape=list(shape.__dict__.values()), num_tokens=num_tokens,
+            num_concepts=num_concepts, device=device,
+        )  # fmt: skip
+    except RuntimeError as error:  # out of memory, say
+        return {**case, "failed": refusal(error).reason}
     kept = sum(size for name, size in result.items() if name.startswith("activations"))
     accounted = result["parameters"] + result["gradients"] + result["optimizer"] + kept
     peak = result.pop("allocator_peak")
-    nvml = result.pop("nvml")
+    gpu = {name: result.pop(name) for name in GPU_FIGURES if name in result}
+    resident = gpu.pop("memory_used_bytes", memory.peak_bytes if device == "cpu" else None)
     return {
-        "encoder": kind, "N": num_tokens, "C": num_concepts if kind == OURS else None, **result,
-        "temporary": max(0, peak - accounted), "allocator_peak": peak,
-        "resident_peak": nvml if nvml is not None else memory.peak_bytes,
-    }  # fmt: skip
+        **case, **result, "temporary": max(0, peak - accounted), "allocator_peak": peak, "resident_peak": resident,
+        **gpu,
+    }
 
 
 def longest_that_fits(rows: Sequence[dict], limit_bytes: int) -> int:
@@ -208,35 +233,6 @@ def longest_that_fits(rows: Sequence[dict], limit_bytes: int) -> int:
     return int(second["N"] + (limit_bytes - second["allocator_peak"]) / slope)
 
 
-def plot(path: Path, rows: Sequence[dict], note: str) -> None:
-    """Left: peaks against N, log-log. Right: what the peak of the longest concept case is made of."""
-    with canvas(path, "Memory of a training step", note, size=(10.4, 4.6), columns=2) as (against, parts):
-        lines = {(row["encoder"], row["C"]) for row in rows}
-        for (name, num_concepts), colour in zip(sorted(lines, key=str), (BLUE, GREEN, PURPLE, ORANGE), strict=False):
-            kept = [row for row in rows if (row["encoder"], row["C"]) == (name, num_concepts)]
-            label = f"{name}, C = {num_concepts}" if num_concepts else name
-            colour = ORANGE if name == FULL else colour
-            for key, style in (("allocator_peak", "o-"), ("resident_peak", "o:")):
-                against.plot(
-                    [row["N"] for row in kept], [row[key] / 2**20 for row in kept], style, color=colour, markersize=4,
-                    label=label if key == "allocator_peak" else None,
-                )  # fmt: skip
-        against.set(yscale="log", ylabel="MiB")
-        against.set_title("peak: allocator (solid), process (dotted)", fontsize=10.5)
-        length_axis(against, [row["N"] for row in rows])
-        against.legend(fontsize=9)
-        last = max((row for row in rows if row["encoder"] == OURS), key=lambda row: (row["N"], row["C"]))
-        names = ["parameters", "gradients", "optimizer", *(n for n in last if n.startswith("activations")), "temporary"]
-        sizes = [last[name] / 2**20 for name in names]
-        colours = [GREY, GREY, GREY, *([BLUE] * (len(names) - 4)), INK]
-        parts.barh(names[::-1], sizes[::-1], color=colours[::-1], height=0.65)
-        for i, size in enumerate(sizes[::-1]):
-            parts.text(size, i, f" {size:.1f}", va="center", fontsize=9)
-        parts.set(xlabel="MiB")
-        parts.set_title(f"concept encoder, N = {last['N']}, C = {last['C']}", fontsize=10.5)
-        parts.grid(axis="y", visible=False)
-
-
 def snapshot(path: Path, shape: Shape, num_tokens: int, num_concepts: int) -> None:
     """A CUDA memory snapshot of one case, for pytorch.org/memory_viz."""
     torch.cuda.memory._record_memory_history()
@@ -250,13 +246,14 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="conceptron bench memory", description="Where a training step's memory goes.")
     parser.add_argument("--min-tokens", type=int, default=512)
     parser.add_argument("--max-tokens", type=int, default=8192)
-    parser.add_argument("--concepts", type=int, nargs="+", default=[128])
+    parser.add_argument("--concepts", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--width", type=int, default=128, help="d, of both encoders")
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--heads", type=int, default=2)
     parser.add_argument("--fit", type=float, default=1.0, metavar="GIB", help="predict the longest N for this memory")
     parser.add_argument("--snapshot", type=Path, help="also write a CUDA memory snapshot of the longest case")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--resume", action="store_true", help="keep the cases that --out holds already")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/memory"))
     options = parser.parse_args(argv)
     if options.snapshot is not None and options.device != "cuda":
@@ -265,20 +262,23 @@ def main(argv: Sequence[str]) -> int:
     while lengths[-1] * 2 <= options.max_tokens:
         lengths.append(lengths[-1] * 2)
     shape = Shape(options.width, options.layers, options.heads, 2 * options.width, 8192, lengths[-1])
-    cases = [(OURS, n, c) for c in options.concepts for n in lengths] + [(FULL, n, 0) for n in lengths]
-    rows = []
-    for kind, num_tokens, num_concepts in cases:
-        rows.append(run_case(kind, shape, num_tokens, num_concepts, options.device))
-        print(f"{kind} N={num_tokens} C={num_concepts or '-'}: peak {rows[-1]['allocator_peak'] / 2**20:.1f} MiB")
-    checks = [check_prediction(rows, shape, c, options.fit, options.device) for c in options.concepts]
-    stamp = environment()
-    options.out.mkdir(parents=True, exist_ok=True)
+    dtype = "float32" if options.device == "cpu" else "float32, autocast to bfloat16"
+    stamp = {**environment(seed=0), "dtype": dtype, "width": options.width, "layers": options.layers}
+    try:
+        rows = rows_to_resume(options.out / "memory.json", stamp) if options.resume else []
+    except ValueError as error:
+        parser.error(f"--resume: {error}")
     title = f"Memory of a training step: d={options.width}, {options.layers} layers, one text of N tokens, bytes"
-    write_results(options.out, "memory", rows, stamp, title=title)
+    cases = [(OURS, n, c) for c in options.concepts for n in lengths] + [(FULL, n, 0) for n in lengths]
+    known = {(row["encoder"], row["N"], row["C"] or 0) for row in rows}
+    for case in (case for case in cases if case not in known):
+        rows.append(run_case(case[0], shape, *case[1:], options.device))
+        write_results(options.out, "memory", rows, stamp, title=title)
+        told = rows[-1].get("failed") or f"peak {rows[-1]['allocator_peak'] / 2**20:.1f} MiB"
+        print(f"{case[0]} N={case[1]} C={case[2] or '-'}: {told}", flush=True)
+    checks = [check_prediction(rows, shape, c, options.fit, options.device) for c in options.concepts]
     write_results(options.out, "prediction", checks, stamp, title="Longest N that fits: predicted and checked")
-    note = f"d = {options.width}, {options.layers} layers, float32, {device_of(stamp)}"
-    for suffix in ("png", "svg"):
-        plot(options.out / f"memory.{suffix}", rows, note)
+    draw_memory(options.out)
     if options.snapshot is not None:
         snapshot(options.snapshot, shape, lengths[-1], options.concepts[0])
     print(markdown_table(checks, list(checks[0])))
@@ -288,10 +288,16 @@ def main(argv: Sequence[str]) -> int:
 
 def check_prediction(rows: Sequence[dict], shape: Shape, num_concepts: int, limit_gib: float, device: str) -> dict:
     """Predicts the longest N for ``limit_gib``, runs it, and says how far the peak came from the limit."""
-    known = [row for row in rows if row["encoder"] == OURS and row["C"] == num_concepts]
-    longest = longest_that_fits(known, int(limit_gib * GIB))
-    measured = run_case(OURS, shape, longest, num_concepts, device)["allocator_peak"]
+    known = [row for row in rows if (row["encoder"], row["C"]) == (OURS, num_concepts) and "failed" not in row]
+    try:
+        longest = longest_that_fits(known, int(limit_gib * GIB))
+    except ValueError as error:
+        return {"C": num_concepts, "limit_GiB": limit_gib, "predicted N": None, "measured_GiB": f"not run: {error}"}
+    row = run_case(OURS, shape, longest, num_concepts, device)
+    measured = row["allocator_peak"] / GIB if "failed" not in row else None
     return {
-        "C": num_concepts, "limit_GiB": limit_gib, "predicted N": longest, "measured_GiB": round(measured / GIB, 4),
-        "error_percent": round(100 * (measured / (limit_gib * GIB) - 1), 2), "predicted from N": known[-1]["N"],
+        "C": num_concepts, "limit_GiB": limit_gib, "predicted N": longest,
+        "measured_GiB": row["failed"] if measured is None else round(measured, 4),
+        "error_percent": None if measured is None else round(100 * (measured / limit_gib - 1), 2),
+        "predicted from N": max(row["N"] for row in known),
     }  # fmt: skip

@@ -5,12 +5,12 @@
 
 A document holds its tables between two markers,
 
-    <!-- numbers: bench/results/cpu/exponents.json encoder phase of exponent -->
+    <!-- numbers: bench/results/cpu/scaling/exponents.json encoder phase of exponent -->
     ...
     <!-- end -->
 
 where the first names a result file (from the checkout's root) and, if wanted, the columns. What stands between them is
-written from the file; ``tests/bench/test_numbers.py`` fails when the two differ.
+written from the file, or "Not measured." when there is none; ``tests/bench/test_numbers.py`` fails when the two differ.
 """
 
 import argparse
@@ -20,9 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .harness import device_of, markdown_table, read_results, write_results, write_text
-from .plot import BLUE, GREY, INK, canvas
-from .suite import BEST_COLUMNS, best_peers
+from .charts import draw_kernels, draw_memory, draw_scaling
+from .exponents import write_tables
+from .harness import markdown_table, read_results, write_results, write_text
+from .kernels.best import COLUMNS, best_peers
 
 CHECKOUT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- numbers: (?P<path>\S+)(?P<columns>[^>]*?) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
@@ -39,11 +40,12 @@ def fill(text: str, root: Path) -> str:
     """``text`` with every marked table written anew from its result file.
 
     Raises:
-        FileNotFoundError: a marker names a file that is not there.
         ValueError: a marker names a column that the file does not have.
     """
 
     def table(match: re.Match) -> str:
+        if not (root / match["path"]).exists():
+            return f"{match[1]}\nNot measured.\n\n{match[5]}"
         rows, environment = read_results(root / match["path"])
         columns = match["columns"].split()
         known = {column.replace(" ", "_"): column for row in rows for column in row}
@@ -55,34 +57,44 @@ def fill(text: str, root: Path) -> str:
     return BLOCK.sub(table, text)
 
 
+KEY = ("operator", "case", "mode", "provider", "encoder", "phase", "N", "recipe")
+FEW_SAMPLES = 3  # fewer say nothing about their noise
+
+
 def key_of(row: dict) -> tuple:
-    return tuple(row.get(name) for name in ("operator", "case", "mode", "provider", "encoder", "phase", "N"))
+    return tuple(row.get(name) for name in KEY)
 
 
-def times_of(row: dict) -> tuple[float, float] | None:
-    """(median ms, noise as a share of it), if the row holds a time."""
-    for column in ("ms", "time_ms", "step_ms"):
-        if isinstance(row.get(column), (int, float)):
-            low, high = row.get(f"{column}_p20"), row.get(f"{column}_p80")
-            return row[column], 0.0 if low is None or high is None else (high - low) / row[column]
-    return None
+def times_of(rows: Sequence[dict]) -> dict[tuple, tuple[float, float]]:
+    """key -> (median ms, noise as a share of it) of the rows that hold a time.
+
+    The noise is (p80 - p20) / median. A row of too few samples gets the largest noise of the others, as does one that
+    has none at all (the phases of a training step); where no row has enough, it is 0.
+    """
+    found: dict[tuple, tuple[float, float | None]] = {}
+    for row in rows:
+        column = next((c for c in ("ms", "time_ms", "step_ms") if isinstance(row.get(c), int | float)), None)
+        if column is not None:
+            enough = f"{column}_p80" in row and row.get(f"{column}_samples", 0) >= FEW_SAMPLES
+            spread = row[f"{column}_p80"] - row[f"{column}_p20"] if enough else None
+            found[key_of(row)] = (row[column], None if spread is None else spread / row[column])
+    largest = max((noise for _, noise in found.values() if noise is not None), default=0.0)
+    return {key: (ms, largest if noise is None else noise) for key, (ms, noise) in found.items()}
 
 
 def slower(old: Sequence[dict], new: Sequence[dict], least: float = 0.05) -> list[dict]:
-    """Rows of ``new`` whose time grew by more than the noise of both measurements together, and than ``least``."""
-    before = {key_of(row): times for row in old if (times := times_of(row)) is not None}
+    """Rows of ``new`` whose time grew by more than the noise of both measurements together, and than ``least``; the
+    worst first."""
+    before, after = times_of(old), times_of(new)
     found = []
-    for row in new:
-        times = times_of(row)
-        if times is None or key_of(row) not in before:
-            continue
-        (was, noise), (now, noise_now) = before[key_of(row)], times
+    for key in (key for key in after if key in before):
+        (was, noise), (now, noise_now) = before[key], after[key]
         change = now / was - 1
         if change > max(least, noise + noise_now):
-            name = " ".join(str(part) for part in key_of(row) if part is not None)
-            found.append({"what": name, "was ms": was, "is ms": now, "slower by": f"{100 * change:.0f} %",
-                          "noise": f"{100 * (noise + noise_now):.0f} %"})  # fmt: skip
-    return found
+            name = " ".join(str(part) for part in key if part is not None)
+            found.append((change, {"what": name, "was ms": was, "is ms": now, "slower by": f"{100 * change:.0f} %",
+                                   "noise": f"{100 * (noise + noise_now):.0f} %"}))  # fmt: skip
+    return [row for _, row in sorted(found, key=lambda pair: -pair[0])]
 
 
 def compare_folders(old: Path, new: Path) -> tuple[list[dict], int]:
@@ -96,8 +108,7 @@ def compare_folders(old: Path, new: Path) -> tuple[list[dict], int]:
     found, num_compared = [], 0
     for name in shared:
         pair = [read_rows(folder / name) for folder in (old, new)]
-        known = {key_of(row) for row in pair[0] if times_of(row)}
-        num_compared += sum(key_of(row) in known for row in pair[1] if times_of(row))
+        num_compared += len(times_of(pair[0]).keys() & times_of(pair[1]).keys())
         found += slower(*pair)
     if not num_compared:
         raise FileNotFoundError(f"{old} and {new}: no result of the one is also in the other")
@@ -110,67 +121,43 @@ def read_rows(path: Path) -> list[dict]:
     return content["rows"] if isinstance(content, dict) and "rows" in content else []
 
 
-def plot_roofline(path: Path, rows: Sequence[dict], environment: dict[str, Any]) -> None:
-    """Measured rate of our operators against their intensity, under the two ceilings of the same run."""
-    copy, matmul = environment["copy_gb_s"], environment["matmul_tflops"]
-    ours = [row for row in rows if row["provider"].startswith("conceptron") and row.get("tflops")]
-    note = f"{device_of(environment)}; copy {copy:.0f} GB/s, matmul {matmul:.3g} TF/s, both measured in this run"
-    with canvas(path, "Operators under the roofline", note) as (axes,):
-        intensity = [row["tflops"] * 1e3 / row["gb_s"] for row in ours]
-        low, high = min([*intensity, 1.0]) / 2, max([*intensity, 100.0]) * 2
-        ridge = matmul * 1e3 / copy
-        axes.plot([low, ridge, high], [low * copy / 1e3, matmul, matmul], color=INK, linewidth=1.2)
-        for mode, marker, colour in (("forward", "o", BLUE), ("backward", "s", GREY), ("both", "^", INK)):
-            kept = [(x, row["tflops"]) for x, row in zip(intensity, ours, strict=True) if row["mode"] == mode]
-            if kept:
-                axes.plot(*zip(*kept, strict=True), marker, color=colour, label=mode, markersize=5)
-        axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="TFLOP/s")
-        axes.legend(loc="lower right")
+MEASURED = {  # result file -> its figures
+    "kernels.json": ("speedup", "roofline"), "scaling.json": ("time", "memory", "speedup"), "memory.json": ("memory",),
+}  # fmt: skip
 
 
-def plot_speedups(path: Path, rows: Sequence[dict], environment: dict[str, Any]) -> None:
-    """Our time against the fastest accurate peer's, one bar a case; left of 1 is a loss."""
-    table = [row for row in best_peers(rows) if row["ours is faster by"]]
-    note = f"forward and backward, {device_of(environment)}; right of 1 ours is faster"
-    with canvas(path, "Against the fastest accurate peer", note, size=(8.6, 1.4 + 0.36 * len(table))) as (axes,):
-        names = [f"{row['operator']}  {row['case']}" for row in table][::-1]
-        values = [row["ours is faster by"] for row in table][::-1]
-        axes.barh(names, values, color=[BLUE if value >= 1 else GREY for value in values], height=0.6)
-        for i, (value, row) in enumerate(zip(values, table[::-1], strict=True)):
-            axes.text(max(value, 1.0), i, f" {value:.2f}x  {row['best peer']}", va="center", fontsize=8.5)
-        axes.axvline(1, color=INK, linewidth=1)
-        axes.set(xlabel="peer's time / ours", xlim=(0, max([*values, 1.0]) * 1.5))
-        axes.grid(axis="y", visible=False)
-        axes.tick_params(axis="y", labelsize=8.5)
+def derive(path: Path) -> None:
+    """Writes anew what follows from a measured file: derived tables and figures."""
+    rows, environment = read_results(path)
+    if path.name == "kernels.json":
+        write_results(path.parent, "kernels", rows, environment, title="Operators beside their peers", columns=COLUMNS)
+        best = best_peers(rows)
+        write_results(path.parent, "best", best, environment, title="Against the fastest accurate peer")
+        draw_kernels(path.parent, best)
+    elif path.name == "scaling.json":
+        write_tables(path.parent, rows, environment)
+        draw_scaling(path.parent)
+    else:
+        draw_memory(path.parent)
 
 
 def report(folder: Path) -> Path:
-    """Writes ``folder``/report.md and, for operators, their plots.
+    """Writes ``folder``/report.md, and anew what follows from the measured rows: derived tables, figures.
 
     Raises:
         FileNotFoundError: the folder holds no result file.
     """
-    files = [path for path in sorted(folder.rglob("*.json")) if path.name != "best.json" and read_rows(path)]
+    for path in (path for path in sorted(folder.rglob("*.json")) if path.name in MEASURED):
+        derive(path)
+    files = [path for path in folder.rglob("*.json") if read_rows(path)]
     if not files:
         raise FileNotFoundError(f"{folder}: no result files; run conceptron bench kernels, scaling or memory first")
     parts = ["# Results\n"]
-    for path in files:
-        rows, environment = read_results(path)
-        if path.name == "kernels.json":
-            for suffix in ("png", "svg"):
-                plot_roofline(path.with_name(f"roofline.{suffix}"), rows, environment)
-                plot_speedups(path.with_name(f"speedup.{suffix}"), rows, environment)
-            best = best_peers(rows)
-            write_results(path.parent, "best", best, environment, title="Against the fastest accurate peer")
-            parts.append(f"## Against the fastest accurate peer\n{render(best, environment, BEST_COLUMNS)}")
-        table = (path.with_suffix(".md").read_text() if path.with_suffix(".md").exists()
-                 else render(rows, environment, ()))  # fmt: skip
+    for path in sorted(files, key=lambda path: (path.parent, path.name in MEASURED, path)):  # short tables first
+        table = path.with_suffix(".md").read_text()
         parts.append(f"## {path.relative_to(folder).with_suffix('')}\n\n{table.removeprefix('# ')}")
-        parts += [
-            f"![{image.stem}]({image.relative_to(folder)})\n" for image in sorted(path.parent.glob("*.png"))
-            if image.stem.startswith({"kernels": ("roofline", "speedup"), "scaling": ("time", "peak"),
-                                      "memory": ("memory",)}.get(path.stem, ("-",)))
-        ]  # fmt: skip
+        images = (path.with_name(f"{name}.png") for name in MEASURED.get(path.name, ()))
+        parts += [f"![{image.stem}]({image.relative_to(folder)})\n" for image in images if image.exists()]
     write_text(folder / "report.md", "\n".join(parts))
     return folder / "report.md"
 

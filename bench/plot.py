@@ -85,6 +85,28 @@ def thousands(axes: Axes, axis: str = "x") -> None:
     which.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
 
 
+UNITS = {"ms": ((1e3, "s"), (1.0, "ms"), (1e-3, "µs")), "bytes": ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"))}
+
+
+def in_units(value: float, unit: str) -> str:
+    """1500 "ms" -> 1.5 s; 2^20 "bytes" -> 1 MiB."""
+    size, name = next(((size, name) for size, name in UNITS[unit] if value >= 0.999 * size), UNITS[unit][-1])
+    return f"{value / size:,.3g} {name}"
+
+
+def unit_axis(axes: Axes, unit: str) -> None:
+    """A logarithmic y axis of "ms" or "bytes" whose marks read as people say them: 10 ms, 1 s, 100 MiB, 1 GiB."""
+    axes.set_yscale("log", base=10 if unit == "ms" else 2)
+    low, high = axes.get_ylim()
+    marks = [10.0**k for k in range(-4, 9)] if unit == "ms" else [4.0**k for k in range(5, 24)]
+    inside = [mark for mark in marks if low <= mark <= high]
+    if unit == "ms" and len(inside) < 3:
+        marks = [step * mark for mark in marks for step in (1, 2, 5)]
+        inside = [mark for mark in marks if low <= mark <= high]
+    axes.set_yticks(inside, [in_units(mark, unit) for mark in inside])
+    axes.minorticks_off()
+
+
 def length_axis(axes: Axes, lengths: Iterable[int]) -> None:
     """A logarithmic axis of text lengths, each marked as people say it: 512, 1K, 16K."""
     marks = sorted(set(lengths))

@@ -1,6 +1,6 @@
 """Time and memory against N: the concept encoder beside full attention and beside a plain Perceiver.
 
-    conceptron bench scaling [--max-tokens 16384] [--out runs/bench/scaling]
+    conceptron bench scaling [--max-tokens 16384] [--variants layer_kind=bixt ...] [--out runs/bench/scaling]
 
 A case is a batch of two texts of N and 3N/4 tokens, through the encoder alone ("forward") or through forward and
 backward of the mean square of its output ("train"). All share width, depth, heads, feed-forward width and vocabulary.
@@ -11,78 +11,76 @@ backward of the mean square of its output ("train"). All share width, depth, hea
     full, no padding    the same encoder, one text after the other without a mask, its best case: SDPA's flash path
     local + full        ModernBERT-like, SDPA, the padded batch
     plain Perceiver     torch.nn.MultiheadAttention with a key padding mask, C = 128
+    VARIANT             "concept" with the fields of ConceptConfig that it names: layer_kind=slot, num_token_layers=2
 
-The exponent b of a quantity ~ N^b is the slope of log(quantity) against log(N) by least squares, with the 95 %
-confidence interval of the slope; "at large N" means over the three longest N that ran.
+On a GPU everything runs under autocast to bfloat16, and NVML's energy of a training step is reported. A call of three
+seconds or more is made once, timed while its memory is recorded. What would take too long or too much memory, as its
+growth so far says, is not run, and its row says so. Rows are written after each length: ``--resume`` goes on.
 """
 
 import argparse
-import math
+import inspect
+import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from scipy import stats
+import yaml
 from torch import Tensor, nn
 
 from ..models.config import ConceptConfig
 from ..models.encoder import ConceptEncoder
 from ..models.packing import pack_padded
-from .allocator import allocator_peak
+from .allocator import observe
+from .charts import draw_scaling
+from .clock import own_stream
+from .exponents import (
+    FULL,
+    GROWING,
+    LOCAL,
+    OURS,
+    PEERS,
+    PERCEIVER,
+    PHASES,
+    UNPADDED,
+    Rows,
+    fits,
+    points,
+    verdicts,
+    write_tables,
+)
 from .harness import (
     Refusal,
     Timing,
     cell,
     compare,
-    device_of,
     environment,
+    flatten,
     markdown_table,
+    refusal,
+    rows_to_resume,
     write_results,
-    write_text,
 )  # fmt: skip
+from .nvml import watched
 from .peers import Perceiver, Shape, bert, modernbert
-from .plot import BLUE, GREEN, GREY, ORANGE, canvas, length_axis
 
-OURS, GROWING = "concept", "concept, C grows"
-FULL, UNPADDED, LOCAL, PERCEIVER = "full attention", "full, no padding", "local + full", "plain Perceiver"
-NAMES = (OURS, GROWING, FULL, UNPADDED, LOCAL, PERCEIVER)
-COLOURS = dict(zip(NAMES, (BLUE, BLUE, ORANGE, ORANGE, GREEN, GREY), strict=True))
-STYLES = dict(zip(NAMES, ("o-", "o--", "s-", "s--", "^-", "v-"), strict=True))
-PHASES = ("forward", "train")
-LARGE = 3  # the longest lengths that make up "at large N"
-
-
-class Fit(NamedTuple):
-    """quantity ~ N^exponent; ``low`` and ``high`` bound the 95 % confidence interval (NaN from two points)."""
-
-    exponent: float
-    low: float
-    high: float
-    num_points: int
-
-
-def fit_exponent(lengths: Sequence[float], values: Sequence[float]) -> Fit:
-    """Slope of log(values) on log(lengths), least squares.
-
-    Raises:
-        ValueError: fewer than two points, or a value that is not positive.
-    """
-    if len(lengths) < 2:
-        raise ValueError(f"lengths: expected at least two points to fit an exponent, got {len(lengths)}")
-    if min(values) <= 0:
-        raise ValueError(f"values: expected positive ones, got {min(values)}")
-    line = stats.linregress(np.log(lengths), np.log(values))
-    if len(lengths) == 2:
-        return Fit(float(line.slope), math.nan, math.nan, 2)
-    half = float(stats.t.ppf(0.975, len(lengths) - 2) * line.stderr)
-    return Fit(float(line.slope), float(line.slope) - half, float(line.slope) + half, len(lengths))
+NAMES = (OURS, GROWING, *PEERS)
+NUM_CONCEPTS = 128
+ONCE_S = 3.0  # a call this long is made once
+GIB = 2**30
 
 
 def grown_concepts(num_tokens: int) -> int:
     """C for "C grows": 128 (N / 512)^(2/3), to the nearest multiple of 32."""
-    return max(32, 32 * round(128 * (num_tokens / 512) ** (2 / 3) / 32))
+    return max(32, 32 * round(NUM_CONCEPTS * (num_tokens / 512) ** (2 / 3) / 32))
+
+
+def concepts_of(name: str, num_tokens: int) -> int | None:
+    if name in (FULL, UNPADDED, LOCAL):
+        return None
+    return grown_concepts(num_tokens) if name == GROWING else NUM_CONCEPTS
 
 
 class Batch(NamedTuple):
@@ -103,19 +101,39 @@ Encode = Callable[[], Tensor]
 Build = Callable[[Batch], tuple[nn.Module, Encode]]
 
 
-def encoders(shape: Shape, device: torch.device) -> dict[str, Callable[[int], Build]]:
-    """name -> (N -> (batch -> (module, call))): the modules that do not depend on N are built once."""
-    torch.manual_seed(0)
+def parse_variant(text: str) -> dict[str, Any]:
+    """"num_token_layers=2,funnel=[0,1]" -> fields of ConceptConfig.
 
-    def concept(num_concepts: int) -> nn.Module:
-        return ConceptEncoder(ConceptConfig(
-            vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, num_concepts=num_concepts,
-            num_hidden_layers=shape.num_layers, num_attention_heads=shape.num_heads,
-            intermediate_size=shape.intermediate_size,
-        )).to(device)  # fmt: skip
+    Raises:
+        ValueError: not of this form, or no field of ConceptConfig.
+    """
+    known, fields = inspect.signature(ConceptConfig).parameters, {}
+    for part in re.split(r",(?![^\[]*\])", text):  # not the commas of a list
+        name, sign, value = part.partition("=")
+        if not sign or name not in known:
+            raise ValueError(f"{part!r}: expected field=value with a field of ConceptConfig")
+        fields[name] = yaml.safe_load(value)
+    return fields
 
-    fixed, full = concept(128), bert(shape).to(device)
-    local, perceiver = modernbert(shape).to(device), Perceiver(shape, 128).to(device)
+
+def encoders(shape: Shape, device: torch.device, variants: Sequence[str] = ()) -> dict[str, Callable[[int], Build]]:
+    """name -> (N -> (batch -> (module, call))): the modules that do not depend on N are built once, when asked for."""
+
+    def concept(num_concepts: int, **fields: Any) -> nn.Module:
+        return ConceptEncoder(ConceptConfig(**{
+            "vocab_size": shape.vocab_size, "hidden_size": shape.hidden_size, "num_concepts": num_concepts,
+            "num_hidden_layers": shape.num_layers, "num_attention_heads": shape.num_heads,
+            "intermediate_size": shape.intermediate_size, **fields,
+        })).to(device)  # fmt: skip
+
+    @cache
+    def fixed(name: str) -> nn.Module:
+        torch.manual_seed(0)
+        if name == PERCEIVER:
+            return Perceiver(shape, NUM_CONCEPTS).to(device)
+        if name in (FULL, LOCAL):
+            return (bert if name == FULL else modernbert)(shape).to(device)
+        return concept(NUM_CONCEPTS, **({} if name == OURS else parse_variant(name)))
 
     def ours(module: nn.Module, batch: Batch) -> Encode:
         packed = pack_padded(batch.input_ids, batch.attention_mask)
@@ -132,150 +150,117 @@ def encoders(shape: Shape, device: torch.device) -> dict[str, Callable[[int], Bu
         texts = [ids[mask != 0][None] for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
         return lambda: torch.cat([module(text).last_hidden_state[0] for text in texts])
 
-    def with_module(module: nn.Module, build) -> Callable:
+    def with_module(module: nn.Module, build: Callable[[nn.Module, Batch], Encode]) -> Build:
         return lambda batch: (module, build(module, batch))
 
     return {
-        OURS: lambda n: with_module(fixed, ours),
+        **{name: lambda n, name=name: with_module(fixed(name), ours) for name in (OURS, *variants)},
         GROWING: lambda n: with_module(concept(grown_concepts(n)), ours),
-        FULL: lambda n: with_module(full, padded),
-        UNPADDED: lambda n: with_module(full, one_by_one),
-        LOCAL: lambda n: with_module(local, padded),
-        PERCEIVER: lambda n: with_module(perceiver, padded),
+        FULL: lambda n: with_module(fixed(FULL), padded),
+        UNPADDED: lambda n: with_module(fixed(FULL), one_by_one),
+        LOCAL: lambda n: with_module(fixed(LOCAL), padded),
+        PERCEIVER: lambda n: with_module(fixed(PERCEIVER), padded),
     }
 
 
-def phase_call(phase: str, module: nn.Module, encode: Encode) -> Callable[[], object]:
-    if phase == "forward":
-        return torch.no_grad()(encode)
+def phase_call(phase: str, module: nn.Module, encode: Encode, device: torch.device) -> Callable[[], object]:
+    half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+    def forward() -> Tensor:
+        with half:
+            return encode()
 
     def step() -> None:
         module.zero_grad(set_to_none=True)
-        encode().float().square().mean().backward()
+        forward().float().square().mean().backward()
 
-    return step
+    return torch.no_grad()(forward) if phase == "forward" else step
+
+
+def expected(rows: Rows, name: str, phase: str, quantity: str) -> float:
+    """What twice the longest N so far will need: it grows as it grew last, at least in proportion; 0 if nothing ran."""
+    _, values = points(rows, name, phase, quantity)
+    if len(values) < 2:
+        return 4 * values[-1] if values else 0.0
+    return values[-1] * max(2.0, values[-1] / values[-2])
+
+
+def too_much(rows: Rows, name: str, phase: str, limit_s: float, device: torch.device) -> str | None:
+    """Why a case is not run, from the rows of shorter texts."""
+    mine = [row for row in rows if (row["encoder"], row["phase"]) == (name, phase)]
+    if mine and isinstance(mine[-1]["time_ms"], str):
+        reason = mine[-1]["time_ms"]
+        return reason if reason.startswith("not run") else f"not run: N = {mine[-1]['N']} ended with {reason}"
+    seconds, memory = (expected(rows, name, phase, quantity) for quantity in ("time_ms", "peak_bytes"))
+    if seconds / 1e3 > limit_s:
+        return f"not run: expected about {seconds / 1e3:.0f} s a call, limit {limit_s:.0f} s"
+    free = free_bytes(device)
+    if memory > 0.9 * free:
+        return f"not run: expected about {memory / GIB:.1f} GiB, {free / GIB:.1f} GiB free"
+    return None
+
+
+def free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
 
 
 def measure(
     shape: Shape, lengths: Sequence[int], device: torch.device, names: Sequence[str], *, budget_s: float,
-    limit_s: float, report: Callable[[str], None] = print,
+    limit_s: float, watch_s: float = 0.5, earlier: Rows = (), save: Callable[[list[dict]], object] = len,
+    report: Callable[[str], None] = print,
 ) -> list[dict]:  # fmt: skip
-    """One row for each encoder, phase and N.
+    """One flat row for each encoder, phase and N; those that ``earlier`` holds are kept as they are.
 
-    A provider whose last step took so long that four times it would pass ``limit_s`` is not run at the next length; the
-    row says so. One that raises (out of memory, say) says what it raised.
+    ``save`` gets all rows after each length and phase. An encoder that raises (out of memory, say) says what it raised.
     """
-    builders = encoders(shape, device)
-    expected_s: dict[tuple[str, str], float] = {}
-    rows = []
+    builders = encoders(shape, device, [name for name in names if name not in NAMES])
+    rows = [dict(row) for row in earlier]
+    done = {(row["encoder"], row["phase"], row["N"]) for row in rows}
     for num_tokens in lengths:
-        batch = make_batch(num_tokens, shape.vocab_size, device)
-        modules = {name: builders[name](num_tokens)(batch) for name in names}
+        batch, built = make_batch(num_tokens, shape.vocab_size, device), {}
         for phase in PHASES:
-            ready, results, memory = {}, {}, {}
-            for name in names:
-                wait_s = 4 * expected_s.get((name, phase), 0.0)
-                if wait_s > limit_s:
-                    results[name] = Refusal(f"not run: expected about {wait_s:.0f} s a call, limit {limit_s:.0f} s")
+            calls, results, peaks, seconds, extra = {}, {}, {}, {}, {}
+            for name in (name for name in names if (name, phase, num_tokens) not in done):
+                reason = too_much(rows, name, phase, limit_s, device)
+                if reason is not None:
+                    results[name] = Refusal(reason)
+                    continue
+                try:
+                    built[name] = built.get(name) or builders[name](num_tokens)(batch)
+                    call = phase_call(phase, *built[name], device)
+                    seconds[name], memory = observe(call, device)
+                    peaks[name] = memory.extra_bytes
+                    built[name][0].zero_grad(set_to_none=True)
+                except Exception as error:  # whatever an encoder raises is its result here
+                    results[name] = refusal(error)
+                    continue
+                if seconds[name] >= ONCE_S:
+                    results[name] = Timing(*[seconds[name] * 1e3] * 3, 1, "once")
                 else:
-                    ready[name] = phase_call(phase, *modules[name])
-            results |= compare(ready, device=device, budget_s=budget_s, min_rounds=1, max_rounds=20)
-            for name, call in ready.items():
-                if isinstance(results[name], Timing):
-                    expected_s[name, phase] = results[name].median_ms / 1e3
-                    memory[name] = allocator_peak(call, device).extra_bytes
-                    modules[name][0].zero_grad(set_to_none=True)
-                else:
-                    expected_s[name, phase] = math.inf
-            for name in names:
-                rows.append({
+                    calls[name] = call
+            results |= compare(calls, device=device, budget_s=budget_s, min_rounds=3, max_rounds=20, known_s=seconds)
+            if phase == "train":
+                extra = {name: watched(call, device, batch.num_tokens, watch_s) for name, call in calls.items()}
+            for name in (name for name in names if name in results):
+                result = results[name]
+                if name in built:
+                    built[name][0].zero_grad(set_to_none=True)
+                rows.append(flatten({
                     "encoder": name, "phase": phase, "N": num_tokens, "tokens": batch.num_tokens,
-                    "C": {OURS: 128, GROWING: grown_concepts(num_tokens), PERCEIVER: 128}.get(name),
-                    "time_ms": results[name],
-                    "us_per_token": results[name].median_ms * 1e3 / batch.num_tokens
-                    if isinstance(results[name], Timing) else None,
-                    "peak_bytes": memory.get(name),
-                })  # fmt: skip
-            shown = (f"{name} {cell(results[name].median_ms) if name in memory else '-'}" for name in names)
-            report(f"N={num_tokens:>7} {phase:<7} ms: {'  '.join(shown)}")
+                    "C": concepts_of(name, num_tokens), "time_ms": result,
+                    "us_per_token": result.median_ms * 1e3 / batch.num_tokens if isinstance(result, Timing) else None,
+                    "peak_bytes": peaks.get(name) if isinstance(result, Timing) else None, **extra.get(name, {}),
+                }))  # fmt: skip
+            if results:
+                save(rows)
+                shown = (f"{name} {cell(r.median_ms) if isinstance(r, Timing) else '-'}" for name, r in results.items())
+                report(f"N={num_tokens:>7} {phase:<7} ms: {'  '.join(shown)}")
     return rows
-
-
-def points(rows: Sequence[dict], name: str, phase: str, quantity: str) -> tuple[list[int], list[float]]:
-    """(N, value) of every length at which this encoder ran."""
-    kept = [row for row in rows if row["encoder"] == name and row["phase"] == phase]
-    value = [row[quantity].median_ms if isinstance(row[quantity], Timing) else row[quantity] for row in kept]
-    pairs = [(row["N"], v) for row, v in zip(kept, value, strict=True) if isinstance(v, (int, float))]
-    return [n for n, _ in pairs], [v for _, v in pairs]
-
-
-def fits(rows: Sequence[dict], names: Sequence[str]) -> list[dict]:
-    """The fitted exponents: one row for each encoder, phase and quantity."""
-    table = []
-    for name in names:
-        for phase in PHASES:
-            for quantity in ("time_ms", "peak_bytes"):
-                lengths, values = points(rows, name, phase, quantity)
-                if len(lengths) < 2:
-                    continue
-                whole, large = fit_exponent(lengths, values), fit_exponent(lengths[-LARGE:], values[-LARGE:])
-                table.append({
-                    "encoder": name, "phase": phase, "of": quantity.split("_")[0],
-                    "exponent": round(whole.exponent, 3), "low": round(whole.low, 3), "high": round(whole.high, 3),
-                    "exponent at large N": round(large.exponent, 3), "up to N": lengths[-1],
-                })  # fmt: skip
-    return table
-
-
-def summary(table: Sequence[dict]) -> list[dict]:
-    """One row an encoder: its exponents over all lengths that ran."""
-    lines: dict[str, dict] = {}
-    for row in table:
-        line = lines.setdefault(row["encoder"], {"encoder": row["encoder"]})
-        line[f"{row['phase']} {'memory' if row['of'] == 'peak' else 'time'}"] = row["exponent"]
-    return list(lines.values())
-
-
-def crossover(rows: Sequence[dict], ours: str, peer: str, phase: str) -> str:
-    """From which measured N on ``ours`` is faster than ``peer``, at this and every longer length that both ran."""
-    a, b = (dict(zip(*points(rows, name, phase, "time_ms"), strict=True)) for name in (ours, peer))
-    shared = sorted(set(a) & set(b))
-    if not shared:
-        return f"{phase}: {ours} and {peer} share no length that both ran"
-    slower = [n for n in shared if a[n] >= b[n]]
-    if slower and slower[-1] == shared[-1]:
-        return f"{phase}: {ours} is not faster than {peer} at N = {shared[-1]} ({b[shared[-1]] / a[shared[-1]]:.2f}x)"
-    start, last = next(n for n in shared if not slower or n > slower[-1]), shared[-1]
-    return f"{phase}: {ours} is faster than {peer} from N = {start} on; {b[last] / a[last]:.1f}x at N = {last}"
-
-
-def plot(
-    path: Path, rows: Sequence[dict], table: Sequence[dict], names: Sequence[str], quantity: str, note: str
-) -> None:
-    """Log-log, one panel a phase; each line is labelled with its exponent at large N."""
-    title, unit, scale = {
-        "time_ms": ("Time against length", "time of a batch (ms)", 1.0),
-        "peak_bytes": ("Memory against length", "peak memory of a batch (MiB)", 2.0**20),
-    }[quantity]
-    with canvas(path, title, note, size=(10.4, 5.6), columns=2) as panels:
-        for axes, phase in zip(panels, PHASES, strict=True):
-            for name in names:
-                lengths, values = points(rows, name, phase, quantity)
-                if not lengths:
-                    continue
-                exponent = [
-                    row["exponent at large N"] for row in table
-                    if (row["encoder"], row["phase"], row["of"]) == (name, phase, quantity.split("_")[0])
-                ]  # fmt: skip
-                label = f"{name}  (N^{exponent[0]:.2f})" if exponent else name
-                axes.plot(
-                    lengths, [v / scale for v in values], STYLES[name], color=COLOURS[name], label=label, markersize=4
-                )
-            axes.set_yscale("log")
-            axes.set_title(phase)
-            length_axis(axes, [row["N"] for row in rows])
-            axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2)
-        panels[0].set_ylabel(unit)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -287,36 +272,48 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--heads", type=int, default=2)
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), metavar="ENCODER")
-    parser.add_argument("--seconds", type=float, default=1.0, help="timed for each case, at least one call")
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds a call may be expected to take")
+    parser.add_argument("--variants", nargs="+", default=[], metavar="FIELD=VALUE[,...]", help=(
+        "further concept encoders, each by its fields of ConceptConfig: layer_kind=bixt num_token_layers=2"
+    ))  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=1.0, help="timed for each case, at least three calls")
+    parser.add_argument("--limit", type=float, default=20.0, help="seconds a call may be expected to take")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that --out holds already")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/scaling"))
     options = parser.parse_args(argv)
     if not 1 <= options.min_tokens <= options.max_tokens:
         parser.error("--min-tokens: expected at least 1 and at most --max-tokens")
+    try:
+        for text in options.variants:
+            ConceptConfig(**parse_variant(text))
+    except ValueError as error:
+        parser.error(f"--variants: {error}")
     lengths = [options.min_tokens]
     while lengths[-1] * 2 <= options.max_tokens:
         lengths.append(lengths[-1] * 2)
     shape = Shape(options.width, options.layers, options.heads, 2 * options.width, 8192, lengths[-1])
     device = torch.device(options.device)
-    rows = measure(shape, lengths, device, options.only, budget_s=options.seconds, limit_s=options.limit)
-    table = fits(rows, options.only)
-    verdicts = [
-        crossover(rows, OURS, peer, phase) for phase in PHASES for peer in (FULL, UNPADDED, LOCAL, PERCEIVER)
-        if OURS in options.only and peer in options.only
-    ]  # fmt: skip
-    stamp = environment()
-    sizes = f"d={options.width}, {options.layers} layers, {options.heads} heads"
-    title = f"Scaling: {sizes}, two texts of N and 3N/4 tokens"
-    write_results(options.out, "scaling", rows, stamp, title=title)
-    write_results(options.out, "exponents", table, stamp, title=f"{title}: fitted exponents")
-    write_results(options.out, "summary", summary(table), stamp, title=f"{title}: exponents in N")
-    write_text(options.out / "crossover.txt", "\n".join(verdicts) + "\n")
-    note = f"d = {options.width}, {options.layers} layers, {device_of(stamp)}; lower is better"
-    for quantity in ("time_ms", "peak_bytes"):
-        for suffix in ("png", "svg"):
-            plot(options.out / f"{quantity.split('_')[0]}.{suffix}", rows, table, options.only, quantity, note)
+    stamp = {**environment(seed=0), "dtype": "bfloat16 (autocast)" if device.type == "cuda" else "float32",
+             "width": options.width, "layers": options.layers, "heads": options.heads}  # fmt: skip
+    title = (f"Scaling: d={options.width}, {options.layers} layers, {options.heads} heads, "
+             "two texts of N and 3N/4 tokens")  # fmt: skip
+    try:
+        earlier = rows_to_resume(options.out / "scaling.json", stamp) if options.resume else []
+    except ValueError as error:
+        parser.error(f"--resume: {error}")
+
+    def save(rows: list[dict]) -> None:
+        write_results(options.out, "scaling", rows, stamp, title=title)
+        write_tables(options.out, rows, stamp)
+
+    with own_stream(device):
+        rows = measure(
+            shape, lengths, device, [*options.only, *options.variants], budget_s=options.seconds,
+            limit_s=options.limit, earlier=earlier, save=save,
+        )  # fmt: skip
+    draw_scaling(options.out)
+    table = fits(rows)
     print(markdown_table(table, list(table[0])) if table else "one length only: nothing to fit")
-    print("\n".join(verdicts))
+    print("\n".join(verdicts(rows)))
     print(f"written to {options.out}")
     return 0

@@ -1,18 +1,21 @@
 """How fast a recipe trains on this machine, and where a step's time goes.
 
-    conceptron bench step RECIPE [section.field=value ...] [--synthetic] [--steps 20] [--out runs/bench/step]
+    conceptron bench step RECIPE [section.field=value ...] [--synthetic] [--steps 10] [--out runs/bench/step]
+    conceptron bench step seeds-diffusion-l2 --synthetic
 
 The recipe's own model, data, batches and engine run for a few steps. Reported: tokens per second, model FLOPs
 utilisation (``flops.py`` over the matmul rate measured in the same run), time of data, forward, backward and optimizer,
 of each part of the model, and what padding would have cost. Data loading is also timed alone: a loader that is slower
-than the rest of a step starves the device. ``--synthetic`` reads random tokens in windows of full length, so that no
-corpus is needed; shipped recipes such as ``pretrain/mlm.yaml`` are the presets.
+than the rest of a step starves the device. On a GPU, NVML's power, clocks, throttling and energy per million tokens.
+``--synthetic`` reads random tokens in windows of full length, so that no corpus is needed.
+
+RECIPE is a file, a shipped recipe such as ``pretrain/mlm.yaml``, or one of the presets ``PRESETS``: the configurations
+of the seeds' runs.
 """
 
 import argparse
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,10 +35,18 @@ from ..models.objectives.view import SpecialTokens, View
 from .ceilings import matmul_flops, synchronize
 from .flops import Sizes, step_flops
 from .harness import environment, markdown_table, write_results
-from .nvml import GpuMonitor
+from .nvml import monitor_of
 
 PARTS = {"encoder": "encoder", "decoder": "decoder", "head": "lm_head"}  # part -> module of ConceptForMaskedLM
 SYNTHETIC_VOCABULARY = 50368
+AS_THE_SEEDS = ("objective.encoder_view=clean", "objective.weighting=selfnorm", "train.label_smoothing=0.1")
+SIX_LAYERS = ("model.num_hidden_layers=6", "model.intermediate_size=2048", "batch.tokens=262144")
+PRESETS: dict[str, tuple[str, ...]] = {  # name -> recipe and what the seeds' run changes in it
+    "seeds-diffusion-l2": ("pretrain/diffusion.yaml", *AS_THE_SEEDS),
+    "seeds-diffusion-l6": ("pretrain/diffusion.yaml", *AS_THE_SEEDS, *SIX_LAYERS),
+    "seeds-mlm-l2": ("pretrain/mlm.yaml", "objective.probability=0.15"),
+    "seeds-mlm-l6": ("pretrain/mlm.yaml", "objective.probability=0.15", *SIX_LAYERS),
+}
 
 
 def synthetic(recipe: Recipe) -> tuple[Windows, SpecialTokens]:
@@ -153,7 +164,7 @@ def run(recipe: Recipe, num_steps: int, warm_up: int, use_synthetic: bool) -> di
         for step in range(warm_up):
             train_step(engine, [view.to(world.device) for view in loader.step(step)], Stopwatch(world.device))
         watch = Stopwatch(world.device)
-        monitor = GpuMonitor(world.device.index) if world.device.type == "cuda" else nullcontext()
+        monitor = monitor_of(world.device)
         with monitor:
             watch.begin()
             for views in loader.prefetch(steps.start, steps.stop):
@@ -174,25 +185,27 @@ def run(recipe: Recipe, num_steps: int, warm_up: int, use_synthetic: bool) -> di
         "tflops": flops / total_s / 1e12, "matmul_tflops": rate / 1e12, "mfu": flops / total_s / rate,
         "padding_avoided": padding_waste(loader, steps), "batch_filled": loader.efficiency,
         **parts,
-        **(monitor.summary(num_tokens) if isinstance(monitor, GpuMonitor) else {}),
+        **monitor.summary(num_tokens),
     }  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="conceptron bench step", description="How fast a recipe trains here.")
-    parser.add_argument("recipe")
+    parser.add_argument("recipe", help=f"a recipe, or a preset: {', '.join(PRESETS)}")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     parser.add_argument("--synthetic", action="store_true", help="random tokens instead of the recipe's data")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/bench/step"))
     options = parser.parse_args(argv)
-    recipe = load_recipe(options.recipe, options.overrides)
+    source, *preset = PRESETS.get(options.recipe, (options.recipe,))
+    recipe = load_recipe(source, [*preset, *options.overrides])
+    stamp = environment(recipe.run.seed)
     row = run(recipe, options.steps, options.warm_up, options.synthetic)
     name = Path(options.recipe).stem
     rows = [{"recipe": options.recipe, **row}]
-    write_results(options.out, name, rows, environment(recipe.run.seed), title=f"Training step: {name}")
+    write_results(options.out, name, rows, stamp, title=f"Training step: {name}")
     print(markdown_table([{"figure": key, "value": value} for key, value in row.items()], ["figure", "value"]))
     print(f"written to {options.out / name}.json")
     return 0

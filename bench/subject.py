@@ -81,9 +81,11 @@ def open_run(path: Path, text: Sequence[str]) -> Subject:
         check_vocabulary(corpus.tokens, model.config, checkpoint)
         windows, tokens, train = corpus.validation, corpus.tokens, corpus.train
         words, where = corpus.tokenizer, f"validation split of {', '.join(s.path for s in recipe.data.sources())}"
+    # without a task of its own, the untrained decoder is asked all the same: its figures then say what they are worth
+    objective = recipe.build_objective() if recipe.has_task else default_objective(model.config)
     return Subject(
         name=recipe.run.name, folder=path, checkpoint=checkpoint, model=model, tokenizer=words,
-        loader=reader(windows, recipe.build_objective(), tokens), train=train, text=where,
+        loader=reader(windows, objective, tokens), train=train, text=where,
         num_tokens=recipe.eval.tokens, recipe=recipe,
     )  # fmt: skip
 

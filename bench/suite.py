@@ -2,132 +2,187 @@
 
     conceptron bench suite --gpu [--minutes 9] [--resume] [--out runs/bench/suite]
 
-Each stage is a process of its own with what is left of the time. A stage that the limit cuts short keeps what it has
-written; ``--resume`` goes on with it and skips the stages that are done. A short table is printed last.
+Each stage is a process of its own and gets its share of the time that is left, so that none takes another's. A stage
+that is cut short keeps what it has written; ``--resume`` goes on with it and skips what is done. A report of everything
+in the folder is written, and a short table is printed last.
+
+    correctness    the operators' tests that need a GPU
+    kernels        ceilings (copy, matmul), then every operator beside its peers at the anchor shapes
+    step           a training step of the seeds' diffusion run
+    scaling        time and memory against N, beside full attention
+    memory         where a step's memory goes, and the longest text that fits
 """
 
 import argparse
+import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from .harness import environment, markdown_table, read_results, write_json
+from .kernels.best import BEST_COLUMNS, best_peers
+from .numbers import report
 
 CHECKOUT = Path(__file__).parent.parent
 DONE, CUT, FAILED, WAITING = "done", "cut by the time limit", "failed", "not started"
+REPORT_S = 25.0  # kept back for the report and the table
 
 
 class Stage(NamedTuple):
     name: str
     command: list[str]
+    share: float  # of the time, relative to the other stages
 
 
-def stages(out: Path, device: str) -> list[Stage]:
-    """In order of worth: what must be known first runs first."""
+def bench(what: str, out: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "conceptron", "bench", what, *options, "--out", str(out / what)]
 
-    def bench(what: str, *options: str) -> list[str]:
-        return [sys.executable, "-m", "conceptron", "bench", what, *options]
 
-    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(CHECKOUT / "tests" / "kernels")]
-    on_gpu = device == "cuda"
-    matrix, longest, width = ("anchor", "65536", "512") if on_gpu else ("cpu", "8192", "128")
-    heads = str(int(width) // 64)
+def stages(out: Path, size: str) -> list[Stage]:
+    """In order of worth: what must be known first runs first. ``size``: "gpu", "cpu", or "tiny" (for tests)."""
+    if size == "tiny":
+        sizes = ("--width", "32", "--layers", "1", "--heads", "1", "--max-tokens", "64")
+        return [
+            Stage("kernels", bench("kernels", out, "adaln", "--matrix", "small", "--seconds", "0.01", "--providers",
+                                   "conceptron (torch)", "eager", "--device", "cpu", "--resume"), 1),
+            Stage("scaling", bench("scaling", out, "--only", "concept", "--min-tokens", "32", "--seconds", "0.01",
+                                   *sizes, "--device", "cpu", "--resume"), 1),
+        ]  # fmt: skip
+    if size == "cpu":
+        return [
+            Stage("kernels", bench("kernels", out, "--matrix", "cpu", "--device", "cpu", "--resume"), 4),
+            Stage("scaling", bench("scaling", out, "--max-tokens", "8192", "--limit", "20", "--device", "cpu",
+                                   "--resume"), 3),
+            Stage("memory", bench("memory", out, "--concepts", "128", "--device", "cpu", "--resume"), 3),
+        ]  # fmt: skip
+    encoder = ("--width", "512", "--heads", "8", "--max-tokens", "65536", "--resume")
     listed = [
-        Stage("kernels", bench("kernels", "--matrix", matrix, "--resume", "--out", str(out / "kernels"))),
-        Stage("scaling", bench("scaling", "--max-tokens", longest, "--width", width, "--heads", heads, "--limit", "20",
-                               "--out", str(out / "scaling"))),
-        Stage("memory", bench("memory", "--max-tokens", longest, "--width", width, "--heads", heads,
-                              "--fit", "16" if on_gpu else "1", "--out", str(out / "memory"))),
+        Stage("kernels", bench("kernels", out, "--matrix", "anchor", "--seconds", "0.1", "--limit", "45",
+                               "--resume"), 9),
+        Stage("step", bench("step", out, "seeds-diffusion-l2", "--synthetic"), 2),
+        Stage("scaling", bench("scaling", out, "--min-tokens", "1024", "--seconds", "0.1", "--limit", "5",
+                               *encoder), 6),
+        Stage("memory", bench("memory", out, "--min-tokens", "16384", "--concepts", "128", "--fit", "16", *encoder), 4),
     ]  # fmt: skip
-    if on_gpu:
-        step = bench("step", "pretrain/diffusion.yaml", "--synthetic", "--out", str(out / "step"))
-        listed.insert(1, Stage("step", step))
-        if (CHECKOUT / "tests").is_dir():
-            listed.insert(0, Stage("correctness", tests))
+    if (CHECKOUT / "tests").is_dir():
+        listed.insert(0, Stage("correctness", correctness(), 6))
     return listed
 
 
+def correctness() -> list[str]:
+    """The tests of the operators on a GPU. Most of their time is compilation, so several processes share the GPU."""
+    tests = CHECKOUT / "tests"
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-o", "addopts=", "--import-mode=importlib",
+               "--confcutdir", str(tests), "-p", "no:doctest"]  # fmt: skip
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
+    return [*command, str(tests / "kernels")]
+
+
 def run_stage(stage: Stage, seconds: float, log: Path) -> str:
-    """Runs one stage, its output shown and kept in ``log``; says how it ended."""
+    """Runs one stage, its output kept in ``log`` and shown afterwards; says how it ended.
+
+    A stage starts processes of its own, which must not outlive it and take the GPU from the next: all are stopped.
+    """
     with log.open("w") as file:
-        child = subprocess.Popen(stage.command, stdout=file, stderr=subprocess.STDOUT)
+        child = subprocess.Popen(stage.command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            ending = DONE if child.wait(timeout=max(1.0, seconds)) == 0 else FAILED
+            code = child.wait(timeout=max(1.0, seconds))
+            ending = DONE if code == 0 else FAILED
         except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
             ending = CUT
-    print(log.read_text())
-    return ending
+        finally:
+            stop_group(child)
+    text = log.read_text()
+    print(text, flush=True)
+    last = text.strip().splitlines()[-1:]
+    return f"{FAILED}: {last[0][:200]}" if ending == FAILED and last else ending
+
+
+def stop_group(child: subprocess.Popen) -> None:
+    """Ends a process and all that it started."""
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    finally:
+        child.wait()
+
+
+def run_stages(
+    listed: Sequence[Stage], state: dict[str, str], out: Path, seconds: float, save: Callable[[], None] = lambda: None
+) -> None:
+    """Runs what is not done yet; ``state`` (stage -> how it ended) is brought up to date after each.
+
+    Each stage may take its share of the time that is left, those that follow counted in: one that ends early leaves the
+    rest to them, and one that is cut short has not taken it.
+    """
+    deadline = time.monotonic() + seconds
+    waiting = [stage for stage in listed if state.get(stage.name) != DONE]
+    for i, stage in enumerate(waiting):
+        left = deadline - time.monotonic()
+        allowed = left * stage.share / sum(each.share for each in waiting[i:])
+        if allowed < 1:
+            state.setdefault(stage.name, WAITING)
+            continue
+        print(f"--- {stage.name}: {allowed:.0f} s of {left:.0f} s left", flush=True)
+        state[stage.name] = run_stage(stage, allowed, out / f"{stage.name}.log")
+        save()
 
 
 def main(argv: Sequence[str]) -> int:
     """Exit code 0 when every stage is done, 1 otherwise."""
     parser = argparse.ArgumentParser(prog="conceptron bench suite", description="Everything, within a time limit.")
     parser.add_argument("--gpu", action="store_true", help="measure the GPU (without it: the CPU's small sizes)")
+    parser.add_argument("--tiny", action="store_true", help="measure next to nothing, to see that the suite runs")
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--resume", action="store_true", help="go on where a time limit cut the last call")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/suite"))
     options = parser.parse_args(argv)
+    begin = time.monotonic()
     if options.gpu and not torch.cuda.is_available():
         parser.error("--gpu: torch sees no CUDA device here; leave it out to measure the CPU")
-    device = "cuda" if options.gpu else "cpu"
     options.out.mkdir(parents=True, exist_ok=True)
     state_file = options.out / "suite.json"
     if state_file.exists() and not options.resume:
         parser.error(f"--out: {options.out} holds an earlier suite; add --resume, or choose another folder")
-    state = json.loads(state_file.read_text())["stages"] if state_file.exists() else {}
-    deadline = time.monotonic() + 60 * options.minutes
-    for stage in stages(options.out, device):
-        left = deadline - time.monotonic()
-        if state.get(stage.name) == DONE:
-            continue
-        if left < 5:
-            state.setdefault(stage.name, WAITING)
-            continue
-        print(f"--- {stage.name}: {left:.0f} s left", flush=True)
-        state[stage.name] = run_stage(stage, left, options.out / f"{stage.name}.log")
-        write_json(state_file, {"environment": environment(), "stages": state})
-    write_json(state_file, {"environment": environment(), "stages": state})
+    state: dict[str, str] = json.loads(state_file.read_text())["stages"] if state_file.exists() else {}
+    stamp = environment(seed=0)
+
+    def save() -> None:
+        write_json(state_file, {"environment": stamp, "stages": state})
+
+    size = "tiny" if options.tiny else "gpu" if options.gpu else "cpu"
+    seconds = 60 * options.minutes - REPORT_S - (time.monotonic() - begin)
+    run_stages(stages(options.out, size), state, options.out, seconds, save)
+    save()
     print(closing_table(options.out, state))
-    unfinished = [name for name, ending in state.items() if ending != DONE]
-    if unfinished:
-        print(f"not complete: {', '.join(f'{name} ({state[name]})' for name in unfinished)}; go on with --resume")
-    return 1 if unfinished else 0
+    return 0 if all(ending == DONE for ending in state.values()) else 1
 
 
-def closing_table(out: Path, state: dict[str, str]) -> str:
-    """Ours beside the fastest accurate peer of each case, forward and backward together."""
-    path = out / "kernels" / "kernels.json"
-    if not path.exists():
-        return markdown_table([{"stage": name, "ended": ending} for name, ending in state.items()], ["stage", "ended"])
-    return markdown_table(best_peers(read_results(path)[0]), BEST_COLUMNS)
-
-
-BEST_COLUMNS = ["operator", "case", "ours ms", "share of floor", "best peer", "its ms", "ours is faster by"]
-
-
-def best_peers(rows: Sequence[dict]) -> list[dict]:
-    """One line a case: our time and that of the fastest peer whose result passed its check, wins and losses alike."""
-    table = []
-    both = [row for row in rows if row["mode"] == "both"]
-    for operator, case in dict.fromkeys((row["operator"], row["case"]) for row in both):
-        ran = [
-            row for row in both
-            if (row["operator"], row["case"]) == (operator, case) and row.get("accurate") is True
-        ]  # fmt: skip
-        mine = [row for row in ran if row["provider"].startswith("conceptron")]
-        theirs = [row for row in ran if row not in mine]
-        ours, peer = (min(group, key=lambda row: row["ms"], default=None) for group in (mine, theirs))
-        table.append({
-            "operator": operator, "case": case, "ours ms": ours and ours["ms"],
-            "share of floor": ours and ours["share_of_floor"], "best peer": peer["provider"] if peer else "none ran",
-            "its ms": peer and peer["ms"], "ours is faster by": peer["ms"] / ours["ms"] if ours and peer else None,
-        })  # fmt: skip
-    return table
+def closing_table(out: Path, state: Mapping[str, str]) -> str:
+    """The report, and what it comes down to: how the stages ended, and ours beside the fastest accurate peer of each
+    case, forward and backward together."""
+    ends = [{"stage": name, "ended": ending} for name, ending in state.items()]
+    lines = [markdown_table(ends, ["stage", "ended"])]
+    try:
+        lines.append(f"everything: {report(out)}\n")
+    except FileNotFoundError:
+        lines.append(f"{out}: no stage came as far as a result\n")
+    crossovers = out / "scaling" / "crossover.txt"
+    if crossovers.exists() and (text := crossovers.read_text().strip()):
+        lines.append(f"{text}\n")
+    kernels = out / "kernels" / "kernels.json"
+    if kernels.exists():
+        lines.append(markdown_table(best_peers(read_results(kernels)[0]), BEST_COLUMNS))
+    if any(ending != DONE for ending in state.values()):
+        lines.append("not complete: go on with --resume")
+    return "\n".join(lines)

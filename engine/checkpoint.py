@@ -34,7 +34,7 @@ from . import compat
 from .errors import InputError
 from .launch import World
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, TRAINER = "MANIFEST.json", "trainer.json"
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 UNFINISHED = ".unfinished-"

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from ..models.objectives import Mixed
 from .data.loader import Loader
 from .launch import World
 
@@ -18,7 +19,7 @@ def evaluate(engine: Any, loader: Loader, max_tokens: int, world: World) -> dict
     Args:
         engine: a DeepSpeed engine, or the bare model.
 
-    Returns nats per token:
+    Returns nats per token, none where nothing is asked for:
         loss: the objective's own weighted loss, averaged over the grid (for MDLM weights, a bound on the NLL).
         nll_by_t: for each view of the grid, the mean over its target tokens: those that the encoder did not see, if
             there are any.
@@ -26,9 +27,22 @@ def evaluate(engine: Any, loader: Loader, max_tokens: int, world: World) -> dict
             each t counts the same, however many tokens it hides. None where there are none. For diffusion, nll_unseen
             is the bound on the NLL of the text; only it may be compared with the text's entropy.
         num_targets, num_unseen: how many tokens were asked for.
+        parts: of a mixture, loss, nll_seen and nll_unseen of each part by itself; the figures above are then over the
+            grids of all parts, and mean little.
+    and with a contrastive loss:
+        contrastive: the loss of each text among all the others.
+        retrieval: the share of texts whose other view is the most similar of all; chance is 1 / num_pairs.
     """
     was_training = engine.training
     engine.eval()
+    figures = _of_targets(engine, loader, max_tokens, world)
+    if loader.contrastive is not None:
+        figures |= _of_pairs(engine, loader, max_tokens, world)
+    engine.train(was_training)
+    return figures
+
+
+def _of_targets(engine: Any, loader: Loader, max_tokens: int, world: World) -> dict[str, Any]:
     sums: dict[str, torch.Tensor] = {}
     for views in loader.evaluation(max_tokens):
         for name, view in views.items():
@@ -38,16 +52,38 @@ def evaluate(engine: Any, loader: Loader, max_tokens: int, world: World) -> dict
             parts = [(weights * nll).sum(), view.divisor.double(), (seen * nll).sum(), seen.sum(),
                      ((1 - seen) * nll).sum(), (1 - seen).sum()]  # fmt: skip
             sums[name] = sums.get(name, 0) + torch.stack(parts)
-    engine.train(was_training)
+    if not sums:
+        return {"loss": None, "nll_seen": None, "nll_unseen": None, "nll_by_t": {}, "num_targets": 0, "num_unseen": 0}
     table = world.sum(torch.stack(list(sums.values()))).cpu()  # [views, 6]
     total = table.sum(0)
+    figures = {
+        **means(table),
+        "nll_by_t": {name: of_view(row) for name, row in zip(sums, table, strict=True)},
+        "num_targets": int(total[NUM_SEEN] + total[NUM_UNSEEN]),
+        "num_unseen": int(total[NUM_UNSEEN]),
+    }
+    if isinstance(loader.objective, Mixed):
+        rows = {part: [name.startswith(f"{part}/") for name in sums] for part in loader.objective.names}
+        figures["parts"] = {part: means(table[rows[part]]) for part in rows}
+    return figures
+
+
+def _of_pairs(engine: Any, loader: Loader, max_tokens: int, world: World) -> dict[str, Any]:
+    pairs = [pair.to(world.device) for pair in loader.evaluation_pairs(max_tokens)]
+    compared = [engine(pair=pair) for pair in pairs]
+    a, b = torch.cat([each.a for each in compared]), torch.cat([each.b for each in compared])
+    ids = torch.cat([pair.ids for pair in pairs])
+    of_rank = loader.contrastive.loss_of(a, b, ids, compared[0].temperature).double() / world.size
+    loss, num_texts, num_found = world.sum(torch.stack([of_rank, *loader.contrastive.num_found(a, b, ids)])).tolist()
+    return {"contrastive": loss, "retrieval": num_found / max(num_texts, 1), "num_pairs": int(num_texts)}
+
+
+def means(table: torch.Tensor) -> dict[str, float | None]:
+    """Of rows [views, 6] of a grid."""
     return {
         "loss": float((table[:, LOSS] / table[:, DIVISOR].clamp(min=1e-12)).mean()),
         "nll_seen": over_grid(table[:, NLL_SEEN], table[:, NUM_SEEN]),
         "nll_unseen": over_grid(table[:, NLL_UNSEEN], table[:, NUM_UNSEEN]),
-        "nll_by_t": {name: of_view(row) for name, row in zip(sums, table, strict=True)},
-        "num_targets": int(total[NUM_SEEN] + total[NUM_UNSEEN]),
-        "num_unseen": int(total[NUM_UNSEEN]),
     }
 
 

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers.utils import logging
 
 from . import compat
 from .launch import World
 
 
-def export(world: World, engine: Any, tokenizer: Any, folder: Path) -> Path:
+def export(world: World, model: nn.Module, tokenizer: Any, folder: Path) -> Path:
     """Writes `folder` so that `AutoModelForMaskedLM` and `AutoTokenizer` load it. Collective; any ZeRO stage.
 
     Weights are gathered one by one and kept on rank 0 only; a tied weight is written once. The folder appears when it
@@ -22,7 +23,7 @@ def export(world: World, engine: Any, tokenizer: Any, folder: Path) -> Path:
         OSError: on every rank.
     """
     gathered = {}
-    for name, tensor in engine.module.state_dict(keep_vars=True).items():
+    for name, tensor in model.state_dict(keep_vars=True).items():
         value = compat.whole(tensor)
         if world.is_first:
             gathered[name] = value
@@ -31,7 +32,7 @@ def export(world: World, engine: Any, tokenizer: Any, folder: Path) -> Path:
         unfinished = folder.with_name(f".unfinished-{folder.name}")
         shutil.rmtree(unfinished, ignore_errors=True)
         try:
-            bare = type(engine.module)(engine.module.config)
+            bare = type(model)(model.config)
             bare.load_state_dict(gathered)
             with quiet():
                 bare.save_pretrained(unfinished)

@@ -2,31 +2,25 @@
 
 A mistake ends in one `InputError` that names the file (or the override), the dotted field, what is wrong and, for an
 unknown key, the nearest valid one.
+
+`size=tiny` makes a recipe of any size one that ends in under a minute on a CPU: `recipes/tiny.yaml` is laid over it
+(sizes, text, number of steps), then what the recipe itself says under `tiny:`, then the overrides. Everything that is
+the idea of the recipe stays: kinds of layers, objective, regularisers.
 """
 
-import dataclasses
-import difflib
-import inspect
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    Strict,
-    StrictBool,
-    StrictInt,
-    TypeAdapter,
-    ValidationError,
-    create_model,
-)
+from pydantic import BaseModel, ConfigDict, Field, Strict
 
 from ..models.config import ConceptConfig
-from ..models.objectives import OBJECTIVES
+from ..models.objectives import OBJECTIVES, Mixed, NoTask
+from ..models.pretraining import ContrastiveTerm
+from ..models.regularizers import Regularization
+from .checker import Checker, describe, one_line
+from .combinations import conflicts
 from .data.recipe import DataRecipe
 from .errors import InputError
 
@@ -35,7 +29,9 @@ Count = Annotated[int, Strict(), Field(ge=1)]
 CountOrZero = Annotated[int, Strict(), Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
-FROM_TOKENIZER = ("vocab_size", "mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id", "special_token_ids")
+SHIPPED = Path(__file__).parent.parent / "recipes"
+SIZES = ("full", "tiny")
+
 # What may change between an interruption and its resumption: it moves no data and no weight, or only by rounding.
 FREE = (
     "run.name", "run.folder", "run.timeout_s", "resume", "eval.", "checkpoint.", "zero.", "batch.micro_tokens",
@@ -77,8 +73,16 @@ class Batch(Section):
     micro_tokens: Count = 16384  # of one forward and backward pass on one rank
 
 
+class Stage(Section):
+    """Steps with shorter windows than `data.window`."""
+
+    until: Count  # the step, counted from 0, with which the next stage begins
+    window: Annotated[int, Strict(), Field(ge=8)]
+
+
 class Train(Section):
     steps: Count
+    stages: list[Stage] = []  # what comes before the last stage, whose windows are `data.window`, as in evaluation
     precision: Literal["fp32", "bf16"] = "bf16"  # bf16: autocast; weights, gradients and moments stay float32
     label_smoothing: Fraction = 0.0
     max_bad_steps: Count = 5  # consecutive steps with a non-finite gradient after which the run stops
@@ -93,18 +97,35 @@ class Eval(Section):
     tokens: Count = 65536  # held-out tokens of one evaluation
 
 
+class Init(Section):
+    """Where the first weights come from, if they are not drawn. A resumed run has its own."""
+
+    source: str  # a folder or a hub id: a model of this package, or a Llama- or BERT-like one, the backbone
+    layers: Count | None = None  # of a backbone, which become layers of tokens; left out: as many as the model has
+    read_layer: CountOrZero | None = None  # of a backbone, from which on its layers become those that read tokens
+    layer: CountOrZero = 0  # of a model of this package, which becomes the tied one
+
+
 class Checkpoint(Section):
     every: CountOrZero = 500  # steps; 0: only after the last step
     keep: Count = 2
 
 
 class Recipe(Section):
-    """One run. `model` and `objective` are checked against `ConceptConfig` and the options of the objective."""
+    """One run. `model`, `objective`, `contrastive` and `regularization` are checked against the options of what they
+    describe: `ConceptConfig`, the objective of that name, `ContrastiveTerm` and `Regularization`.
+
+    `objective` has the name of one in `OBJECTIVES` and its options; or `name: mixed` and `parts`, a list of such
+    sections with a `weight` each (1 if it is left out), of which every step takes one; or `name: none`.
+    """
 
     run: Run = Run()
     model: dict[str, Any] = {}
     data: DataRecipe
     objective: dict[str, Any]
+    contrastive: dict[str, Any] | None = None  # a section, which may be empty, adds it
+    regularization: dict[str, Any] | None = None
+    init: Init | None = None
     optim: Optim = Optim()
     batch: Batch = Batch()
     train: Train
@@ -118,37 +139,85 @@ class Recipe(Section):
         """The run's folder."""
         return Path(self.run.folder) / self.run.name
 
+    @property
+    def has_task(self) -> bool:
+        return self.objective["name"] != "none"
+
+    def parts(self) -> list[tuple[str, dict[str, Any]]]:
+        """(dotted field, section) of each objective: one, or the parts of a mixture."""
+        if self.objective["name"] != "mixed":
+            return [("objective", self.objective)]
+        return [(f"objective.parts.{i}", part) for i, part in enumerate(self.objective["parts"])]
+
     def build_objective(self) -> Any:
-        """The objective: one of the frozen dataclasses in `OBJECTIVES`."""
-        options = {key: value for key, value in self.objective.items() if key != "name"}
-        return OBJECTIVES[self.objective["name"]](**options)
+        """One of the frozen dataclasses in `OBJECTIVES`, a `Mixed` of several, or `NoTask`."""
+        if not self.has_task:
+            return NoTask()
+        sections = [section for _, section in self.parts()]
+        if self.needs_phrases:
+            raise InputError("objective.phrases: they are counted when training begins; give the file of a list here")
+        objectives = [
+            OBJECTIVES[section["name"]](**{key: section[key] for key in section if key not in ("name", "weight")})
+            for section in sections
+        ]
+        if len(objectives) == 1:
+            return objectives[0]
+        names = [section["name"] for section in sections]
+        numbered = [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+        return Mixed(tuple(objectives), tuple(section["weight"] for section in sections), tuple(numbered))
+
+    @property
+    def needs_phrases(self) -> bool:
+        """Whether phrases are to be masked that are yet to be counted in the training text."""
+        return any(part.get("masking") == "pmi" and part["phrases"] is None for _, part in self.parts())
+
+    def with_phrases(self, file: Path) -> "Recipe":
+        def fill(section: dict[str, Any]) -> dict[str, Any]:
+            is_empty = section.get("masking") == "pmi" and section["phrases"] is None
+            return {**section, "phrases": str(file)} if is_empty else section
+
+        objective = fill(self.objective)
+        if "parts" in objective:
+            objective = {**objective, "parts": [fill(part) for part in objective["parts"]]}
+        return self.model_copy(update={"objective": objective})
+
+    def build_contrastive(self) -> ContrastiveTerm | None:
+        return None if self.contrastive is None else ContrastiveTerm(**self.contrastive)
+
+    def build_regularization(self) -> Regularization | None:
+        return None if self.regularization is None else Regularization(**self.regularization)
+
+    def stages(self) -> list[tuple[int, int]]:
+        """(first step, window) of each stage."""
+        before = self.train.stages
+        starts = [0, *(stage.until for stage in before)]
+        return list(zip(starts, [*(stage.window for stage in before), self.data.window], strict=True))
+
+    def populations(self, num_micro_batches: int) -> dict[str, int]:
+        """What else decides the loss sequence where a loss looks at one micro-batch as a whole.
+
+        Args:
+            num_micro_batches: of a step, over all ranks.
+        """
+        contrastive, regularization = self.build_contrastive(), self.build_regularization()
+        is_whole = contrastive is not None and (contrastive.negatives == "micro_batch" or not contrastive.across_ranks)
+        is_whole |= regularization is not None and regularization.depends_on_batch
+        return {"micro-batches of a step": num_micro_batches} if is_whole else {}
 
     def build_config(self, **from_tokenizer: Any) -> ConceptConfig:
         """The model's config; vocabulary size and special ids come from the tokenizer.
 
-        `hidden_tokens` follows `objective.hidden`, so that the finished model hides tokens as it was taught.
+        `hidden_tokens` follows `hidden` of the objective, so that the finished model hides tokens as it was taught.
 
         Raises:
             InputError: the fields do not fit together.
         """
-        hidden = self.objective.get("hidden", self.model.get("hidden_tokens", "drop"))
-        if self.model.get("hidden_tokens", hidden) != hidden:
-            raise InputError(
-                f"model.hidden_tokens: {self.model['hidden_tokens']!r} does not fit objective.hidden, which is "
-                f"{hidden!r}; leave it out, and it follows"
-            )
+        hidden = next((part["hidden"] for _, part in self.parts() if "hidden" in part), None)
+        hidden = hidden or self.model.get("hidden_tokens", "drop")
         try:
-            config = ConceptConfig(**{**self.model, "hidden_tokens": hidden}, **from_tokenizer)
+            return ConceptConfig(**{**self.model, "hidden_tokens": hidden}, **from_tokenizer)
         except (ValueError, TypeError) as error:
             raise InputError(f"model: {one_line(error)}") from error
-        mixes = config.decoder_mixing != "none"
-        if self.objective.get("context", mixes) != mixes:
-            why = "what is known must take part in training as it does in use" if mixes else "no row would see it"
-            raise InputError(
-                f"objective.context: expected {str(mixes).lower()} with model.decoder_mixing = "
-                f"{config.decoder_mixing}: {why}"
-            )
-        return config
 
     def resolved(self) -> dict[str, Any]:
         """Every field with its value, as plain YAML types."""
@@ -172,18 +241,31 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = find_recipe(path)
     tree = read_yaml(path)
-    overridden = {}
+    changes: dict[str, Any] = {}
+    overridden = {apply_override(changes, text): text for text in overrides if text.startswith("size=")}
+    checker = Checker(str(path), overridden)
+    size, tiny = changes.get("size", tree.pop("size", "full")), tree.pop("tiny", {})
+    if size not in SIZES:
+        raise InputError(checker.line("size", f"expected one of {', '.join(SIZES)}, got {describe(size)}"))
+    if not isinstance(tiny, dict):
+        raise InputError(checker.line("tiny", f"expected a section, got {describe(tiny)}"))
+    if size == "tiny":
+        tree = lay_over(tree, read_yaml(SHIPPED / "tiny.yaml"), tiny)
     for text in overrides:
-        field = apply_override(tree, text)
-        overridden[field] = text
+        if not text.startswith("size="):
+            overridden[apply_override(tree, text)] = text
     tree.setdefault("run", {})
     if isinstance(tree["run"], dict) and not tree["run"].get("name"):
-        tree["run"]["name"] = Path(path).stem
-    checker = Checker(str(path), overridden)
+        tree["run"]["name"] = Path(path).stem + ("-tiny" if size == "tiny" else "")
     recipe = checker.check(Recipe, tree)
-    objective = checker.check_objective(recipe.objective)
-    model = checker.check_model(recipe.model)
-    return recipe.model_copy(update={"objective": objective, "model": model})
+    sections = {"objective": checker.check_objective(recipe.objective), "model": checker.check_model(recipe.model)}
+    for name, options in (("contrastive", ContrastiveTerm), ("regularization", Regularization)):
+        section = getattr(recipe, name)
+        sections[name] = None if section is None else checker.check_options(options, section, name)
+    recipe = recipe.model_copy(update=sections)
+    for field, problem in conflicts(recipe):
+        raise InputError(checker.line(field, problem))
+    return recipe
 
 
 def find_recipe(path: str | Path) -> Path:
@@ -191,8 +273,7 @@ def find_recipe(path: str | Path) -> Path:
     path = Path(path)
     if path.exists() or path.is_absolute():
         return path
-    shipped = Path(__file__).parent.parent / "recipes"
-    inside = shipped / (path.relative_to("recipes") if path.parts[:1] == ("recipes",) else path)
+    inside = SHIPPED / (path.relative_to("recipes") if path.parts[:1] == ("recipes",) else path)
     return inside if inside.exists() else path
 
 
@@ -225,6 +306,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+def lay_over(tree: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
+    """The tree with the fields of others in place of its own, section by section; the last one wins."""
+    for other in others:
+        merged = dict(tree)
+        for key, value in other.items():
+            is_section = isinstance(value, dict) and isinstance(tree.get(key), dict)
+            merged[key] = lay_over(tree[key], value) if is_section else value
+        tree = merged
+    return tree
+
+
 def apply_override(tree: dict[str, Any], text: str) -> str:
     """Writes one `section.field=value` into the tree and returns the dotted field."""
     field, separator, value = text.partition("=")
@@ -243,135 +335,6 @@ def apply_override(tree: dict[str, Any], text: str) -> str:
             raise InputError(f"override {text!r}: {key} holds {describe(tree)}, which has no field inside")
     tree[keys[-1]] = parsed
     return ".".join(keys)
-
-
-class Checker:
-    """Turns what pydantic finds into one line: where, which field, what is wrong, what to do."""
-
-    def __init__(self, source: str, overridden: dict[str, str]) -> None:
-        self.source, self.overridden = source, overridden
-
-    def check(self, schema: type, tree: Any, prefix: str = "") -> Any:
-        try:
-            return TypeAdapter(schema).validate_python(tree)
-        except ValidationError as error:
-            problems = error.errors(include_url=False)
-            # an unknown key explains a missing one, so it comes first
-            problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
-            line = self.explain(schema, problems[0], prefix)
-            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-            raise InputError(line + more) from None
-
-    def explain(self, schema: type, problem: dict[str, Any], prefix: str) -> str:
-        keys = [str(key) for key in problem["loc"]]
-        field = ".".join([*([prefix] if prefix else []), *keys])
-        if problem["type"] == "extra_forbidden":
-            return self.line(field, unknown(field, valid_names(schema, keys[:-1])))
-        if problem["type"] == "missing":
-            return self.line(field, "is missing, and there is no default")
-        return self.line(field, f"{expected(problem)}, got {describe(problem['input'])}")
-
-    def line(self, field: str, problem: str) -> str:
-        for name, text in self.overridden.items():
-            if field == name or field.startswith(name + ".") or name.startswith(field + "."):
-                return f"override {text!r}: {field}: {problem}"
-        return f"{self.source}: {field}: {problem}"
-
-    def check_objective(self, section: dict[str, Any]) -> dict[str, Any]:
-        name = section.get("name")
-        if "name" not in section:
-            raise InputError(self.line("objective.name", f"is missing; one of {', '.join(OBJECTIVES)}"))
-        if name not in OBJECTIVES:
-            problem = f"expected one of {', '.join(OBJECTIVES)}{nearest(str(name), OBJECTIVES)}, got {describe(name)}"
-            raise InputError(self.line("objective.name", problem))
-        options = {key: value for key, value in section.items() if key != "name"}
-        checked = self.check(options_schema(OBJECTIVES[name]), options, prefix="objective").model_dump()
-        try:
-            OBJECTIVES[name](**checked)
-        except ValueError as error:  # it begins with the option's name
-            option = str(error).partition(":")[0]
-            raise InputError(self.line(f"objective.{option}", one_line(error).removeprefix(f"{option}: "))) from None
-        return {"name": name, **checked}
-
-    def check_model(self, section: dict[str, Any]) -> dict[str, Any]:
-        for name in FROM_TOKENIZER:
-            if name in section:
-                raise InputError(self.line(f"model.{name}", "comes from the tokenizer; remove this line"))
-        checked = self.check(model_section(), section, prefix="model")
-        return checked.model_dump(exclude_unset=True)
-
-
-EXPECTED = {
-    "int": "an integer", "float": "a number", "string": "text", "bool": "true or false", "list": "a list",
-    "tuple": "a list", "model": "a section", "dict": "a section", "dataclass": "a section",
-}  # fmt: skip
-KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text", list: "a list", dict: "a section"}
-
-
-def model_section() -> type[BaseModel]:
-    """A schema with the fields of `ConceptConfig` that a recipe may set."""
-    hints = typing.get_type_hints(ConceptConfig.__init__)
-    names = [name for name in inspect.signature(ConceptConfig).parameters if name not in (*FROM_TOKENIZER, "kwargs")]
-    return strict_schema("Model", {name: (hints[name], None) for name in names})
-
-
-def options_schema(objective: type) -> type[BaseModel]:
-    """A schema with the options of an objective, a dataclass."""
-    hints = typing.get_type_hints(objective)
-    return strict_schema("Objective", {f.name: (hints[f.name], f.default) for f in dataclasses.fields(objective)})
-
-
-def strict_schema(name: str, fields: dict[str, tuple[Any, Any]]) -> type[BaseModel]:
-    strict = {int: StrictInt, int | None: StrictInt | None, bool: StrictBool}
-    fields = {key: (strict.get(hint, hint), default) for key, (hint, default) in fields.items()}
-    return create_model(name, __config__=ConfigDict(extra="forbid", protected_namespaces=()), **fields)
-
-
-def valid_names(schema: Any, keys: Sequence[str]) -> list[str]:
-    """The field names of the (nested) schema that `keys` lead to."""
-    for key in keys:
-        fields = getattr(schema, "model_fields", {})
-        schema = fields[key].annotation if key in fields else element(schema)
-    return list(getattr(element(schema), "model_fields", {}))
-
-
-def element(schema: Any) -> Any:
-    """The first pydantic model named inside `list[...]`, `... | None` and the like."""
-    inside = [schema, *typing.get_args(schema)]
-    inside += [deeper for part in inside for deeper in typing.get_args(part)]
-    return next((part for part in inside if hasattr(part, "model_fields")), None)
-
-
-def unknown(field: str, names: Sequence[str]) -> str:
-    section, _, key = field.rpartition(".")
-    close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    if close:
-        return f"unknown key; did you mean {f'{section}.{close[0]}' if section else close[0]}?"
-    return f"unknown key; valid here: {', '.join(names)}" if names else "unknown key"
-
-
-def nearest(name: str, names: Any) -> str:
-    close = difflib.get_close_matches(name, list(names), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def expected(problem: dict[str, Any]) -> str:
-    kind = problem["type"].partition("_")[0]
-    if problem["type"].endswith(("_type", "_parsing")) and kind in EXPECTED:
-        return f"expected {EXPECTED[kind]}"
-    message = problem["msg"].replace("Input should be", "expected")
-    return message[:1].lower() + message[1:]
-
-
-def describe(value: Any) -> str:
-    """A value and its kind in the words of YAML."""
-    text = repr(value)
-    text = text if len(text) <= 60 else text[:57] + "..."
-    return "nothing" if value is None else f"{text} ({KINDS.get(type(value), type(value).__name__)})"
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

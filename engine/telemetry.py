@@ -7,6 +7,7 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,8 @@ class Telemetry:
             return
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            for part, number in value.items() if isinstance(value, dict) else (("", value),):
-                if isinstance(number, int | float):
-                    self._board.add_scalar(f"{kind}/{name}{'/' * bool(part)}{part}", number, step)
+        for name, number in numbers(kind, values):
+            self._board.add_scalar(name, number, step)
 
     def step(self, step: int, loss: float, tokens_per_s: float | None) -> None:
         """Moves the bar; without a terminal, a plain line every ten seconds."""
@@ -98,8 +97,14 @@ class Telemetry:
 
     def evaluation(self, step: int, figures: dict[str, Any]) -> None:
         self.record("eval", step, **figures)
-        means = [f"{name} {figures[name]:.4f}" for name in ("nll_unseen", "nll_seen") if figures[name] is not None]
-        self.say(f"step {step}: held out, nats per token: {', '.join(means)}")
+        grids = figures.get("parts", {"": figures})
+        nll = [
+            f"{part}{' ' * bool(part)}{name} {grid[name]:.4f}"
+            for part, grid in grids.items() for name in ("nll_unseen", "nll_seen") if grid.get(name) is not None
+        ]  # fmt: skip
+        found = [f"{name} {figures[name]:.4f}" for name in ("contrastive", "retrieval") if name in figures]
+        texts = [f"nats per token: {', '.join(nll)}"] * bool(nll) + [f"pairs: {', '.join(found)}"] * bool(found)
+        self.say(f"step {step}: held out, {'; '.join(texts)}")
 
     def say(self, text: str) -> None:
         """A line for the user, above the bar."""
@@ -111,6 +116,15 @@ class Telemetry:
             self._bar.close()
             self._board.close()
             self._file.close()
+
+
+def numbers(prefix: str, value: Any) -> Iterator[tuple[str, float]]:
+    """Every number inside, under its path: "eval/nll_by_t/t=0.10"."""
+    if isinstance(value, dict):
+        for name, inside in value.items():
+            yield from numbers(f"{prefix}/{name}", inside)
+    elif isinstance(value, int | float):
+        yield prefix, value
 
 
 def forget_after(metrics: Path, step: int) -> None:

@@ -9,25 +9,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..models.config import ConceptConfig
 from ..models.heads import ConceptForMaskedLM
-from ..models.objectives.view import View
-from ..models.recursion import draw_iterations
+from ..models.objectives import Mixed
+from ..models.pretraining import Pretraining
 from . import checkpoint, compat, launch, zero
 from .data.corpus import Corpus, open_corpus
 from .data.loader import Loader
+from .data.phrases import open_phrases
+from .data.stages import Stages
+from .data.windows import Windows
 from .errors import InputError
 from .evaluation import evaluate
 from .export import export
+from .initialize import initialize
 from .launch import StopRequest, World
 from .optimizer import build_optimizer
 from .recipe import Recipe, load_recipe
 from .run import RunFolder
 from .schedule import learning_rate
 from .telemetry import Clock, Telemetry, duration, peak_memory_bytes
+from .update import update
 
 MAX_FAILED_SAVES = 3  # in a row, after which the run stops
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
@@ -46,8 +50,8 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
         SystemExit: SIGTERM or SIGINT came; a checkpoint was saved. The code is 128 plus the signal's number.
     """
     recipe, stop = load_recipe(recipe_path, overrides), StopRequest()
-    with launch.world() as world, RunFolder(recipe, world) as run:
-        notes = run.inspect()
+    with launch.world() as world, RunFolder(counted(recipe, world), world) as run:
+        notes, recipe = run.inspect(), run.recipe
         if run.is_finished:
             if world.is_first:
                 print(f"{run.path}: finished already ({run.progress.step} steps); the model is in {run.model}")
@@ -63,28 +67,38 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     return run.path
 
 
+def counted(recipe: Recipe, world: World) -> Recipe:
+    """The recipe, with the phrases of its text if it asks for them. Collective."""
+    if not recipe.needs_phrases:
+        return recipe
+    return recipe.with_phrases(world.first_then_others(lambda: open_phrases(recipe.data)))
+
+
 class Trainer:
     """Everything a run needs, built and checked before its folder is touched."""
 
     def __init__(self, recipe: Recipe, world: World, stop: StopRequest, run: RunFolder) -> None:
         self.recipe, self.world, self.stop, self.run, self.progress = recipe, world, stop, run, run.progress
-        self.corpus: Corpus = world.first_then_others(lambda: open_corpus(recipe.data))
+        self.objective, self.contrastive = recipe.build_objective(), recipe.build_contrastive()
+        *shorter, self.corpus = (self.open(window) for _, window in recipe.stages())
+        self.loader = Stages([
+            self.read(corpus.train, first_step)
+            for corpus, (first_step, _) in zip([*shorter, self.corpus], recipe.stages(), strict=True)
+        ])  # fmt: skip
+        self.held_out = self.read(self.corpus.validation)
         self.identity = {
             "trajectory": recipe.trajectory(),
             "text": text_identity(self.corpus),
             "topology": {"ranks": world.size, "stage": recipe.zero.stage, "micro_tokens": recipe.batch.micro_tokens},
+            "populations": recipe.populations(self.held_out.num_micro_batches * world.size),
         }
-        run.compare("text", self.identity["text"])
-        objective = recipe.build_objective()
-        self.loader, self.held_out = (
-            Loader(
-                windows, objective, self.corpus.tokens, seed=recipe.run.seed, tokens_per_step=recipe.batch.tokens,
-                micro_tokens=recipe.batch.micro_tokens, rank=world.rank, world_size=world.size,
-            )
-            for windows in (self.corpus.train, self.corpus.validation)
-        )  # fmt: skip
+        for name in ("text", "populations"):
+            run.compare(name, self.identity[name])
         torch.manual_seed(recipe.run.seed)  # the same initial weights on every rank
-        model = ConceptForMaskedLM(self.build_config())
+        bare, self.beginning = ConceptForMaskedLM(self.build_config()), ""
+        if recipe.init and not run.found:
+            self.beginning = initialize(bare, recipe.init, self.corpus.tokenizer, world)
+        model = Pretraining(bare, self.contrastive, recipe.build_regularization(), recipe.has_task)
         if run.found:
             checkpoint.load_weights(run.found, model)
         model.to(world.device).train()
@@ -94,16 +108,24 @@ class Trainer:
         compat.set_timeouts(recipe.run.timeout_s)
         self.clock, self.bad_steps, self.failed_saves = Clock(), 0, 0
 
+    def open(self, window: int) -> Corpus:
+        data = self.recipe.data.model_copy(update={"window": window})
+        return self.world.first_then_others(lambda: open_corpus(data))
+
+    def read(self, windows: Windows, first_step: int = 0) -> Loader:
+        recipe, contrastive = self.recipe, self.contrastive
+        return Loader(
+            windows, self.objective, self.corpus.tokens, seed=recipe.run.seed, tokens_per_step=recipe.batch.tokens,
+            micro_tokens=recipe.batch.micro_tokens, rank=self.world.rank, world_size=self.world.size,
+            first_step=first_step, contrastive=contrastive,
+            contrastive_from=math.ceil(contrastive.start * recipe.train.steps) if contrastive else 0,
+        )  # fmt: skip
+
     def build_config(self) -> ConceptConfig:
-        """The model's config, if the objective provides what the model asks for."""
         tokens = self.corpus.tokens
-        config = self.recipe.build_config(
+        return self.recipe.build_config(
             vocab_size=tokens.vocab_size, mask_token_id=tokens.mask_id, pad_token_id=self.corpus.tokenizer.pad_token_id
         )
-        if config.timestep_conditioning and self.loader.step(0)[0].timesteps is None:
-            name = self.recipe.objective["name"]
-            raise InputError(f"model.timestep_conditioning: objective {name} has no timesteps; set it to false")
-        return config
 
     def fit(self, notes: Sequence[str]) -> None:
         """The loop, in the order in which things happen."""
@@ -118,18 +140,19 @@ class Trainer:
                 step, lr=recipe.optim.lr, warmup_steps=recipe.optim.warmup_steps, total_steps=total,
                 min_lr_ratio=recipe.optim.min_lr_ratio,
             )  # fmt: skip
-            loss, stopping = self.update(step, views, lr)
+            figures, stopping = update(self.engine, self.world, recipe, step, views, lr, self.stop)
             applied = self.engine.was_step_applied()
 
-            tokens = int(self.loader.windows.lengths[self.loader.samples(step).windows].sum())
+            tokens = self.loader.num_tokens(step)
             speed = clock.step(tokens)
             progress.step, progress.tokens = step + 1, progress.tokens + tokens
             progress.optimizer_steps += applied
             telemetry.record(
-                "train", progress.step, loss=finite(loss), lr=lr, grad_norm=finite(self.engine.get_global_grad_norm()),
-                tokens=progress.tokens, tokens_per_s=speed, elapsed_s=progress.elapsed_s + clock.elapsed_s,
+                "train", progress.step, **as_tree(figures), **self.part(step), lr=lr,
+                grad_norm=finite(self.engine.get_global_grad_norm()), tokens=progress.tokens, tokens_per_s=speed,
+                elapsed_s=progress.elapsed_s + clock.elapsed_s,
             )  # fmt: skip
-            telemetry.step(progress.step, loss, clock.tokens_per_s)
+            telemetry.step(progress.step, figures["loss"], clock.tokens_per_s)
             self.check_applied(step, applied)
 
             is_last = progress.step == total
@@ -143,42 +166,17 @@ class Trainer:
             clock.restart()
         self.finish()
 
-    def update(self, step: int, views: list[View], lr: float) -> tuple[float, bool]:
-        """Forward and backward over this rank's micro-batches, then one step of the optimizer.
-
-            loss = sum of weight * nll over the targets of all ranks and micro-batches, / sum of their divisors
-
-        DeepSpeed averages gradients over ranks and adds them up over micro-batches, hence the factor `world.size`.
-        Returns the loss, and whether any rank was asked to stop.
-        """
-        engine, world = self.engine, self.world
-        views = [view.to(world.device, non_blocking=True) for view in views]
-        divisor = world.sum(torch.stack([view.divisor for view in views]).sum())
-        divisor = torch.where(divisor > 0, divisor, 1.0) / world.size
-        for group in engine.optimizer.param_groups:
-            group["lr"] = lr
-        num_iterations = draw_iterations(engine.module.config, (self.recipe.run.seed, step))
-        total = torch.zeros(2, dtype=torch.float64, device=world.device)  # the loss, and how many ranks want to stop
-        for i, view in enumerate(views):
-            torch.manual_seed(dropout_seed(self.recipe.run.seed, step, i, world.rank))
-            engine.set_gradient_accumulation_boundary(i == len(views) - 1)
-            output = engine(
-                view=replace(view, divisor=divisor), label_smoothing=self.recipe.train.label_smoothing,
-                num_iterations=num_iterations,
-            )  # fmt: skip
-            engine.backward(output.loss)
-            total[0] += output.loss.detach() / world.size
-        engine.step()
-        total[1] = self.stop.pending
-        loss, stopping = world.sum(total).tolist()
-        return loss, stopping > 0
+    def part(self, step: int) -> dict[str, str]:
+        """Which part of a mixture a step belongs to."""
+        mixed = self.objective
+        return {"objective": mixed.names[mixed.place(step)]} if isinstance(mixed, Mixed) else {}
 
     def check_applied(self, step: int, applied: bool) -> None:
         """Counts steps that DeepSpeed skipped, on every rank alike, because a gradient was not finite."""
         self.bad_steps = 0 if applied else self.bad_steps + 1
         if applied:
             return
-        windows = self.loader.samples(step).windows.tolist()
+        windows = self.loader.windows(step)
         self.telemetry.record("bad_step", step + 1, in_a_row=self.bad_steps, windows=windows)
         self.telemetry.say(f"step {step + 1}: a gradient is not finite; the step was skipped, its windows are recorded")
         if self.bad_steps >= self.recipe.train.max_bad_steps:
@@ -213,7 +211,7 @@ class Trainer:
 
     def finish(self) -> None:
         try:
-            model = export(self.world, self.engine, self.corpus.tokenizer, self.run.model)
+            model = export(self.world, self.engine.module.model, self.corpus.tokenizer, self.run.model)
         except OSError as error:
             raise InputError(f"{self.run.model}: could not be written: {error}; {self.way_back()}") from error
         seconds = self.progress.elapsed_s + self.clock.elapsed_s
@@ -231,9 +229,13 @@ class Trainer:
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
         say(
             f"{self.run.path}: {parameters / 1e6:.1f} M parameters, {self.corpus.train.num_tokens / 1e6:.2f} M tokens "
-            f"of training text ({self.loader.steps_per_epoch} steps an epoch), {world.size} x {world.device.type}, "
-            f"{self.recipe.train.precision}, ZeRO {self.recipe.zero.stage}"
+            f"of training text ({self.loader.at(0).steps_per_epoch} steps an epoch), "
+            f"{world.size} x {world.device.type}, {self.recipe.train.precision}, ZeRO {self.recipe.zero.stage}"
         )
+        if self.beginning:
+            say(f"from {self.recipe.init.source}: {self.beginning}")
+            if world.is_first:
+                (self.run.path / "initialization.txt").write_text(self.beginning + "\n", encoding="utf-8")
         if self.run.found:
             same = self.progress.identity["topology"] == self.identity["topology"]
             say(
@@ -251,9 +253,13 @@ def finite(value: Any) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
-    """Dropout as a pure function of the step, so that there is no generator state to save."""
-    return int(np.random.SeedSequence((seed, step, micro_batch, rank)).generate_state(1, np.uint64)[0] >> 1)
+def as_tree(figures: dict[str, float]) -> dict[str, Any]:
+    """{"terms/vicreg": 1.0} -> {"terms": {"vicreg": 1.0}}"""
+    tree: dict[str, Any] = {}
+    for name, value in figures.items():
+        section, _, figure = name.rpartition("/")
+        (tree.setdefault(section, {}) if section else tree)[figure] = finite(value)
+    return tree
 
 
 def text_identity(corpus: Corpus) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def ablated(encoded: ConceptEncoderOutput, ablate: str | None, step: int = 1) ->
     if ablate not in ("zero", "shuffle"):
         raise ValueError(f"ablate: expected 'zero', 'shuffle' or None, got {ablate!r}")
     if ablate == "shuffle" and encoded.last_hidden_state.shape[0] == step:
-        raise ValueError("ablate: 'shuffle' needs two texts in a batch or more, so that none keeps its own; got 1")
+        raise ValueError("ablate: 'shuffle' needs two texts in a batch (two questions, for choices) or more, got 1")
 
     def other(x: Tensor) -> Tensor:
         return torch.zeros_like(x) if ablate == "zero" else x.roll(step, 0)

@@ -124,18 +124,30 @@ class Transfer:
         if self.config.token_dim < backbone.shape.width:
             self.directions, report.kept_variance = principal_directions(backbone.table, self.config.token_dim)
 
-    def put(self, target: nn.Parameter | str, value: Tensor, name: str = "", is_projected: bool = False) -> None:
-        name, parameter = (target, self.targets[target]) if isinstance(target, str) else (name, target)
+    @property
+    def is_narrow(self) -> bool:
+        return self.directions is not None
+
+    def put(self, name: str, value: Tensor, parameter: nn.Parameter | None = None) -> None:
+        """``parameter``: where the name is not one of the encoder."""
+        parameter = self.targets[name] if parameter is None else parameter
         if parameter.shape != value.shape:
             raise ValueError(f"{name}: expected shape {list(parameter.shape)}, the backbone has {list(value.shape)}")
         parameter.copy_(value)
-        is_copy = any(value is tensor for tensor in self.backbone.taken.values())
-        kind = self.report.projected if is_projected else self.report.loaded if is_copy else self.report.mapped
-        kind.append(name)
+        if self.is_narrow and value.ndim == 2:
+            self.report.projected.append(name)
+        elif any(value is tensor for tensor in self.backbone.taken.values()):
+            self.report.loaded.append(name)
+        else:
+            self.report.mapped.append(name)
 
     def stream(self, rows: Tensor) -> Tensor:
         """[R, w] rows of the stream -> [R, e]."""
         return rows if self.directions is None else wide(rows) @ self.directions.to(wide(rows))
+
+    def writes(self, matrix: Tensor) -> Tensor:
+        """[w, n], which writes into the stream, -> [e, n]."""
+        return self.stream(matrix.T).T if self.is_narrow else matrix
 
     def reads(self, matrix: Tensor, norm: Tensor, is_folded: bool = False) -> Tensor:
         """[n, w], which reads what RMSNorm with this weight made of the stream, -> [n, e]."""
@@ -147,15 +159,14 @@ class Transfer:
     def embeddings(
         self, model: ConceptPreTrainedModel, vocabulary: Mapping[str, int] | None, theirs: Mapping[str, int] | None
     ) -> None:
-        is_narrow = self.directions is not None
         rows, note = rows_for(self.stream(self.backbone.table), self.config.vocab_size, vocabulary, theirs)
-        self.put("embed_tokens.weight", rows, is_projected=is_narrow)
+        self.put("embed_tokens.weight", rows)
         if note:
             self.report.approximate.append(note)
         decoder = getattr(model, "decoder", None)
         own = None if decoder is None else decoder.get_input_embeddings()
         if own is not None and own.weight is not self.targets["embed_tokens.weight"]:
-            self.put(own.weight, rows, "decoder.embed_tokens.weight", is_projected=is_narrow)
+            self.put("decoder.embed_tokens.weight", rows, own.weight)
         positions = self.backbone.positions() if "positions.table.weight" in self.targets else None
         if positions is not None:
             num_ours = self.config.max_position_embeddings
@@ -164,50 +175,40 @@ class Transfer:
                     f"max_position_embeddings: expected at most the backbone's {len(positions)}, got {num_ours}; "
                     "start with that, save, and load it with more"
                 )
-            self.put("positions.table.weight", self.stream(positions[:num_ours]), is_projected=is_narrow)
+            self.put("positions.table.weight", self.stream(positions[:num_ours]))
 
     def token_layer(self, i: int) -> None:
         config, at = self.config, f"token_layers.{i}."
         heads = config.token_num_attention_heads, config.token_num_key_value_heads
         layer = self.chosen(self.backbone.layer(i), heads, f"token layer {i}")
-        is_narrow = self.directions is not None
-        self.norm(f"{at}attention_norm.weight", layer.norm, is_narrow)
         for name, matrix, bias in zip(("query", "key", "value"), layer[1:4], layer.biases, strict=True):
-            self.put(f"{at}attention.{name}.weight", self.reads(matrix, layer.norm), is_projected=is_narrow)
+            self.put(f"{at}attention.{name}.weight", self.reads(matrix, layer.norm))
             if bias is not None:
                 self.put(f"{at}attention.{name}.bias", bias)
-        self.put(f"{at}attention.out.weight", self.stream(layer.out.T).T if is_narrow else layer.out,
-                 is_projected=is_narrow)  # fmt: skip
-        self.norm(f"{at}feed_norm.weight", layer.feed_norm, is_narrow)
-        self.feed(f"{at}feed.", layer, is_folded=False)
+        self.put(f"{at}attention.out.weight", self.writes(layer.out))
+        self.norms_and_feed(at, ("attention_norm", "feed_norm"), layer, is_folded=self.is_narrow)
 
     def concept_layer(self, i: int, source: int) -> None:
         config, at = self.config, f"layers.{i}."
         heads = config.num_attention_heads, config.num_key_value_heads
         layer = self.chosen(self.backbone.layer(source), heads, f"concept layer {i}")
-        is_narrow = self.directions is not None
-        self.norm(f"{at}read_norm.weight", layer.norm, is_folded=True)
         for name, matrix in zip(("query.project", "key.project", "value"), layer[1:4], strict=True):
-            folded = self.reads(matrix, layer.norm, is_folded=True)  # tokens reach keys and values through another norm
-            self.put(f"{at}read.{name}.weight", folded, is_projected=is_narrow)
-        self.put(f"{at}read.out.weight", self.stream(layer.out.T).T if is_narrow else layer.out,
-                 is_projected=is_narrow)  # fmt: skip
-        self.norm(f"{at}feed_norm.weight", layer.feed_norm, is_folded=True)
-        self.feed(f"{at}feed.", layer, is_folded=True)
+            # folded, since tokens reach keys and values through another norm than concepts reach queries
+            self.put(f"{at}read.{name}.weight", self.reads(matrix, layer.norm, is_folded=True))
+        self.put(f"{at}read.out.weight", self.writes(layer.out))
+        self.norms_and_feed(at, ("read_norm", "feed_norm"), layer, is_folded=True)
 
-    def norm(self, target: str, weight: Tensor, is_folded: bool) -> None:
-        self.put(target, torch.ones_like(self.targets[target]) if is_folded else weight)
-
-    def feed(self, at: str, layer: SourceLayer, is_folded: bool) -> None:
-        if layer.gate_up is None:
-            return
-        is_narrow = self.directions is not None
-        self.put(f"{at}gate_up.weight", self.reads(layer.gate_up, layer.feed_norm, is_folded), is_projected=is_narrow)
-        self.put(f"{at}down.weight", self.stream(layer.down.T).T if is_narrow else layer.down, is_projected=is_narrow)
+    def norms_and_feed(self, at: str, norms: tuple[str, str], layer: SourceLayer, is_folded: bool) -> None:
+        for name, weight in zip(norms, (layer.norm, layer.feed_norm), strict=True):
+            target = f"{at}{name}.weight"
+            self.put(target, torch.ones_like(self.targets[target]) if is_folded else weight)
+        if layer.gate_up is not None:
+            self.put(f"{at}feed.gate_up.weight", self.reads(layer.gate_up, layer.feed_norm, is_folded))
+            self.put(f"{at}feed.down.weight", self.writes(layer.down))
 
     def chosen(self, layer: SourceLayer, heads: tuple[int, int], what: str) -> SourceLayer:
         """The layer with H heads and Hkv key/value heads, out of the more that it has."""
-        D, shape = self.backbone.shape.head_dim, self.backbone.shape
+        shape, D = self.backbone.shape, self.backbone.shape.head_dim
         if heads == (shape.num_heads, shape.num_kv_heads):
             return layer
         kept, kept_kv = choose_heads(layer, D, *heads)
@@ -249,8 +250,8 @@ def choose_heads(layer: SourceLayer, head_dim: int, num_heads: int, num_kv_heads
 
 def principal_directions(table: Tensor, width: int) -> tuple[Tensor, float]:
     """Orthonormal [w, e] directions that hold most of the squared norm of the rows [V, w], and the share they hold."""
-    rows = table.double()
-    strengths, directions = torch.linalg.eigh(rows.T @ rows)  # rising
+    gram = sum(rows.T @ rows for rows in map(Tensor.double, table.split(8192)))
+    strengths, directions = torch.linalg.eigh(gram)  # rising
     return directions[:, -width:].flip(1), float(strengths[-width:].sum() / strengths.sum())
 
 

@@ -67,6 +67,7 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
         labels: Tensor | None = None,
         *,
         view: View | None = None,
+        encoded: ConceptEncoderOutput | None = None,
         timesteps: Tensor | None = None,
         label_smoothing: float = 0.0,
         return_nll: bool = False,
@@ -81,6 +82,7 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
             input_ids, attention_mask, labels: [B, N]; labels are ids, or -100 where nothing is asked. The encoder reads
                 all tokens of the mask ([MASK] tokens left out if ``config.hidden_tokens`` is "drop").
             view: instead of them, what an objective made of a packed batch.
+            encoded: with a view, what the encoder made of it, where that is known already.
             timesteps: [B], for ``input_ids`` and a model with timestep_conditioning; by default the share of [MASK].
             label_smoothing: of the cross entropy; keep 0 in evaluation.
             return_nll: also return the loss of each target.
@@ -99,13 +101,15 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
         """
         if (view is None) == (input_ids is None):
             raise ValueError("input_ids: expected either input_ids [B, N] or view, got both or neither")
-        if self.training and self.config.iteration_sampling == "random" and num_iterations is None:
+        is_drawn = self.training and self.config.iteration_sampling == "random" and encoded is None
+        if is_drawn and num_iterations is None:
             raise ValueError(
                 "num_iterations: iteration_sampling is random, so a training step needs it; recursion.draw_iterations "
                 "draws it from numbers that are the same on every rank"
             )
         if view is not None:
-            result = self._of_view(view, label_smoothing, return_nll, num_iterations, num_concepts, ablate)
+            encoded = self.encode(view.encoder, num_iterations) if encoded is None else encoded
+            result = self._of_view(view, ablated(encoded, ablate), label_smoothing, return_nll, num_concepts)
         else:
             result = self._of_padded(
                 input_ids, attention_mask, labels, timesteps, label_smoothing, return_nll, num_iterations, num_concepts,
@@ -114,19 +118,27 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
         return result if return_dict else result.to_tuple()
 
     def _of_view(
-        self, view: View, label_smoothing: float, return_nll: bool, num_iterations: int | None,
-        num_concepts: int | None, ablate: str | None,
+        self, view: View, encoded: ConceptEncoderOutput, label_smoothing: float, return_nll: bool,
+        num_concepts: int | None,
     ) -> ConceptMaskedLMOutput:  # fmt: skip
-        with_every = self.training and self.config.loss_every_iteration
-        encoded = self.encoder(packed=view.encoder, num_iterations=num_iterations, output_hidden_states=with_every)
-        encoded = ablated(encoded, ablate)
         divisor = torch.where(view.divisor > 0, view.divisor, 1.0)  # a batch without text has loss 0
         losses = []
-        for iteration in [*self.before_last(encoded), encoded] if with_every else [encoded]:
+        for iteration in [*self.before_last(encoded), encoded] if self.answers_every_iteration else [encoded]:
             hidden_Md = self.decode_view(self.expose(iteration, num_concepts), view)
             loss, nll = self.loss(hidden_Md, view.targets, view.weights, divisor, label_smoothing, return_nll)
             losses.append(loss)
         return ConceptMaskedLMOutput(loss=sum(losses) / len(losses), concepts=encoded.last_hidden_state, nll=nll)
+
+    @property
+    def answers_every_iteration(self) -> bool:
+        return self.training and self.config.loss_every_iteration
+
+    def encode(self, packed: Packed, num_iterations: int | None = None) -> ConceptEncoderOutput:
+        """With what a training step needs: states to answer from, how far iterations still move the concepts."""
+        return self.encoder(
+            packed=packed, num_iterations=num_iterations, output_hidden_states=self.answers_every_iteration,
+            output_convergence=self.training and self.config.tie_layers,
+        )  # fmt: skip
 
     def before_last(self, encoded: ConceptEncoderOutput) -> list[ConceptEncoderOutput]:
         """What the encoder would have returned after each iteration but the last (deep supervision)."""

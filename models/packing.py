@@ -96,6 +96,18 @@ def pack_flat(
     )
 
 
+def join(*batches: Packed) -> Packed:
+    """One batch of the sequences of all, in order."""
+    ends = np.cumsum([batch.num_tokens for batch in batches])
+    bounds = [batches[0].cu_seqlens]
+    bounds += [batch.cu_seqlens[1:] + int(end) for batch, end in zip(batches[1:], ends, strict=False)]
+    return Packed(
+        torch.cat([batch.input_ids for batch in batches]), torch.cat([batch.position_ids for batch in batches]),
+        torch.cat(bounds), max(batch.max_seqlen for batch in batches),
+        torch.cat([batch.num_positions() for batch in batches]),
+    )  # fmt: skip
+
+
 def offsets(lengths: np.ndarray) -> np.ndarray:
     """[B] lengths -> [B+1] int32 running sums that start at 0."""
     cu_seqlens = np.zeros(len(lengths) + 1, dtype=np.int64)

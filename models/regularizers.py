@@ -173,6 +173,11 @@ class Regularization:
         check_option("gradient_ratio", self.gradient_ratio, "a number above 0, or nothing", holds)
         check_option("dynamic", self.dynamic, "true or false", isinstance(self.dynamic, bool))
 
+    @property
+    def depends_on_batch(self) -> bool:
+        """Whether a text's share in the loss depends on the texts beside it."""
+        return self.dynamic or self.gradient_ratio is not None or not set(self.terms) <= set(WITHIN_TEXT)
+
     def warmup(self, step: int) -> float:
         """0 at step 0, 1 from ``warmup_steps`` on, a straight line between."""
         return min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from .config import ConceptConfig
+from .encoder import ConceptEncoderOutput
 from .layers import RowNorm, ZeroLinear
 from .packing import Packed
 from .pooling import reduce_rows
@@ -105,12 +106,14 @@ class ConceptForSequenceClassification(ConceptPooledModel):
         result = ConceptTaskOutput(logits=x_BL, concepts=encoded.last_hidden_state)
         kind = problem_type(self.config, labels)
         if kind == "regression":
-            result.logits = self.config.label_offset + self.config.label_scale * x_BL
+            result.logits = self.config.label_offset + self.config.label_scale * wide(x_BL)  # 16 bits would tie values
         if labels is not None:
             result.loss = label_loss(self.config, kind, x_BL, labels)
         return result if return_dict else result.to_tuple()
 
-    def compare(self, encoded_a, packed_a: Packed, encoded_b, packed_b: Packed) -> Tensor:
+    def compare(
+        self, encoded_a: ConceptEncoderOutput, packed_a: Packed, encoded_b: ConceptEncoderOutput, packed_b: Packed
+    ) -> Tensor:
         """[B, L] of two texts."""
         if self.config.pair_features == "slots":
             cosines_BC = (unit(encoded_a.last_hidden_state) * unit(encoded_b.last_hidden_state)).sum(-1)

@@ -38,21 +38,25 @@ class WindowAttention(nn.Module):
         self.value = nn.Linear(e, Hkv * D, bias=has_bias)
         self.out = TokenResidualLinear(H * D, e, bias=False)
 
-    def forward(
-        self, rows_Re: Tensor, angles: Angles | None, places: Places,
-        pooled_Pe: Tensor | None = None, pooled_angles: Angles | None = None, pairs: Pairs | None = None,
+    def forward(self, rows_Re: Tensor, angles: Angles | None, places: Places) -> Tensor:
+        """What the rows read of each other, [R, e]."""
+        read_RHD = local_attention(
+            self.turned(self.query, rows_Re, angles), self.turned(self.key, rows_Re, angles),
+            self.heads(self.value, rows_Re), places.positions, places.sequence_ids, self.window,
+            places.packed.max_seqlen,
+        )  # fmt: skip
+        return self.out(read_RHD.flatten(-2))
+
+    def halve(
+        self, pooled_Pe: Tensor, pooled_angles: Angles | None, rows_Re: Tensor, angles: Angles | None, places: Places,
+        pairs: Pairs,
     ) -> Tensor:  # fmt: skip
-        """What the rows read of each other; with ``pairs`` what the pooled rows [P, e] read of the rows."""
-        k_RKD, v_RKD = self.turned(self.key, rows_Re, angles), self.heads(self.value, rows_Re)
-        if pairs is None:
-            q_RHD = self.turned(self.query, rows_Re, angles)
-            read = local_attention(
-                q_RHD, k_RKD, v_RKD, places.positions, places.sequence_ids, self.window, places.packed.max_seqlen
-            )
-        else:
-            q_PHD = self.turned(self.query, pooled_Pe, pooled_angles)
-            read = pooled_attention(q_PHD, k_RKD, v_RKD, places, pairs, self.window)
-        return self.out(read.flatten(-2))
+        """What the pooled rows read of the rows, [P, e]."""
+        read_PHD = pooled_attention(
+            self.turned(self.query, pooled_Pe, pooled_angles), self.turned(self.key, rows_Re, angles),
+            self.heads(self.value, rows_Re), places, pairs, self.window,
+        )  # fmt: skip
+        return self.out(read_PHD.flatten(-2))
 
     def heads(self, project: nn.Linear, x: Tensor) -> Tensor:
         return project(x).unflatten(-1, (-1, self.head_dim))
@@ -124,7 +128,7 @@ class TokenLayer(nn.Module):
         """
         x_Pe = pairs.mean(x_Re)
         rows_Re, pooled_Pe = self.attention_norm(x_Re), self.attention_norm(x_Pe)
-        return self.close(x_Pe, self.attention(rows_Re, angles, places, pooled_Pe, pooled_angles, pairs))
+        return self.close(x_Pe, self.attention.halve(pooled_Pe, pooled_angles, rows_Re, angles, places, pairs))
 
     def close(self, x: Tensor, branch: Tensor) -> Tensor:
         x = x + self.dropout(branch)

@@ -48,7 +48,7 @@ def warm_start_tied(model: ConceptPreTrainedModel, folder: str | Path, layer: in
         raise ValueError("model: expected tie_layers = true, got false; use from_pretrained for untied layers")
     tensors, target = read_tensors(Path(folder)), model.state_dict()
     prefixes = ["encoder." if any(name.startswith("encoder.") for name in names) else "" for names in (tensors, target)]
-    loaded, mapped, skipped = [], {}, {}
+    filled, skipped = {}, {}
     for source, value in sorted(tensors.items()):
         name = rename(source, *prefixes, layer)
         if name is None:
@@ -58,17 +58,18 @@ def warm_start_tied(model: ConceptPreTrainedModel, folder: str | Path, layer: in
         elif target[name].shape != value.shape:
             skipped[source] = f"expected shape {list(target[name].shape)}, got {list(value.shape)}"
         else:
-            target[name].copy_(value)
-            if name == source:
-                loaded.append(name)
-            else:
-                mapped[name] = source
-    filled = {*loaded, *mapped}
+            filled[name] = source
     if not any(name.startswith(prefixes[1] + LAYERS) for name in filled):
         raise ValueError(f"{folder}: no tensor of layer {layer} fits the tied layer; are kind and width the same?")
+    for name, source in filled.items():
+        target[name].copy_(tensors[source])
     memory = {target[name].data_ptr() for name in filled}  # tied weights are one tensor of several names
-    new = tuple(name for name, value in target.items() if value.data_ptr() not in memory)
-    return WarmStart(tuple(loaded), mapped, skipped, new)
+    return WarmStart(
+        loaded=tuple(name for name, source in filled.items() if name == source),
+        mapped={name: source for name, source in filled.items() if name != source},
+        skipped=skipped,
+        new=tuple(name for name, value in target.items() if value.data_ptr() not in memory),
+    )
 
 
 def rename(source: str, source_prefix: str, prefix: str, layer: int) -> str | None:

@@ -222,6 +222,20 @@ def geometry(concepts: Tensor) -> dict[str, float]:
     }
 
 
+def retrieval(queries: Tensor, candidates: Tensor) -> float:
+    """R@1: how often row i of [n, e] is nearest to row i of the other, both ways; chance is 1/n.
+
+    Rows have norm 1; of candidates that are equally near, one is right by chance.
+    """
+    scores = queries.double() @ candidates.double().T
+    own = scores.diagonal()
+    found = 0.0
+    for others in (scores, scores.T):
+        nearer, equal = (others > own[:, None] + 1e-9).sum(1), ((others - own[:, None]).abs() <= 1e-9).sum(1)
+        found += float(((nearer == 0) / equal).mean())
+    return found / 2
+
+
 def participation_ratio(points: Tensor) -> float:
     """(sum lambda)^2 / sum lambda^2 of the covariance of ``points`` [n, d]; 0 when nothing varies."""
     values = singular_values(points - points.mean(0)).square()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -180,7 +181,11 @@ def eager(compiled: bool) -> Provider:
     """The formula in plain torch, on padded tensors; through torch.compile if asked."""
 
     def wrap(function: Callable) -> Callable:
-        return torch.compile(function, dynamic=False) if compiled else function
+        if not compiled:
+            return function
+        # by default the compiled backward writes into what the forward saved, so it could not be timed by itself
+        torch._functorch.config.donated_buffer = False
+        return torch.compile(function, dynamic=False)
 
     def prepare(inputs: Inputs) -> Prepared:
         t, o, name = inputs.tensors, inputs.options, inputs.case.operator

@@ -4,12 +4,16 @@
 
 "error" is the largest difference to the oracle in float64 over all outputs and gradients, as a share of the largest
 true value. A provider passes when it is no worse than three times plain torch in the same dtype (and a few units of
-rounding). One that does not pass is timed, and marked; no speed-up over it is stated.
+rounding). One that does not pass is timed, and marked; no speed-up over it is stated. One that is still compiling after
+``--limit`` seconds (ours: ten times that) is not run, and says so.
 """
 
 import argparse
 import gc
-from collections.abc import Callable, Sequence
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,19 +22,22 @@ from torch import Tensor
 
 from ..allocator import allocator_peak
 from ..ceilings import measure_ceilings
+from ..charts import draw_kernels
+from ..clock import num_cold_copies, own_stream
 from ..harness import (
     Refusal,
     Timing,
     cell,
     compare,
     environment,
+    flatten,
     markdown_table,
-    num_cold_copies,
-    read_results,
     refusal,
+    rows_to_resume,
     write_results,
-)  # fmt: skip
+)
 from ..roofline import Ceilings, Floor, work_of
+from .best import COLUMNS, best_peers
 from .cases import OPERATORS, Case, Inputs, lengths_of, make_inputs, oracle
 from .matrix import MATRICES
 from .providers import PROVIDERS, Prepared, Provider, Tensors, Unavailable, providers_of
@@ -90,12 +97,36 @@ def error_of(results: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
     return worst
 
 
-def check(provider: Provider, inputs: Inputs, truth: Tensors, upstream: list[Tensor]) -> Checked | Refusal:
-    """One untimed call of forward and backward, against the truth."""
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError inside the block when it takes longer. Main thread only, where there are such signals.
+
+    A timer that runs already goes on afterwards.
+    """
+
+    def ring(signum: int, frame: Any) -> None:
+        raise TimeoutError(f"not ready after {seconds:.0f} s")
+
+    handler, start = signal.signal(signal.SIGALRM, ring), time.monotonic()
+    left_s, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        prepared = provider(inputs)
-        shaped = upstream_of(prepared, upstream)
-        return Checked(prepared, shaped, error_of(results_of(prepared, shaped), truth))
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        if left_s:
+            signal.setitimer(signal.ITIMER_REAL, max(1e-3, left_s - (time.monotonic() - start)))
+
+
+def check(
+    provider: Provider, inputs: Inputs, truth: Tensors, upstream: list[Tensor], limit_s: float = 60.0
+) -> Checked | Refusal:
+    """One untimed call of forward and backward, compilation included, against the truth."""
+    try:
+        with time_limit(limit_s):
+            prepared = provider(inputs)
+            shaped = upstream_of(prepared, upstream)
+            return Checked(prepared, shaped, error_of(results_of(prepared, shaped), truth))
     except Unavailable as error:
         return Refusal(str(error))
     except Exception as error:  # whatever a peer raises is its result here
@@ -135,19 +166,20 @@ def modes_of(case: Case) -> tuple[str, ...]:
 
 def run_case(
     case: Case, names: Sequence[str], dtype: torch.dtype, device: torch.device, ceilings: Ceilings,
-    *, budget_s: float,
+    *, budget_s: float, limit_s: float = 60.0,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One row for each mode and provider."""
+    torch._dynamo.reset()  # one function compiled for more than eight shapes would silently run eagerly
     inputs = make_inputs(case, dtype, device)
     truth, upstream = truth_of(inputs)
     allowed = allowed_error(inputs, truth, upstream, dtype)
-    checked = {name: check(PROVIDERS[name], inputs, truth, upstream) for name in names}
-    copies = num_copies(inputs, device)
+    limit = {name: 10 * limit_s if name in OURS else limit_s for name in names}
+    checked = {name: check(PROVIDERS[name], inputs, truth, upstream, limit[name]) for name in names}
+    copies = {name: copied(name, result, inputs, num_copies(inputs, device)) for name, result in checked.items()
+              if isinstance(result, Checked)}  # fmt: skip
     rows = []
     for mode in modes_of(case):
-        calls = {name: copied(name, result, case, dtype, device, mode, copies) for name, result in checked.items()
-                 if isinstance(result, Checked)}  # fmt: skip
-        timings = compare(calls, device=device, budget_s=budget_s)
+        timings = time_mode(copies, mode, device, budget_s)
         floor = floor_of(case, mode, dtype, ceilings)
         fastest_ours = min(
             (timings[name].median_ms for name in OURS if name in timings and isinstance(timings[name], Timing)
@@ -167,7 +199,7 @@ def run_case(
                     if passed and fastest_ours and name not in OURS else None,
                 }  # fmt: skip
             rows.append(row)
-    del checked, truth
+    del checked, copies, truth
     gc.collect()
     return rows
 
@@ -179,15 +211,24 @@ def num_copies(inputs: Inputs, device: torch.device) -> int:
     return num_cold_copies(sum(x.numel() * x.element_size() for x in inputs.tensors.values()), limit=8)
 
 
-def copied(
-    name: str, checked: Checked, case: Case, dtype: torch.dtype, device: torch.device, mode: str, copies: int
-) -> list[Callable[[], object]]:
-    """The provider's call, once for each copy of the inputs."""
-    calls = [calls_of(checked, mode)]
-    for _ in range(copies - 1):
-        prepared = PROVIDERS[name](make_inputs(case, dtype, device))
-        calls.append(calls_of(Checked(prepared, checked.upstream, checked.error), mode))
-    return calls
+def copied(name: str, checked: Checked, inputs: Inputs, num: int) -> list[Checked]:
+    """The provider on ``num`` copies of the inputs, its own among them."""
+    dtype = inputs.tensors[inputs.wanted[0]].dtype
+    others = (PROVIDERS[name](inputs.to(dtype)) for _ in range(num - 1))  # gives the wanted tensors fresh storage
+    return [checked, *(Checked(prepared, checked.upstream, checked.error) for prepared in others)]
+
+
+def time_mode(
+    copies: dict[str, list[Checked]], mode: str, device: torch.device, budget_s: float
+) -> dict[str, Timing | Refusal]:
+    """Every provider in one mode, beside the others."""
+    calls, refused = {}, {}
+    for name, instances in copies.items():
+        try:
+            calls[name] = [calls_of(each, mode) for each in instances]  # "backward" runs the forward pass here
+        except Exception as error:  # whatever a peer raises is its result here
+            refused[name] = refusal(error)
+    return compare(calls, device=device, budget_s=budget_s) | refused
 
 
 def main(argv: Sequence[str]) -> int:
@@ -200,6 +241,7 @@ def main(argv: Sequence[str]) -> int:
     dtype_name = "bfloat16" if on_cuda else "float32"
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default=dtype_name)
     parser.add_argument("--seconds", type=float, default=0.3, help="timed for each provider and mode")
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds a provider may take to get ready")
     parser.add_argument("--resume", action="store_true", help="keep the cases that --out holds already")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if on_cuda else "cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/kernels"))
@@ -209,28 +251,28 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"OPERATOR: expected one of {', '.join(OPERATORS)}, got {unknown[0]!r}")
     cases = [c for c in MATRICES[options.matrix]() if not options.operators or c.operator in options.operators]
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    stamp = {**environment(seed=0), "dtype": options.dtype}
+    try:
+        rows = rows_to_resume(options.out / "kernels.json", stamp) if options.resume else []
+    except ValueError as error:
+        parser.error(f"--resume: {error}")
     ceilings = measure_ceilings(device, dtype)
     print(f"ceilings measured now: copy {ceilings.copy_gb_s:.0f} GB/s, matmul {ceilings.matmul_tflops:.2f} TF/s")
-    rows = earlier(options.out) if options.resume else []
     done = {(row["operator"], row["case"]) for row in rows}
-    for case in (case for case in cases if (case.operator, case.label) not in done):
-        names = [n for n in providers_of(case.operator) if options.providers is None or n in options.providers]
-        rows += run_case(case, names, dtype, device, ceilings, budget_s=options.seconds)
-        print(summary(rows, case))
-        stamp = {**environment(), **ceilings._asdict(), "dtype": options.dtype}
-        write_results(options.out, "kernels", rows, stamp, title="Operators beside their peers", columns=COLUMNS)
+    with own_stream(device):
+        for case in (case for case in cases if (case.operator, case.label) not in done):
+            names = [n for n in providers_of(case.operator) if options.providers is None or n in options.providers]
+            limits = {"budget_s": options.seconds, "limit_s": options.limit}
+            new = run_case(case, names, dtype, device, ceilings, **limits)
+            print(summary(new, case), flush=True)
+            rows += [flatten(row) for row in new]
+            write_results(options.out, "kernels", rows, {**stamp, **ceilings._asdict()},
+                          title="Operators beside their peers", columns=COLUMNS)  # fmt: skip
+    best = best_peers(rows)
+    write_results(options.out, "best", best, {**stamp, **ceilings._asdict()}, title="Against the fastest accurate peer")
+    draw_kernels(options.out, best)
     print(f"written to {options.out}")
     return 0
-
-
-def earlier(folder: Path) -> list[dict]:
-    """The rows that an interrupted comparison left."""
-    path = folder / "kernels.json"
-    return read_results(path)[0] if path.exists() else []
-
-
-COLUMNS = ("operator", "case", "mode", "provider", "ms", "tflops", "gb_s", "share_of_floor", "peak_mb", "error",
-           "ours_is_faster_by")  # fmt: skip
 
 
 def summary(rows: Sequence[dict], case: Case) -> str:

@@ -58,7 +58,7 @@ def open_corpus(data: DataRecipe) -> Corpus:
 
 def open_vocabulary(data: DataRecipe, cache: Path) -> Vocabulary:
     if data.tokenizer != "pydocs":
-        return tokenizer.describe(tokenizer.load(data.tokenizer), data.tokenizer)
+        return tokenizer.describe(tokenizer.with_mask(tokenizer.load(data.tokenizer)), data.tokenizer)
     split, _ = open_pydocs(cache)
     folder = cache / f"tokenizer-{fingerprint([FORMAT, split.train.identity, data.vocab_size])}"
 
@@ -94,7 +94,8 @@ def open_parts(
     parts = []
     for name, store, documents in (("train", train, rows[0]), ("validation", held_out, rows[1])):
         starts, lengths = cut(store.offsets, documents, window)
-        parts.append(Part(store.tokens, starts, lengths, source.weight))
+        of_document = np.searchsorted(store.offsets, starts, side="right") - 1
+        parts.append(Part(store.tokens, starts, lengths, source.weight, of_document))
         facts[name] = {"documents": len(documents), "windows": len(starts), "tokens": int(lengths.sum(dtype=np.int64))}
     return (parts[0], parts[1]), facts
 

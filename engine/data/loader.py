@@ -4,15 +4,16 @@ Everything here is a pure function of (seed, step), so the whole state of the da
 trains on does not depend on the number of ranks or the size of a micro-batch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from ...models.objectives.view import SampleKey, SpecialTokens, View
-from ...models.packing import pack
+from ...models.objectives import Contrastive, Mixed, Pair, SampleKey, SpecialTokens, View
+from ...models.packing import Packed, pack
 from ..errors import InputError
 from .mixture import Schedule
 from .order import Samples, Stream, deal, fewest_bins, raw
@@ -35,17 +36,20 @@ class Loader:
 
     def __init__(
         self, windows: Windows, objective: Any, tokens: SpecialTokens, *,
-        seed: int, tokens_per_step: int, micro_tokens: int, rank: int = 0, world_size: int = 1,
+        seed: int, tokens_per_step: int, micro_tokens: int, rank: int = 0, world_size: int = 1, first_step: int = 0,
+        contrastive: Contrastive | None = None, contrastive_from: int = 0,
     ) -> None:  # fmt: skip
         """
         Args:
             windows: what to read.
-            objective: makes a `View` of a packed batch, see models/objectives.
+            objective: makes a `View` of a packed batch, see models/objectives; `Mixed` makes one a step.
             tokens: the special tokens of the windows' tokenizer.
             seed: decides the order, and with it everything random in the views.
             tokens_per_step: budget of one optimizer step, all ranks together.
             micro_tokens: budget of one forward and backward pass on one rank.
             rank, world_size: this process among those that share the step.
+            first_step: of the run in which the order of these windows begins.
+            contrastive: adds a pair to each view, from step `contrastive_from` on.
 
         Raises:
             InputError: a budget is smaller than the longest window.
@@ -59,32 +63,24 @@ class Loader:
                 )
         self.windows, self.objective, self.tokens = windows, objective, tokens
         self.seed, self.tokens_per_step, self.micro_tokens = seed, tokens_per_step, micro_tokens
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.first_step = rank, world_size, first_step
+        self.contrastive, self.contrastive_from = contrastive, contrastive_from
         self.num_micro_batches = -(-tokens_per_step // (world_size * micro_tokens))  # of one rank, in every step
 
     def step(self, step: int) -> list[View]:
-        """This rank's micro-batches of a step (counted from 0), in any order of asking."""
+        """This rank's micro-batches of a step of the run (counted from 0), in any order of asking."""
         samples = self.samples(step)
         bins, _ = deal(self.windows.lengths[samples.windows], self.num_micro_batches * self.world_size)
         mine = [np.flatnonzero(bins == i * self.world_size + self.rank) for i in range(self.num_micro_batches)]
-        return [self._view(samples.take(rows)) for rows in mine]
+        return [self._view(step, samples.take(rows)) for rows in mine]
 
-    def prefetch(self, start: int, stop: int, depth: int = 2) -> Iterator[list[View]]:
-        """``step(start)``, ..., ``step(stop - 1)``, made up to ``depth`` steps ahead by a thread."""
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as thread:
-            ahead = [thread.submit(self.step, step) for step in range(start, min(start + depth, stop))]
-            try:
-                for step in range(start, stop):
-                    views = ahead.pop(0).result()
-                    if step + depth < stop:
-                        ahead.append(thread.submit(self.step, step + depth))
-                    yield views
-            finally:
-                thread.shutdown(wait=False, cancel_futures=True)
+    def prefetch(self, start: int, stop: int) -> Iterator[list[View]]:
+        """``step(start)``, ..., ``step(stop - 1)``, made ahead by a thread."""
+        return prefetch(self.step, start, stop)
 
     def samples(self, step: int) -> Samples:
         """The windows of a step over all ranks, with their keys."""
-        slots = self._schedule.slots(step)
+        slots = self._schedule.slots(step - self.first_step)
         bins = [self._streams[source].bin(number) for source, number in slots]
         return Samples(*(np.concatenate(columns) for columns in zip(*bins, strict=True)))
 
@@ -101,16 +97,15 @@ class Loader:
 
     def evaluation(self, max_tokens: int) -> Iterator[dict[str, View]]:
         """This rank's evaluation views of ``evaluation_rows(max_tokens)``, as many on every rank."""
-        rows = self.evaluation_rows(max_tokens)
-        lengths = self.windows.lengths[rows]
-        num_bins = fewest_bins(lengths, self.micro_tokens)
-        num_bins = -(-num_bins // self.world_size) * self.world_size
-        bins, _ = deal(lengths, num_bins)
-        keys = [SampleKey(EVALUATION_SEED, 0, i) for i in range(len(rows))]
-        for mine in range(self.rank, num_bins, self.world_size):
-            members = np.flatnonzero(bins == mine)
-            batch = pack([self.windows[row] for row in rows[members]])
-            yield self.objective.evaluation_views(batch, [keys[i] for i in members], self.tokens)
+        for batch, keys, _ in self._evaluation_batches(max_tokens):
+            yield self.objective.evaluation_views(batch, keys, self.tokens)
+
+    def evaluation_pairs(self, max_tokens: int) -> Iterator[Pair]:
+        """The same texts in pairs. Where dropout alone would tell two views apart, adjacent spans take their place."""
+        is_blind = self.contrastive.pairs == "dropout"
+        contrastive = replace(self.contrastive, pairs="adjacent") if is_blind else self.contrastive
+        for batch, keys, rows in self._evaluation_batches(max_tokens):
+            yield contrastive.pair(batch, keys, self.tokens, self.windows.documents(rows))
 
     def evaluation_rows(self, max_tokens: int) -> np.ndarray:
         """The windows an evaluation reads: the first of a fixed shuffle, up to ``max_tokens``, at least one.
@@ -120,6 +115,18 @@ class Loader:
         order = np.argsort(raw(EVALUATION_SEED, len(self.windows)), kind="stable")
         count = int(np.searchsorted(np.cumsum(self.windows.lengths[order], dtype=np.int64), max_tokens, side="right"))
         return order[: max(1, count)]
+
+    def _evaluation_batches(self, max_tokens: int) -> Iterator[tuple[Packed, list[SampleKey], np.ndarray]]:
+        """This rank's batches, their keys and the numbers of their windows; as many batches on every rank."""
+        rows = self.evaluation_rows(max_tokens)
+        lengths = self.windows.lengths[rows]
+        num_bins = fewest_bins(lengths, self.micro_tokens)
+        num_bins = -(-num_bins // self.world_size) * self.world_size
+        bins, _ = deal(lengths, num_bins)
+        for mine in range(self.rank, num_bins, self.world_size):
+            members = np.flatnonzero(bins == mine)
+            batch = pack([self.windows[row] for row in rows[members]])
+            yield batch, [SampleKey(EVALUATION_SEED, 0, i) for i in members.tolist()], rows[members]
 
     @cached_property
     def _schedule(self) -> Schedule:
@@ -132,7 +139,27 @@ class Loader:
         parts = range(len(self.windows.parts))
         return [Stream(self.windows, part, capacity, self.seed) for part in parts]
 
-    def _view(self, samples: Samples) -> View:
+    def _view(self, step: int, samples: Samples) -> View:
         batch = pack([self.windows[index] for index in samples.windows])
         places = zip(samples.epochs.tolist(), samples.places.tolist(), strict=True)
-        return self.objective.view(batch, [SampleKey(self.seed, *place) for place in places], self.tokens)
+        keys = [SampleKey(self.seed, *place) for place in places]
+        objective = self.objective.at(step) if isinstance(self.objective, Mixed) else self.objective
+        view = objective.view(batch, keys, self.tokens)
+        if self.contrastive is None or step < self.contrastive_from:
+            return view
+        documents = self.windows.documents(samples.windows)
+        return replace(view, pair=self.contrastive.pair(batch, keys, self.tokens, documents, objective))
+
+
+def prefetch(make: Callable[[int], list[View]], start: int, stop: int, depth: int = 2) -> Iterator[list[View]]:
+    """``make(start)``, ..., ``make(stop - 1)``, made up to ``depth`` steps ahead by a thread."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as thread:
+        ahead = [thread.submit(make, step) for step in range(start, min(start + depth, stop))]
+        try:
+            for step in range(start, stop):
+                views = ahead.pop(0).result()
+                if step + depth < stop:
+                    ahead.append(thread.submit(make, step + depth))
+                yield views
+        finally:
+            thread.shutdown(wait=False, cancel_futures=True)

@@ -69,6 +69,13 @@ def load(place: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def with_mask(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tokenizer of a causal model has no mask token; it gets one, behind its other entries."""
+    if tokenizer.mask_token_id is None:
+        tokenizer.add_special_tokens({"mask_token": SPECIAL["mask_token"]})
+    return tokenizer
+
+
 def describe(tokenizer: PreTrainedTokenizerFast, place: str) -> Vocabulary:
     """Checks that a tokenizer can serve, and takes from it what is needed.
 

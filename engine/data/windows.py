@@ -14,6 +14,7 @@ class Part:
     starts: np.ndarray  # [n] int64
     lengths: np.ndarray  # [n] int32
     weight: float = 1.0  # share of the tokens of a step, relative to the other parts
+    documents: np.ndarray | None = None  # [n] int64, at least 0: which document each window is of, where that is known
 
 
 class Windows:
@@ -43,6 +44,14 @@ class Windows:
     @property
     def num_tokens(self) -> int:
         return int(self.lengths.sum(dtype=np.int64))
+
+    def documents(self, rows: np.ndarray) -> list[int] | None:
+        """A number for the document of each of these windows, other ones in every source; None if not known."""
+        if any(part.documents is None for part in self.parts):
+            return None
+        which = np.searchsorted(self.bounds, rows, side="right") - 1
+        of_part = zip(which.tolist(), (rows - self.bounds[which]).tolist(), strict=True)
+        return [part << 40 | int(self.parts[part].documents[row]) for part, row in of_part]
 
 
 def cut(offsets: np.ndarray, documents: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:

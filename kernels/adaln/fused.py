@@ -89,7 +89,7 @@ def _forward_kernel(
 ):  # fmt: skip
     sequence, first, end = slot_rows(cu_seqlens_ptr, tl.program_id(0), rows, B, N, PACKED, BLOCK_B)
     sequence = sequence.to(tl.int64)
-    d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    d = tl.arange(0, BLOCK_D).to(tl.int64)  # [BLOCK_D]; d * stride passes 2^31 in a transposed x
     in_d = d < D
     shift = tl.load(shift_ptr + sequence * shift_stride_b + d * shift_stride_d, mask=in_d, other=0.0).to(tl.float32)
     scale = tl.load(scale_ptr + sequence * scale_stride_b + d * scale_stride_d, mask=in_d, other=0.0).to(tl.float32)
@@ -134,7 +134,7 @@ def _backward_kernel(
     slot = tl.program_id(0)
     sequence, first, end = slot_rows(cu_seqlens_ptr, slot, rows, B, N, PACKED, BLOCK_B)
     sequence = sequence.to(tl.int64)
-    d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    d = tl.arange(0, BLOCK_D).to(tl.int64)  # [BLOCK_D]; d * stride passes 2^31 in a transposed x
     in_d = d < D
     scale = tl.load(scale_ptr + sequence * scale_stride_b + d * scale_stride_d, mask=in_d, other=0.0).to(tl.float32)
     if RESIDUAL:

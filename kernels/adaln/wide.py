@@ -58,7 +58,7 @@ def _wide_backward_kernel(
     slot = tl.program_id(0)
     sequence, first, end = slot_rows(cu_seqlens_ptr, slot, rows, B, N, PACKED, BLOCK_B)
     sequence = sequence.to(tl.int64)
-    low = tl.arange(0, HALF)  # [BLOCK_D / 2]
+    low = tl.arange(0, HALF).to(tl.int64)  # [BLOCK_D / 2]
     high = low + HALF
     in_low, in_high = low < D, high < D
     scale = scale_ptr + sequence * scale_stride_b

@@ -2,10 +2,9 @@
 
 Where the sequence boundaries can be read without waiting for a device, sequences run one after the other, unless they
 are so small that calls cost more than padding; elsewhere (GPU, traced graphs) they run padded, side by side.
-Holds the similarity and both weights, [B, H, C, N] each, for backward.
+Holds the similarity and both weights, [B, H, N, C] each, for backward. Every product has its tokens where its gradient
+comes out as [N, C] too, so that none of these is ever transposed.
 """
-
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -41,22 +40,24 @@ def pays_to_pad(cu_seqlens: Tensor, num_tokens: int, max_seqlen: int, weights_pe
 
 
 def attend(concept_qk: Tensor, concept_v: Tensor, token_qk: Tensor, token_v: Tensor, valid: Tensor | None):
-    """concepts [B,H,C,D], tokens [B,H,N,D], valid [B,1,1,N] -> both results, laid out like their own side."""
-    similarity = concept_qk @ token_qk.mT  # [B,H,C,N]
+    """concepts [B,H,C,D], tokens [B,H,N,D], valid [B,1,N,1] -> both results, laid out like their own side."""
+    similarity = token_qk @ concept_qk.mT  # [B,H,N,C]
     over_tokens = similarity
     if valid is not None:
         over_tokens = similarity.masked_fill(~valid, torch.finfo(similarity.dtype).min)
-    over_tokens = over_tokens.softmax(-1)
-    if valid is not None:  # a sequence without tokens has only such columns: its weights become 0, not NaN
+    over_tokens = over_tokens.softmax(-2)
+    if valid is not None:  # a sequence without tokens has only such rows: its weights become 0, not NaN
         over_tokens = over_tokens.masked_fill(~valid, 0.0)
-    return over_tokens @ token_v, similarity.softmax(-2).mT @ concept_v
+    return (token_v.mT @ over_tokens).mT, similarity.softmax(-1) @ concept_v
 
 
 def one_by_one(concept_qk: Tensor, concept_v: Tensor, token_qk: Tensor, token_v: Tensor, cu_seqlens: Tensor):
-    concept_out, token_out = [], []
-    for b, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
-        tokens = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (token_qk, token_v))  # [1,H,N,D]
-        concepts, rows = attend(concept_qk[b : b + 1], concept_v[b : b + 1], *tokens, None)
+    concept_out, token_out, lengths = [], [], cu_seqlens.diff().tolist()
+    # split, not slices: its backward is one concatenation instead of a full-length sum for every sequence
+    concepts = (x.split(1) for x in (concept_qk, concept_v))
+    tokens = (x.split(lengths) for x in (token_qk, token_v))
+    for *own, qk, v in zip(*concepts, *tokens, strict=True):
+        concepts, rows = attend(*own, *(x.transpose(0, 1).unsqueeze(0) for x in (qk, v)), None)
         concept_out.append(concepts)
         token_out.append(rows.squeeze(0).transpose(0, 1))
     return torch.cat(concept_out).transpose(1, 2), torch.cat(token_out)
@@ -68,7 +69,7 @@ def side_by_side(
     B, T = concept_qk.shape[0], token_qk.shape[0]
     starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
     rows = starts[:, None] + torch.arange(N, device=starts.device)  # [B,N]
-    valid = (rows < ends[:, None])[:, None, None, :]
+    valid = (rows < ends[:, None])[:, None, :, None]
     rows = rows.clamp(max=T - 1).flatten()
     padded = (x.index_select(0, rows).unflatten(0, (B, N)).transpose(1, 2) for x in (token_qk, token_v))
     concept_out, token_out = attend(concept_qk, concept_v, *padded, valid)

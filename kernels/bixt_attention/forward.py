@@ -1,12 +1,12 @@
 """Forward of bixt_attention in Triton. Contract: op.py. Oracle: reference.py.
 
     S = concept_qk token_qk^T, a = scale * log2(e)         one [BLOCK_C, BLOCK_N] tile serves both softmaxes
-    tokens:   w = exp2(a S - max_c a S),  token_out = (w / sum_c w)^T concept_v      exact: the tile has all concepts
-    concepts: running maximum m, l = sum_n exp2(a S - m), acc = sum_n exp2(a S - m) token_v
+    concepts: running maximum m, l = sum_n p, acc = sum_n p token_v                     p = exp2(a S - a m)
+    tokens:   w = p exp2(a m) / sum_c p exp2(a m), token_out = w^T concept_v            exact: the tile has all concepts
 
 A program owns one head and one chunk of one sequence, holds all its concepts and walks the chunk in tiles of BLOCK_N
-tokens: three products, tokens read once. With several chunks a sequence, each leaves (out, lse) of its chunk in
-float32, and concept_attention's merge_kernel merges them in their order.
+tokens: three products and one exponential, tokens read once. With several chunks a sequence, each leaves (out, lse) of
+its chunk in float32, and concept_attention's merge_kernel merges them in their order.
 """
 
 import torch
@@ -19,19 +19,62 @@ from ..concept_attention.forward import LN2, LOG2E, merge_kernel
 from ..splits import REDUCE, Split, choose_chunk, locate, matrix_units, split_build
 from ..tiles import load_tile, store_tile
 
+SMALL = tl.constexpr(2.0**-100)  # terms that underflow, below 2**-126, are nothing to a sum above it
+
 
 @triton.jit
-def weights_over_concepts(s, in_c, scale_log2, EVEN_C: tl.constexpr):
-    """(w [BLOCK_C, BLOCK_N], 1 / sum_c w [BLOCK_N]) of raw products s: the softmax of each column is their product."""
-    if not EVEN_C:
-        s = tl.where(in_c[:, None], s, -float("inf"))
-    w = tl.exp2(s * scale_log2 - (tl.max(s, 0) * scale_log2)[None, :])
-    return w, 1.0 / tl.sum(w, 0)
+def weights_over_concepts(p, top, in_c, in_n):
+    """(w [BLOCK_C, BLOCK_N], log2 sum_c exp2(a s), smallest sum): the softmax of each column of p = exp2(a s - top).
+
+    w is p times exp2(top - max top), over its sum: no second exponential and no maximum of columns, which costs three
+    shuffles an element of a thread. A column that lies so far below the others that its sum is below SMALL comes out
+    finite and wrong.
+    """
+    top = tl.where(in_c, top, -float("inf"))
+    highest = tl.max(top, 0)
+    w = p * tl.exp2(top - highest)[:, None]
+    total = tl.where(in_n, tl.sum(w, 0), 1.0)
+    smallest = tl.min(total, 0)
+    total = tl.maximum(total, SMALL)
+    return w * (1.0 / total)[None, :], highest + tl.log2(total), smallest
+
+
+@triton.jit
+def read_again(
+    concept_qk_ptr, concept_v_ptr, token_qk_ptr, token_out_ptr, token_lse_ptr,
+    c, in_c, token, length, head, num_heads,
+    concept_qk_stride_c, concept_v_stride_c, token_qk_stride_t, scale_log2,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """token_out and token_lse of ``length`` tokens from ``token`` on, each from its own maximum: right for any scores.
+
+    The pointers to inputs stand at the sequence and head.
+    """
+    concept_qk = load_tile(concept_qk_ptr, c.to(tl.int64) * concept_qk_stride_c, in_c, D, BLOCK_D, not EVEN_C)
+    concept_v = load_tile(concept_v_ptr, c.to(tl.int64) * concept_v_stride_c, in_c, D, BLOCK_D, not EVEN_C)
+    n = tl.arange(0, BLOCK_N)
+    for i in tl.range(0, length, BLOCK_N, num_stages=1):  # too rare to spend registers on
+        in_n = n < length - i
+        token_qk = load_tile(
+            token_qk_ptr + (token + i) * token_qk_stride_t, n * token_qk_stride_t, in_n, D, BLOCK_D, True
+        )
+        s = tl.dot(concept_qk, tl.trans(token_qk), input_precision=PRECISION) * scale_log2  # [BLOCK_C, BLOCK_N]
+        if not EVEN_C:
+            s = tl.where(in_c[:, None], s, -float("inf"))
+        top = tl.max(s, 0)
+        w = tl.exp2(s - top[None, :])
+        total = tl.sum(w, 0)
+        w = (w * (1.0 / total)[None, :]).to(concept_v.dtype)
+        cell = (token + i) * num_heads + head
+        tl.store(token_lse_ptr + cell + n * num_heads, top + tl.log2(total), mask=in_n)
+        read = tl.dot(tl.trans(concept_v), w, input_precision=PRECISION)  # [BLOCK_D, BLOCK_N]
+        store_tile(token_out_ptr + cell * D, n * num_heads * D, tl.trans(read), in_n, D, BLOCK_D, True)
 
 
 @triton.jit(do_not_specialize=["num_sequences", "num_concepts", "chunk"])
 def forward_kernel(
     concept_qk_ptr, concept_v_ptr, token_qk_ptr, token_v_ptr, cu_ptr, concept_out_ptr, token_out_ptr, lse_ptr,
+    token_lse_ptr,
     num_sequences, num_heads, num_concepts, chunk,
     concept_qk_stride_b, concept_qk_stride_c, concept_qk_stride_h, concept_v_stride_b, concept_v_stride_c,
     concept_v_stride_h, token_qk_stride_t, token_qk_stride_h, token_v_stride_t, token_v_stride_h,
@@ -52,13 +95,14 @@ def forward_kernel(
     m = tl.full([BLOCK_C], -float("inf"), tl.float32)
     l = tl.zeros([BLOCK_C], tl.float32)
     acc = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+    lowest = 1.0
+    token = (start + first).to(tl.int64)
     if length > 0:
         concept_qk_ptr += sequence * concept_qk_stride_b + head * concept_qk_stride_h
         concept_v_ptr += sequence * concept_v_stride_b + head * concept_v_stride_h
         # concept_qk, concept_v [BLOCK_C, BLOCK_D]
         concept_qk = load_tile(concept_qk_ptr, c.to(tl.int64) * concept_qk_stride_c, in_c, D, BLOCK_D, not EVEN_C)
         concept_v = load_tile(concept_v_ptr, c.to(tl.int64) * concept_v_stride_c, in_c, D, BLOCK_D, not EVEN_C)
-        token = (start + first).to(tl.int64)
         token_qk_ptr += head * token_qk_stride_h
         token_v_ptr += head * token_v_stride_h
         scale_log2 = scale * LOG2E
@@ -70,21 +114,23 @@ def forward_kernel(
                 token_qk_ptr + (token + i) * token_qk_stride_t, n * token_qk_stride_t, in_n, D, BLOCK_D, True
             )
             s = tl.dot(concept_qk, tl.trans(token_qk), input_precision=PRECISION)  # [BLOCK_C, BLOCK_N]
-            w, share = weights_over_concepts(s, in_c, scale_log2, EVEN_C)
-            read = tl.dot(tl.trans(concept_v), w.to(concept_v.dtype), input_precision=PRECISION)  # [BLOCK_D, BLOCK_N]
-            cell = ((token + i) * num_heads + head) * D
-            store_tile(token_out_ptr + cell, n * num_heads * D, tl.trans(read * share[None, :]), in_n, D, BLOCK_D, True)
-
             s = tl.where(in_n[None, :], s, -float("inf"))
             new_m = tl.maximum(m, tl.max(s, 1))
             p = tl.exp2(s * scale_log2 - (new_m * scale_log2)[:, None])
             alpha = tl.exp2((m - new_m) * scale_log2)
             l = l * alpha + tl.sum(p, 1)
             m = new_m
+            spread = p.to(concept_v.dtype)
+            w, token_lse, smallest = weights_over_concepts(p, m * scale_log2, in_c, in_n)
+            lowest = tl.minimum(lowest, smallest)
+            cell = (token + i) * num_heads + head
+            tl.store(token_lse_ptr + cell + n * num_heads, token_lse, mask=in_n)
+            read = tl.dot(tl.trans(concept_v), w.to(concept_v.dtype), input_precision=PRECISION)  # [BLOCK_D, BLOCK_N]
+            store_tile(token_out_ptr + cell * D, n * num_heads * D, tl.trans(read), in_n, D, BLOCK_D, True)
             token_v = load_tile(
                 token_v_ptr + (token + i) * token_v_stride_t, n * token_v_stride_t, in_n, D, BLOCK_D, True
             )
-            acc = tl.dot(p.to(token_v.dtype), token_v, acc * alpha[:, None], input_precision=PRECISION)
+            acc = tl.dot(spread, token_v, acc * alpha[:, None], input_precision=PRECISION)
     # a sequence without tokens: acc = 0, l = 0, and lse = -inf
     safe_l = tl.where(l > 0, l, 1.0)
     out = acc * (1.0 / safe_l)[:, None]
@@ -97,6 +143,14 @@ def forward_kernel(
         row = (slot.to(tl.int64) * num_heads + head) * num_concepts + c
         store_tile(concept_out_ptr, row * D, out, in_c, D, BLOCK_D, not EVEN_C)
         tl.store(lse_ptr + row, lse, mask=in_c)
+    if lowest < SMALL:  # some scores lie 69 apart or more: what tokens read is written again
+        tl.debug_barrier()
+        read_again(
+            concept_qk_ptr, concept_v_ptr, token_qk_ptr, token_out_ptr, token_lse_ptr,
+            c, in_c, token, length, head, num_heads,
+            concept_qk_stride_c, concept_v_stride_c, token_qk_stride_t, scale * LOG2E,
+            D, BLOCK_N, BLOCK_D, EVEN_C, PRECISION,
+        )  # fmt: skip
 
 
 # {(units, D > 64): {BLOCK_C: (BLOCK_N, num_warps, num_stages)}}; units as splits.matrix_units. Chosen from the compile
@@ -105,7 +159,7 @@ TILES = {
     ("wgmma", False): {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 3), 128: (64, 8, 2)},
     ("wgmma", True): {16: (64, 4, 3), 32: (64, 4, 3), 64: (32, 4, 3), 128: (32, 8, 3)},
     ("mma", False): {16: (64, 4, 2), 32: (64, 4, 2), 64: (32, 4, 2), 128: (32, 8, 2)},
-    ("mma", True): {16: (64, 4, 2), 32: (32, 4, 2), 64: (32, 4, 2)},
+    ("mma", True): {16: (32, 4, 2), 32: (32, 4, 2), 64: (32, 4, 2)},
     ("fma", False): {16: (16, 4, 1), 32: (16, 4, 1), 64: (16, 8, 1)},
     ("fma", True): {16: (16, 4, 1)},
 }
@@ -126,8 +180,8 @@ def tile_of(tiles: dict, x: Tensor) -> dict[str, int] | None:
 def forward(
     concept_qk: Tensor, concept_v: Tensor, token_qk: Tensor, token_v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
     scale: float, chunk: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(concept_out, token_out, lse). ``chunk`` overrides the length of a chunk, in tokens (tests)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(concept_out, token_out, lse [B, H, C], token_lse [T, H]), the last in base 2. ``chunk``: its tokens (tests)."""
     (num_sequences, num_concepts, num_heads, head_dim), num_tokens = concept_qk.shape, token_qk.shape[0]
     config = tile_of(TILES, concept_qk)
     if chunk is None:
@@ -137,12 +191,14 @@ def forward(
     concept_out = torch.empty(concept_qk.shape, dtype=concept_qk.dtype, device=concept_qk.device)
     token_out = torch.empty(token_qk.shape, dtype=token_qk.dtype, device=token_qk.device)
     lse = torch.empty(num_sequences, num_heads, num_concepts, **single)
+    token_lse = torch.empty(num_tokens, num_heads, **single)
     part, part_lse = concept_out, lse
     if not split.single:
         part_lse = torch.empty(split.num_slots, num_heads, num_concepts, **single)
         part = torch.empty(*part_lse.shape, head_dim, **single)
     forward_kernel[(split.num_slots * num_heads,)](
         concept_qk, concept_v, token_qk, token_v, cu_seqlens, part, token_out, part_lse,
+        token_lse,
         num_sequences, num_heads, num_concepts, chunk,
         *concept_qk.stride()[:3], *concept_v.stride()[:3], *token_qk.stride()[:2], *token_v.stride()[:2],
         scale,
@@ -154,12 +210,18 @@ def forward(
             part, part_lse, cu_seqlens, concept_out, lse, num_heads, num_concepts, num_concepts, chunk,
             GROUP=1, D=head_dim, BLOCK_D=config["BLOCK_D"], enable_fp_fusion=True, **REDUCE,
         )  # fmt: skip
-    return concept_out, token_out, lse
+    return concept_out, token_out, lse, token_lse
 
 
 def builds() -> list[Build]:
     """Every tile at D = 64 and 128, in bfloat16 or float32; narrow heads, a tile that C does not fill, one chunk."""
-    return tile_builds("bixt_attention/forward", forward_kernel, TILES, ("lse_ptr", "concept_out_ptr"), ("lse_ptr",))
+    return tile_builds(
+        "bixt_attention/forward",
+        forward_kernel,
+        TILES,
+        ("lse_ptr", "token_lse_ptr", "concept_out_ptr"),
+        ("lse_ptr", "token_lse_ptr"),
+    )
 
 
 def tile_builds(name: str, kernel, tiles: dict, part: tuple[str, ...], single: tuple[str, ...]) -> list[Build]:

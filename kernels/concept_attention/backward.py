@@ -273,8 +273,6 @@ def builds() -> list[Build]:
     found = []
     for dropout, one_pass, two_pass in ((False, ONE_PASS, TWO_PASS), (True, ONE_PASS_DROPOUT, TWO_PASS_DROPOUT)):
         for (units, wide), (rows, tokens) in two_pass.items():
-            if units == "fma" and dropout:
-                continue
             head_dim = 128 if wide else 64
             for block_r, shape in one_pass[units, wide].items():
                 found.append(_build("one_pass", row_kernel, (block_r, *shape), head_dim, units, dropout))

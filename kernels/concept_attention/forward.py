@@ -201,8 +201,6 @@ def builds() -> list[Build]:
     for dropout, tables in ((False, TILES), (True, TILES_DROPOUT)):
         for (units, wide), table in tables.items():
             dtype = "fp32" if units == "fma" else "bf16"
-            if units == "fma" and dropout:
-                continue
             for block_r, (block_n, num_warps, num_stages) in table.items():
                 tile = block_r, block_n, 128 if wide else 64
                 found.append(_build(dtype, tile, (num_warps, num_stages), units, dropout, 2, False))

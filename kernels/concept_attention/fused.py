@@ -79,7 +79,7 @@ def concept_attention(
     scale: float, dropout_p: float, seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     check_supported("q", q)
-    return _ConceptAttention.apply(q, k, v, cu_seqlens, max_seqlen, scale, dropout_p, seed)
+    return _ConceptAttention.apply(q, k, v, cu_seqlens.contiguous(), max_seqlen, scale, dropout_p, seed)
 
 
 def builds() -> list[Build]:

@@ -103,7 +103,7 @@ def _rows_kernel(
             mean += tl.sum(x * tl.load(mean_word_ptr + d, mask=d < width, other=0.0)[None, :], 1)
         if pull_ptr is not None:
             gain = tl.load(row_weight_ptr + i, mask=live & right, other=0.0)
-            tl.store(pull_ptr + pid * width + d, tl.sum(gain[:, None] * x, 0), mask=d < width)
+            tl.store(pull_ptr + pid.to(tl.int64) * width + d, tl.sum(gain[:, None] * x, 0), mask=d < width)
     if bias_ptr is not None:
         own += tl.load(bias_ptr + target, mask=live & right, other=0.0).to(tl.float32)
     tl.store(target_logit_ptr + i, tl.where(right | ~live, own, float("nan")), mask=there)

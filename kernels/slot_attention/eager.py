@@ -1,10 +1,9 @@
-"""The torch backend: batched matrix products and one softmax, differentiable by autograd.
+"""The torch backend: two batched matrix products and one softmax, differentiable by autograd.
 
 As in bixt_attention, sequences run one after the other where that is known to be faster, else padded, side by side.
-Holds the weights before and after normalisation, [B, H, N, C] each, for backward.
+Holds the weights [B, H, N, C] for backward, in at least float32. Results are linear in them, so they are normalised
+after the product, and a column of ones beside v makes it leave the masses as well.
 """
-
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -20,11 +19,11 @@ def slot_attention(
     # the heads of a group stand side by side as more concepts of the one head they share
     q = (q * scale).view(B, C, Hkv, H // Hkv, D).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B,Hkv,G*C,D]
     if not pays_to_pad(cu_seqlens, T, max_seqlen, C * H):
-        parts = []
-        for b, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
-            kv = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (k, v))  # [1,Hkv,N,D]
-            valid = torch.ones(1, end - start, dtype=torch.bool, device=q.device)
-            parts.append(attend(q[b : b + 1], *kv, valid, C, normalize, eps))
+        parts, lengths = [], cu_seqlens.diff().tolist()
+        # split, not slices: its backward is one concatenation instead of a full-length sum for every sequence
+        for own, *kv in zip(q.split(1), k.split(lengths), v.split(lengths), strict=True):
+            kv = (x.transpose(0, 1).unsqueeze(0) for x in kv)  # [1,Hkv,N,D]
+            parts.append(attend(own, *kv, None, C, normalize, eps))
         out, mass = (torch.cat(part) for part in zip(*parts, strict=True))
     else:
         N = min(max_seqlen, T)
@@ -33,21 +32,24 @@ def slot_attention(
         rows = rows.clamp(max=T - 1).flatten()
         kv = (x.index_select(0, rows).unflatten(0, (B, N)).transpose(1, 2) for x in (k, v))  # [B,Hkv,N,D]
         out, mass = attend(q, *kv, valid, C, normalize, eps)
-    return out.view(B, H, C, D).transpose(1, 2), mass.view(B, H, C)
+    return out.reshape(B, H, C, D).transpose(1, 2), mass.reshape(B, H, C)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, C: int, normalize: str, eps: float) -> tuple[Tensor, Tensor]:
-    """q [B,Hkv,G*C,D], k and v [B,Hkv,N,D], valid [B,N] -> out [B,Hkv,G*C,D], mass [B,Hkv,G,C] in at least float32."""
-    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-    valid = valid[:, None, :, None, None].to(exact)
-    # in float32 also for its gradient: that of a concept which owns almost nothing overflows float16
-    attention = (k @ q.mT).unflatten(-1, (-1, C)).softmax(-1, dtype=exact) * valid  # [B,Hkv,N,G,C]
-    mass = attention.sum(2)
-    num_tokens = valid.sum(2)  # [B,1,1,1]
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, C: int, normalize: str, eps: float
+) -> tuple[Tensor, Tensor]:
+    """q [B,Hkv,G*C,D], k and v [B,Hkv,N,D], valid [B,N] -> out [B,Hkv,G*C,D], mass [B,Hkv,G*C] in at least float32."""
+    exact = torch.promote_types(q.dtype, torch.float32)
+    attention = (k @ q.mT).unflatten(-1, (-1, C)).softmax(-1, dtype=exact).flatten(3)  # [B,Hkv,N,G*C]
+    values = torch.cat([v.to(exact), v.new_ones(*v.shape[:-1], 1, dtype=exact)], -1)  # [B,Hkv,N,D+1]
+    if valid is not None:
+        values = values.masked_fill(~valid[:, None, :, None], 0.0)
+    read = (values.mT @ attention).mT  # [B,Hkv,G*C,D+1]; so ordered, the weights' gradient is not transposed
+    total = values.sum(2, keepdim=True)
     if normalize == "mean":
-        total = mass + eps * num_tokens
-        total = torch.where(total > 0, total, 1.0)  # no tokens, no weights: 0 / 1
-        weight = (attention + eps * valid) / total.unsqueeze(2)
+        weighted = read + eps * total
+        divisor = weighted[..., -1:]
+        out = weighted[..., :-1] / torch.where(divisor > 0, divisor, 1.0)  # no tokens, no weights: 0 / 1
     else:
-        weight = attention * (C / num_tokens.clamp(min=1)).unsqueeze(2)
-    return weight.to(v.dtype).flatten(3).mT @ v, mass
+        out = read[..., :-1] * (C / total[..., -1:].clamp(min=1))
+    return out.to(v.dtype), read[..., -1]

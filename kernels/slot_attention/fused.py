@@ -76,7 +76,7 @@ def slot_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, normalize: str, eps: float
 ) -> tuple[Tensor, Tensor]:
     check_supported("q", q)
-    return _SlotAttention.apply(q, k, v, cu_seqlens, max_seqlen, scale, normalize, eps)
+    return _SlotAttention.apply(q, k, v, cu_seqlens.contiguous(), max_seqlen, scale, normalize, eps)
 
 
 def builds() -> list[Build]:

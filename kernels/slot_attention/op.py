@@ -55,8 +55,8 @@ def slot_attention(
 
     Memory: Triton saves the inputs, out and mass; nothing of size C x N exists. Where a tile does not hold all concepts
     (more than 256, fewer for D > 64 or float32) or query heads share a key head, backward also holds a float32 copy of
-    the gradients of k and v for each tile and head of the group. The torch backend holds three [H, C, N] tensors per
-    sequence. Inside autocast inputs are cast as for scaled_dot_product_attention.
+    the gradients of k and v for each tile and head of the group. The torch backend holds the weights [H, N, C] of
+    every sequence. Inside autocast inputs are cast as for scaled_dot_product_attention.
 
     Source: Locatello et al. 2020, "Object-Centric Learning with Slot Attention", arXiv:2006.15055; the sum follows
     Krimmel, Achterhold and Stueckler 2024, "Attention Normalization Impacts Cardinality Generalization in Slot

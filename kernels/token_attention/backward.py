@@ -157,9 +157,10 @@ def concept_kernel(
 
 
 # {(units, D > 64): {BLOCK_C: (BLOCK_T, num_warps)}}: concepts of one tile of concept_kernel, with dq; more take BLOCKS'
-# (BLOCK_C, BLOCK_T, num_warps), and row_kernel makes dq. Chosen as in forward.py, row_kernel's ROW_* too.
+# (BLOCK_C, BLOCK_T, num_warps), and row_kernel makes dq. Chosen as in forward.py, row_kernel's ROW_* too. 256 concepts
+# in one tile with dq would leave room for 16 tokens (32 take 88 bytes of stack on Triton 3.6), under dropout for none.
 ONE_TILE = {
-    ("wgmma", False): {16: (64, 4), 32: (64, 4), 64: (64, 4), 128: (64, 8), 256: (32, 8)},
+    ("wgmma", False): {16: (64, 4), 32: (64, 4), 64: (64, 4), 128: (64, 8)},
     ("wgmma", True): {16: (32, 4), 32: (32, 4), 64: (32, 8), 128: (32, 8)},
     ("mma", False): {16: (32, 4), 32: (32, 4), 64: (32, 4), 128: (32, 8)},
     ("mma", True): {16: (16, 4), 32: (16, 4), 64: (16, 8)},
@@ -168,7 +169,7 @@ ONE_TILE = {
 }
 ONE_TILE_DROPOUT = {
     **ONE_TILE,
-    ("wgmma", False): {16: (64, 4), 32: (64, 4), 64: (32, 4), 128: (64, 8), 256: (16, 8)},
+    ("wgmma", False): {16: (64, 4), 32: (64, 4), 64: (32, 4), 128: (64, 8)},
     ("wgmma", True): {16: (32, 4), 32: (32, 4), 64: (32, 8), 128: (16, 8)},
 }
 BLOCKS = {
@@ -180,7 +181,7 @@ BLOCKS = {
     ("fma", True): (16, 32, 4),
 }
 ROW_TILES = {
-    ("wgmma", False): {16: (64, 4), 32: (64, 4), 64: (64, 4), 128: (128, 8), 256: (128, 8)},
+    ("wgmma", False): {16: (64, 4), 32: (64, 4), 64: (64, 4), 128: (128, 8)},
     ("wgmma", True): {16: (64, 4), 32: (64, 4), 64: (64, 4), 128: (128, 8)},
     ("mma", False): {16: (64, 4), 32: (64, 4), 64: (64, 4), 128: (128, 8)},
     ("mma", True): {16: (64, 4), 32: (64, 4), 64: (64, 8)},
@@ -270,12 +271,12 @@ def builds() -> list[Build]:
     found = []
     for dropout, tables, row_tables in ((False, ONE_TILE, ROW_TILES), (True, ONE_TILE_DROPOUT, ROW_TILES_DROPOUT)):
         for (units, wide), table in tables.items():
-            if units == "fma" and dropout:
-                continue
             head_dim, walk, blocks = 128 if wide else 64, ROW_WALK[units, wide], BLOCKS[units, wide]
             for block_c, shape in row_tables[units, wide].items():
                 found.append(_row_build((block_c, *shape, True), head_dim, units, dropout, False))
             found.append(_row_build((*walk, False), head_dim, units, dropout, True))
+            if table.keys() - row_tables[units, wide].keys():
+                found.append(_row_build((*walk, False), head_dim, units, dropout, False))
             for block_c, shape in table.items():
                 found.append(_concept_build((block_c, *shape), head_dim, units, dropout, True))
             found.append(_concept_build(blocks, head_dim, units, dropout, False))

@@ -175,8 +175,6 @@ def builds() -> list[Build]:
     found = []
     for dropout, tables in ((False, ONE_TILE), (True, ONE_TILE_DROPOUT)):
         for (units, wide), table in tables.items():
-            if units == "fma" and dropout:
-                continue
             shapes = [(block_c, *shape, True) for block_c, shape in table.items()] + [(*WALK[units, wide], False)]
             head_dim = 128 if wide else 64
             found += [attend_build("forward", forward_kernel, shape, head_dim, units, dropout) for shape in shapes]

@@ -69,7 +69,7 @@ def token_attention(
     scale: float, dropout_p: float, seed: Tensor | None,
 ) -> Tensor:  # fmt: skip
     check_supported("q", q)
-    return _TokenAttention.apply(q, k, v, cu_seqlens, max_seqlen, scale, dropout_p, seed)
+    return _TokenAttention.apply(q, k, v, cu_seqlens.contiguous(), max_seqlen, scale, dropout_p, seed)
 
 
 def builds() -> list[Build]:

@@ -2,14 +2,15 @@
 
 from .contrastive import Contrastive
 from .diffusion import Diffusion
+from .mixed import Mixed, NoTask
 from .mlm import MaskedLM
 from .prefix import PrefixDiffusion
 from .tsdae import TSDAE
-from .view import SampleKey, SpecialTokens, View
+from .view import Pair, SampleKey, SpecialTokens, View
 
 OBJECTIVES = {"mlm": MaskedLM, "diffusion": Diffusion, "tsdae": TSDAE, "prefix_diffusion": PrefixDiffusion}
 
 __all__ = [
-    "OBJECTIVES", "TSDAE", "Contrastive", "Diffusion", "MaskedLM", "PrefixDiffusion", "SampleKey", "SpecialTokens",
-    "View",
+    "OBJECTIVES", "TSDAE", "Contrastive", "Diffusion", "MaskedLM", "Mixed", "NoTask", "Pair", "PrefixDiffusion",
+    "SampleKey", "SpecialTokens", "View",
 ]  # fmt: skip

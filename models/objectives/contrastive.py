@@ -8,8 +8,7 @@ B texts of this rank, R ranks, C concepts, d model width, e width of what is com
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..packing import Packed, pack
-from ..similarity import unit, wide
-from .tsdae import CHOICE, deletions
-from .view import SampleKey, SpecialTokens, check_option, clean_text, keep_rows, per_sequence
+from ..packing import Packed, join, pack
+from ..similarity import product, unit, wide
+from .tsdae import CHOICE, TSDAE, deletions
+from .view import Pair, SampleKey, SpecialTokens, check_option, clean_text, keep_rows, per_sequence
 
 PAIR, OTHER_DELETION = 16, 17  # streams of a key, above those of the objectives
 NO_PAIR = -1  # the id of a text that is too short for two views
@@ -88,9 +87,21 @@ class Contrastive:
         a, b = ([words[slice(*span)] for words, span in zip(texts, spans[:, i], strict=True)] for i in range(2))
         return pack(a), pack(b), ids
 
+    def pair(
+        self, batch: Packed, keys: Sequence[SampleKey], tokens: SpecialTokens,
+        documents: Sequence[int] | None = None, objective: object = None,
+    ) -> Pair:  # fmt: skip
+        """``views`` in one batch. Where ``objective`` reads the very first views, it only holds the second."""
+        a, b, ids = self.views(batch, keys, tokens, documents)
+        is_shared = self.pairs == "deletion" and isinstance(objective, TSDAE) and (
+            (objective.units, objective.positions, objective.probability) == ("token", "kept", self.deletion)
+        )  # fmt: skip
+        return Pair(b if is_shared else join(a, b), ids, is_shared)
+
     def loss(
-        self, concepts_a: Tensor, concepts_b: Tensor, ids: Tensor, temperature: Tensor | float | None = None
-    ) -> Tensor:
+        self, concepts_a: Tensor, concepts_b: Tensor, ids: Tensor, temperature: Tensor | float | None = None,
+        divisor: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """The part of the loss that belongs to this rank's texts, 0-d; in float32 or wider, whatever the autocast.
 
         Its *mean over ranks* is the mean over all texts of all ranks, also where ranks have different numbers of them,
@@ -102,35 +113,67 @@ class Contrastive:
             concepts_a, concepts_b: [B, C, d] concepts of the two views.
             ids: [B] int64 as ``views`` returned them; below 0: leave this text out.
             temperature: instead of the option, such as the output of a ``Temperature``.
+            divisor: 0-d, of the sum over this rank's texts; by default the number of all texts over that of the ranks.
         """
         if concepts_a.shape != concepts_b.shape:
             raise ValueError(
                 f"concepts_b: expected the shape of concepts_a, {list(concepts_a.shape)}, got {list(concepts_b.shape)}"
             )
-        temperature = self.temperature if temperature is None else temperature
-        with torch.autocast(concepts_a.device.type, enabled=False):
-            pair_B2e = torch.stack([self.embed(concepts_a), self.embed(concepts_b)], dim=1)
-            ids_B = ids.to(pair_B2e.device, torch.int64)
-            everyone, all_ids, rank, num_ranks = pair_B2e, ids_B, 0, 1
-            if self.across_ranks and dist.is_initialized() and dist.get_world_size() > 1:
-                rank, num_ranks = dist.get_rank(), dist.get_world_size()
-                everyone, all_ids = gather(pair_B2e, ids_B)
-            places = torch.arange(len(ids_B), device=ids_B.device)
-            own = places + rank * (len(all_ids) // num_ranks)  # where this rank's texts stand among all
-            blocked = (ids_B[:, None] == all_ids) | (all_ids < 0)
-            blocked[places, own] = False
-            total = 0.0
-            for one, other in ((0, 1), (1, 0)):
-                scores = pair_B2e[:, one] @ everyone[:, other].T / temperature
-                nll_B = F.cross_entropy(scores.masked_fill(blocked, -torch.inf), own, reduction="none")
-                total = total + (nll_B * (ids_B >= 0)).sum() / 2
-            return total * num_ranks / (all_ids >= 0).sum().clamp_min(1)
+        return self.loss_of(self.embed(concepts_a), self.embed(concepts_b), ids, temperature, divisor)
 
     def embed(self, concepts: Tensor) -> Tensor:
         """[B, C, d] -> [B, e] of norm 1, whose inner products are the similarity."""
         if self.similarity == "pooled":
             return unit(wide(concepts).mean(1))
         return (unit(concepts) / math.sqrt(concepts.shape[1])).flatten(1)
+
+    def loss_of(
+        self, a_Be: Tensor, b_Be: Tensor, ids: Tensor, temperature: Tensor | float | None = None,
+        divisor: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """``loss`` of what ``embed`` made of the concepts."""
+        temperature = self.temperature if temperature is None else temperature
+        scores, blocked, own, num_texts = self.scores(a_Be, b_Be, ids)
+        total = 0.0
+        for score in scores:
+            # after the division: the temperature gets no gradient from what is blocked
+            nll_B = F.cross_entropy((score / temperature).masked_fill(blocked, -torch.inf), own, reduction="none")
+            total = total + (nll_B * (ids >= 0).to(nll_B)).sum() / 2
+        return total / (num_texts if divisor is None else divisor)
+
+    @torch.no_grad()
+    def num_found(self, a_Be: Tensor, b_Be: Tensor, ids: Tensor) -> Tensor:
+        """[2] float64: how many of this rank's texts count, and how many of them are found. Collective, as ``loss``.
+
+        A text counts as found by half for each of its views to which the other is the most similar of all.
+        """
+        scores, blocked, own, _ = self.scores(a_Be, b_Be, ids)
+        found_B = sum((score.masked_fill(blocked, -torch.inf).argmax(1) == own).double() for score in scores) / 2
+        counts_B = (ids >= 0).to(found_B)
+        return torch.stack([counts_B.sum(), (found_B * counts_B).sum()])
+
+    def scores(
+        self, a_Be: Tensor, b_Be: Tensor, ids: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, Tensor]:  # fmt: skip
+        """Similarities of this rank's texts with those of all ranks.
+
+        Returns:
+            [B, R * B] of each a with every b, and of each b with every a;
+            [B, R * B] bool: these are not each other's negatives;
+            [B] the column of the text itself;
+            0-d the number of all texts that count, over that of the ranks.
+        """
+        pair_B2e, ids_B = torch.stack([a_Be, b_Be], dim=1), ids.to(a_Be.device, torch.int64)
+        everyone, all_ids, rank, num_ranks = pair_B2e, ids_B, 0, 1
+        if self.across_ranks and dist.is_initialized() and dist.get_world_size() > 1:
+            rank, num_ranks = dist.get_rank(), dist.get_world_size()
+            everyone, all_ids = gather(pair_B2e, ids_B)
+        places = torch.arange(len(ids_B), device=ids_B.device)
+        own = places + rank * (len(all_ids) // num_ranks)  # where this rank's texts stand among all
+        blocked = (ids_B[:, None] == all_ids) | (all_ids < 0)
+        blocked[places, own] = False
+        scores = product(pair_B2e[:, 0], everyone[:, 1].T), product(pair_B2e[:, 1], everyone[:, 0].T)
+        return scores, blocked, own, (all_ids >= 0).sum().clamp_min(1) / num_ranks
 
 
 class Temperature(nn.Module):
@@ -141,10 +184,10 @@ class Temperature(nn.Module):
         check_option("floor", floor, "a number above 0", floor > 0)
         check_option("initial", initial, f"a number above floor = {floor:g}", initial > floor)
         self.floor = floor
-        self.log_excess = nn.Parameter(torch.tensor(math.log(initial - floor)))
+        self.log_excess = nn.Parameter(torch.tensor([math.log(initial - floor)]))  # [1]: DeepSpeed refuses 0-d
 
     def forward(self) -> Tensor:
-        return self.floor + self.log_excess.float().exp()
+        return self.floor + self.log_excess.float().exp().squeeze()
 
 
 def cut(g: np.random.Generator, num_tokens: int) -> np.ndarray:
@@ -191,75 +234,3 @@ def gather(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     missing = max(int(most), 1) - len(ids)  # at least one row, so that the gradient always passes every rank
     filled = torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
     return Gather.apply(filled), Gather.apply(torch.cat([ids, ids.new_full((missing,), NO_PAIR)]))
-
-
-def cached_backward(
-    encode: Callable[[Packed], Tensor], a: Packed, b: Packed, loss: Callable[[Tensor, Tensor], Tensor],
-    max_texts: int, backward: Callable[[Tensor], None] = Tensor.backward,
-) -> Tensor:  # fmt: skip
-    """The gradient of ``loss(encode(a), encode(b))`` with the activations of only ``max_texts`` texts at a time.
-
-    Encodes everything twice: first without a graph, for the loss and its gradient by the concepts; then part by part,
-    each followed by a backward pass with its share of that gradient. Dropout draws the same numbers both times. The
-    result equals the direct gradient up to rounding, if texts do not influence each other in ``encode``.
-
-    Args:
-        encode: a packed batch -> concepts [B, C, d].
-        loss: concepts of both -> 0-d. Parameters inside it get their gradient from a plain ``backward``.
-        backward: takes the scalar of each part, for engines that want to run it themselves.
-
-    Returns:
-        The loss, detached. Gradients are added to ``.grad`` as by ``backward``.
-
-    Source: Gao et al. 2021 (GradCache), arXiv:2101.06983.
-    """
-    check_option("max_texts", max_texts, "a whole number of at least 1", max_texts >= 1)
-    views = [split(packed, max_texts) for packed in (a, b)]
-    states, concepts = [], []
-    with torch.no_grad():
-        for parts in views:
-            states.append([])
-            outputs = []
-            for part in parts:
-                states[-1].append(random_state(part.input_ids.device))
-                outputs.append(encode(part))
-            concepts.append(torch.cat(outputs))
-    leaves = [z.detach().requires_grad_() for z in concepts]
-    with torch.enable_grad():
-        value = loss(*leaves)
-        value.backward()
-    for parts, of_parts, leaf in zip(views, states, leaves, strict=True):
-        sizes = [part.num_sequences for part in parts]
-        for part, state, gradient in zip(parts, of_parts, leaf.grad.split(sizes), strict=True):
-            with replay(state, part.input_ids.device):
-                backward((encode(part) * gradient).sum())
-    return value.detach()
-
-
-def split(packed: Packed, max_sequences: int) -> list[Packed]:
-    """Parts of at most ``max_sequences`` sequences; a batch without any stays as it is. One host synchronisation."""
-    bounds = packed.cu_seqlens.tolist()
-    parts = []
-    for first in range(0, max(packed.num_sequences, 1), max_sequences):
-        last = min(first + max_sequences, packed.num_sequences)
-        rows = slice(bounds[first], bounds[last])
-        parts.append(Packed(
-            packed.input_ids[rows], packed.position_ids[rows], packed.cu_seqlens[first : last + 1] - bounds[first],
-            packed.max_seqlen, packed.num_positions()[first:last],
-        ))  # fmt: skip
-    return parts
-
-
-def random_state(device: torch.device) -> list[Tensor]:
-    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    return [torch.get_rng_state(), *on_device]
-
-
-@contextmanager
-def replay(state: list[Tensor], device: torch.device) -> Iterator[None]:
-    """Inside, random numbers go on from ``state``; afterwards from where they were before."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.set_rng_state(state[0])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(state[1], device)
-        yield

@@ -43,6 +43,19 @@ class SpecialTokens(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Pair:
+    """Two more views of each of B texts, for a contrastive loss, see ``Contrastive``."""
+
+    texts: Packed  # 2B sequences, the first view of every text and then the second; B if ``shares_encoder``
+    ids: Tensor  # [B] int64: equal ones are not told apart, negative ones are left out
+    shares_encoder: bool = False  # the first view is what the encoder reads for the task: ``texts`` has the second only
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Pair":
+        return Pair(self.texts.to(device, non_blocking), self.ids.to(device, non_blocking=non_blocking),
+                    self.shares_encoder)  # fmt: skip
+
+
+@dataclass(frozen=True)
 class View:
     """What the encoder reads, which rows the decoder answers, and how much each answer counts.
 
@@ -60,6 +73,7 @@ class View:
     timesteps: Tensor | None  # [B] float32 in (0, 1]
     divisor: Tensor  # 0-d float32, what the weighted sum is divided by
     target_rows: Tensor | None = None  # [M] int64, the rows that are targets, in order; None: all, there is no context
+    pair: Pair | None = None  # where a contrastive loss is added
 
     @property
     def num_targets(self) -> int:
@@ -67,7 +81,8 @@ class View:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "View":
         def move(value):
-            return value.to(device, non_blocking=non_blocking) if isinstance(value, Packed | Tensor) else value
+            is_moved = isinstance(value, Packed | Pair | Tensor)
+            return value.to(device, non_blocking=non_blocking) if is_moved else value
 
         return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
 

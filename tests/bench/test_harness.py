@@ -161,3 +161,37 @@ def test_graph_replay_times_a_known_copy():
     result = harness.compare({"copy": lambda: target.copy_(source)}, device="cuda", budget_s=0.5)["copy"]
     assert result.method == "graph"
     assert 2 * 2**28 / (result.median_ms * 1e-3) < 2e13, "faster than any memory: the copy was not timed"
+
+
+def test_a_long_call_that_was_just_made_needs_no_warm_up():
+    calls = []
+    harness.compare({"x": lambda: calls.append(1)}, min_rounds=3, max_rounds=3, known_s={"x": 1.5})
+    assert len(calls) == 3
+    quick = []
+    harness.compare({"x": lambda: quick.append(1)}, min_rounds=3, max_rounds=3, known_s={"x": 1e-3})
+    assert len(quick) > 3, "a quick one is warmed up whatever is known of it"
+
+
+def test_only_rows_of_the_same_code_and_machine_are_gone_on_with(tmp_path):
+    stamp = {"commit": "abc", "cpu": "some cpu", "threads": 2, "dtype": "float32", "date": "today"}
+    path = harness.write_results(tmp_path, "x", [{"N": 1}], stamp)
+    assert harness.rows_to_resume(path, stamp | {"date": "tomorrow"}) == [{"N": 1}]
+    assert harness.rows_to_resume(tmp_path / "none.json", stamp) == []
+    for name, value in (("commit", "def"), ("threads", 1), ("gpu", "some gpu")):
+        with pytest.raises(ValueError, match=f"measured with {name}.*choose another --out"):
+            harness.rows_to_resume(path, stamp | {name: value})
+
+
+def test_a_copy_without_git_is_the_commit_that_it_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(harness, "__file__", str(tmp_path / "bench" / "harness.py"))
+    monkeypatch.delenv("CONCEPTRON_COMMIT", raising=False)
+    assert harness.checkout() == (None, None)
+    monkeypatch.setenv("CONCEPTRON_COMMIT", "abc123-dirty")
+    assert harness.checkout() == ("abc123", True)
+    monkeypatch.setenv("CONCEPTRON_COMMIT", "abc123")
+    assert harness.checkout() == ("abc123", False)
+
+
+def test_the_stamped_command_leaves_out_where_results_went(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/conceptron", "bench", "memory", "--out", "/tmp/x", "--fit", "2"])
+    assert harness.environment()["command"] == "conceptron bench memory --fit 2"

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
+from conceptron.bench import harness
 from conceptron.bench.memory import FULL, OURS, longest_that_fits, make_model, make_view, saved_by_part, training_case
-from conceptron.bench.nvml import GpuMonitor
 from conceptron.bench.peers import Shape
 
 TINY = Shape(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, vocab_size=256, max_tokens=512)
@@ -55,41 +55,23 @@ def test_both_models_answer_the_same_targets():
     assert torch.equal(view.targets, make_view(128, 256, "mask").targets)
 
 
-class FakeNvml:
-    """Answers like pynvml: a counter of energy that grows by 5 J a reading, 100 W, a power cap."""
+def test_a_case_that_fails_says_why_and_is_not_predicted_from(monkeypatch):
+    import conceptron.bench.memory as memory
 
-    NVML_CLOCK_SM = 1
+    def child(target, **case):
+        if case["num_tokens"] > 1024:
+            raise RuntimeError(f"{target}: exit code -9")
+        result = {"parameters": 10, "gradients": 10, "optimizer": 20, "activations: encoder": 5,
+                  "allocator_peak": 50 + case["num_tokens"], "memory_used_bytes": 7, "throttled": "no"}  # fmt: skip
+        return harness.Memory(0, 99), result
 
-    def __init__(self):
-        self.energy_mj = 0
-
-    def nvmlInit(self):
-        return None
-
-    def nvmlDeviceGetHandleByIndex(self, index):
-        return index
-
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle):
-        self.energy_mj += 5000
-        return self.energy_mj
-
-    def nvmlDeviceGetPowerUsage(self, handle):
-        return 100_000
-
-    def nvmlDeviceGetClockInfo(self, handle, kind):
-        return 1500
-
-    def nvmlDeviceGetMemoryInfo(self, handle):
-        return type("Info", (), {"used": 7})
-
-    def nvmlDeviceGetCurrentClocksEventReasons(self, handle):
-        return 0x4 | 0x1  # power cap; idle, which is no throttling
-
-
-def test_gpu_monitor_reads_power_energy_clocks_and_throttling():
-    with GpuMonitor(0, interval_s=0.001, nvml=FakeNvml()) as monitor:
-        pass
-    assert monitor.summary(num_tokens=2_000_000) == {
-        "power_w": 100.0, "energy_j": 5.0, "sm_clock_mhz": 1500.0, "sm_clock_min_mhz": 1500, "memory_used_bytes": 7,
-        "throttled": "power cap", "joules_per_million_tokens": 2.5,
-    }  # fmt: skip
+    monkeypatch.setattr(memory, "resident_peak", child)
+    rows = [memory.run_case(OURS, TINY, n, 16, "cuda") for n in (512, 1024, 2048)]
+    assert rows[0]["temporary"] == 50 + 512 - 45 and rows[0]["resident_peak"] == 7 and rows[0]["throttled"] == "no"
+    assert rows[2] == {"encoder": OURS, "N": 2048, "C": 16,
+                       "failed": "RuntimeError: conceptron.bench.memory:training_case: exit code -9"}  # fmt: skip
+    check = memory.check_prediction(rows, TINY, 16, 1.0, "cuda")
+    assert check["predicted N"] == 2**30 - 50 and check["predicted from N"] == 1024
+    assert check["measured_GiB"].endswith("exit code -9") and check["error_percent"] is None
+    check = memory.check_prediction(rows[1:], TINY, 16, 1.0, "cuda")
+    assert check["measured_GiB"].startswith("not run: rows: expected at least two lengths")

@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from conceptron.bench.harness import Timing, write_results
+from conceptron.bench.harness import Timing, read_results, write_results
+from conceptron.bench.kernels.best import best_peers
 from conceptron.bench.numbers import BLOCK, compare_folders, fill, report, slower
-from conceptron.bench.suite import CUT, DONE, FAILED, Stage, best_peers, run_stage
 
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENTS = ("README.md", "docs/numbers.md")
@@ -27,12 +27,12 @@ def test_fill_writes_the_columns_that_the_marker_names(tmp_path):
     assert fill(filled, tmp_path) == filled
     with pytest.raises(ValueError, match="no column 'nonsense'"):
         fill(text.replace("of_time", "nonsense"), tmp_path)
-    with pytest.raises(FileNotFoundError):
-        fill(text.replace("x.json", "y.json"), tmp_path)
+    missing = fill(text.replace("x.json", "y.json"), tmp_path)
+    assert "\nNot measured.\n" in missing and "stale" not in missing
 
 
 def measured(ms: float, spread: float, provider: str = "conceptron") -> dict:
-    quantiles = {"ms": ms, "ms_p20": ms * (1 - spread / 2), "ms_p80": ms * (1 + spread / 2)}
+    quantiles = {"ms": ms, "ms_p20": ms * (1 - spread / 2), "ms_p80": ms * (1 + spread / 2), "ms_samples": 9}
     return {"operator": "o", "case": "c", "mode": "both", "provider": provider, **quantiles}
 
 
@@ -42,6 +42,22 @@ def measured(ms: float, spread: float, provider: str = "conceptron") -> dict:
 )
 def test_slower_means_beyond_the_noise(now, spread, found):
     assert bool(slower([measured(1.0, spread)], [measured(now, spread)])) == found
+
+
+def test_one_sample_does_not_know_its_noise():
+    """A call that was made once has p20 = p80; its noise is taken from the rows that have some."""
+    single = {**measured(1.0, 0.0, "once"), "ms_samples": 1}
+    old, new = [measured(1.0, 0.3), single], [measured(1.0, 0.3), {**single, "ms": 1.5, "ms_p20": 1.5, "ms_p80": 1.5}]
+    assert slower(old, new) == []
+    (row,) = slower([single], [{**single, "ms": 1.5}])  # nothing knows of any noise
+    assert (row["what"], row["slower by"], row["noise"]) == ("o c both once", "50 %", "0 %")
+
+
+def test_the_worst_comes_first():
+    old, new = ([measured(ms, 0.0, name) for name, ms in pairs] for pairs in (
+        (("a", 1.0), ("b", 1.0), ("c", 1.0)), (("a", 1.2), ("b", 3.0), ("c", 1.0)),
+    ))  # fmt: skip
+    assert [row["what"].split()[-1] for row in slower(old, new)] == ["b", "a"]
 
 
 def test_compare_folders(tmp_path):
@@ -71,8 +87,16 @@ def test_report_of_an_empty_folder_says_so(tmp_path):
         report(tmp_path)
 
 
-@pytest.mark.parametrize(("code", "seconds", "ending"), [("0", 30, DONE), ("3", 30, FAILED), ("sleep", 1, CUT)])
-def test_a_stage_ends_as_it_ended(tmp_path, code, seconds, ending):
-    body = "import time; print('begun', flush=True); time.sleep(60)" if code == "sleep" else f"raise SystemExit({code})"
-    assert run_stage(Stage("s", ["python3", "-c", body]), seconds, tmp_path / "log") == ending
-    assert ("begun" in (tmp_path / "log").read_text()) == (code == "sleep")
+RESULTS = sorted(path for path in (ROOT / "bench" / "results").rglob("*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: str(path.relative_to(ROOT / "bench" / "results")))
+def test_every_committed_result_says_where_it_comes_from(path):
+    rows, environment = read_results(path)
+    assert rows
+    for name in ("commit", "date", "command", "torch", "triton", "cpu", "threads"):
+        assert environment[name] is not None, f"{name} is not stamped"
+    assert environment["dirty"] is False, "measured on code that no commit holds"
+    assert environment["command"].startswith("conceptron bench ") and "/" not in environment["command"]
+    if environment["gpu"]:
+        assert environment["driver"] and environment["cudnn"] and environment["ptxas"]

@@ -1,10 +1,7 @@
-import math
-
 import pytest
 import torch
 
 from conceptron.bench.allocator import allocator_peak
-from conceptron.bench.harness import Timing
 from conceptron.bench.peers import Perceiver, Shape, bert, modernbert
 from conceptron.bench.scaling import (
     FULL,
@@ -12,66 +9,21 @@ from conceptron.bench.scaling import (
     OURS,
     PERCEIVER,
     UNPADDED,
-    crossover,
     encoders,
-    fit_exponent,
-    fits,
+    expected,
     grown_concepts,
     make_batch,
     measure,
-    points,
+    parse_variant,
+    too_much,
+    verdicts,
 )  # fmt: skip
 
-LENGTHS = [512, 1024, 2048, 4096, 8192]
 TINY = Shape(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, vocab_size=128, max_tokens=128)
-
-
-@pytest.mark.parametrize("exponent", [0.5, 1.0, 2.0])
-def test_fit_finds_the_exponent(exponent):
-    fit = fit_exponent(LENGTHS, [3.0 * n**exponent for n in LENGTHS])
-    assert fit.exponent == pytest.approx(exponent, abs=1e-9)
-    assert fit.low == pytest.approx(exponent, abs=1e-6) and fit.high == pytest.approx(exponent, abs=1e-6)
-
-
-def test_interval_holds_the_truth_in_noise():
-    # 95 of 100 intervals should; with this seed the share is well inside what chance allows
-    generator = torch.Generator().manual_seed(0)
-    inside = 0
-    for _ in range(200):
-        noise = torch.randn(len(LENGTHS), generator=generator) * 0.1
-        fit = fit_exponent(LENGTHS, [n * math.exp(e) for n, e in zip(LENGTHS, noise.tolist(), strict=True)])
-        inside += fit.low <= 1.0 <= fit.high
-    assert 180 <= inside <= 199
-
-
-def test_fit_refuses():
-    with pytest.raises(ValueError, match="at least two points"):
-        fit_exponent([512], [1.0])
-    with pytest.raises(ValueError, match="positive"):
-        fit_exponent([512, 1024], [1.0, 0.0])
 
 
 def test_concepts_grow_as_in_the_roadmap():
     assert [grown_concepts(n) for n in (512, 4096, 32768)] == [128, 512, 2048]
-
-
-def row(encoder: str, n: int, ms: float) -> dict:
-    timing = Timing(ms, ms, ms, 3, "clock")
-    return {"encoder": encoder, "phase": "train", "N": n, "time_ms": timing, "peak_bytes": None}
-
-
-def test_crossover_says_from_where_on():
-    rows = [row(OURS, n, 2.0) for n in LENGTHS] + [row(FULL, n, n / 512) for n in LENGTHS]
-    verdict = crossover(rows, OURS, FULL, "train")
-    assert verdict == "train: concept is faster than full attention from N = 2048 on; 8.0x at N = 8192"
-    assert "not faster" in crossover(rows, FULL, OURS, "train")
-    assert "no length" in crossover(rows[:2], OURS, FULL, "train")
-
-
-def test_a_skipped_case_leaves_no_point():
-    rows = [row(OURS, 512, 1.0), {**row(OURS, 1024, 1.0), "time_ms": "not run: too slow"}]
-    assert points(rows, OURS, "train", "time_ms") == ([512], [1.0])
-    assert fits(rows, [OURS]) == []
 
 
 def test_all_encoders_read_the_same_batch():
@@ -102,11 +54,81 @@ def test_peers_have_the_width_that_was_asked_for():
         assert len(layers) == TINY.num_layers
 
 
+CPU = torch.device("cpu")
+QUICK = {"budget_s": 0.01, "limit_s": 60.0, "report": lambda text: None}
+
+
 def test_measure_skips_what_would_take_too_long():
-    rows = measure(TINY, [32, 64], torch.device("cpu"), [OURS], budget_s=0.01, limit_s=1e-9, report=lambda text: None)
-    first, second = (row for row in rows if row["phase"] == "train")
-    assert isinstance(first["time_ms"], Timing) and first["peak_bytes"] > 0
-    assert second["time_ms"].reason.startswith("not run") and second["peak_bytes"] is None
+    rows = measure(TINY, [32, 64, 128], CPU, [OURS], **QUICK | {"limit_s": 1e-9})
+    first, second, third = (row for row in rows if row["phase"] == "train")
+    assert first["time_ms"] > 0 and first["time_ms_samples"] >= 3 and first["peak_bytes"] > 0
+    assert second["time_ms"].startswith("not run: expected about") and second["peak_bytes"] is None
+    assert third["time_ms"] == second["time_ms"], "what was skipped once stays skipped, for the same reason"
+
+
+def test_measure_goes_on_where_it_was_cut():
+    saved = []
+    whole = measure(TINY, [32], CPU, [OURS, PERCEIVER], **QUICK, save=lambda rows: saved.append(len(rows)))
+    assert saved == [2, 4], "rows are written after every length and phase"
+    kept = whole[:3]  # cut in the middle of a phase
+    again = measure(TINY, [32], CPU, [OURS, PERCEIVER], **QUICK, earlier=kept)
+    assert again[:3] == kept
+    keys = [(row["encoder"], row["phase"], row["N"]) for row in again]
+    assert sorted(keys) == sorted((row["encoder"], row["phase"], row["N"]) for row in whole)
+    assert len(set(keys)) == len(keys) == 4
+
+
+def test_a_long_call_is_made_once(monkeypatch):
+    import conceptron.bench.scaling as scaling
+
+    calls = []
+    real = scaling.phase_call
+    monkeypatch.setattr(scaling, "ONCE_S", 0.0)
+
+    def counted(*arguments):
+        call = real(*arguments)
+        return lambda: calls.append(1) or call()
+
+    monkeypatch.setattr(scaling, "phase_call", counted)
+    rows = measure(TINY, [32], CPU, [OURS], **QUICK)
+    assert len(calls) == 2 and [row["time_ms_method"] for row in rows] == ["once", "once"]
+
+
+def grown(values, quantity="time_ms", phase="train"):
+    return [{"encoder": OURS, "phase": phase, "N": 512 * 2**i, quantity: value} for i, value in enumerate(values)]
+
+
+@pytest.mark.parametrize(
+    ("values", "needs"),
+    [([], 0.0), ([5.0], 20.0), ([5.0, 20.0], 80.0), ([5.0, 10.0], 20.0), ([5.0, 5.1], 10.2), ([5.0, 40.0], 320.0)],
+)
+def test_what_the_next_length_will_need(values, needs):
+    assert expected(grown(values), OURS, "train", "time_ms") == pytest.approx(needs)
+
+
+def test_what_does_not_fit_in_memory_is_not_run(monkeypatch):
+    import conceptron.bench.scaling as scaling
+
+    monkeypatch.setattr(scaling, "free_bytes", lambda device: 8 * 2**30)
+    rows = [row | {"time_ms": 1.0} for row in grown([2**30, 2**32], "peak_bytes")]
+    assert too_much(rows, OURS, "train", 60.0, CPU) == "not run: expected about 16.0 GiB, 8.0 GiB free"
+    assert too_much(rows[:1], OURS, "train", 60.0, CPU) is None
+    failed = [row | {"time_ms": "OutOfMemoryError: no room"} for row in rows]
+    assert too_much(failed, OURS, "train", 60.0, CPU) == "not run: N = 1024 ended with OutOfMemoryError: no room"
+
+
+def test_variants_are_lines_of_their_own():
+    assert parse_variant("layer_kind=slot,nested_concepts=true,funnel=[0,2],num_token_layers=3") == {
+        "layer_kind": "slot", "nested_concepts": True, "funnel": [0, 2], "num_token_layers": 3,
+    }  # fmt: skip
+    for text in ("layer_kind", "nonsense=3"):
+        with pytest.raises(ValueError, match="field=value"):
+            parse_variant(text)
+    rows = measure(TINY, [32], CPU, [OURS, "intermediate_size=32", PERCEIVER], **QUICK)
+    assert [row["encoder"] for row in rows if row["phase"] == "train"] == [OURS, "intermediate_size=32", PERCEIVER]
+    assert [line.split(" is ")[0] for line in verdicts(rows)] == [
+        f"{phase}: {name}" for name in (OURS, "intermediate_size=32") for phase in ("forward", "train")
+    ]
 
 
 def test_allocator_peak_counts_what_lives_at_once():

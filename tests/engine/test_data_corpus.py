@@ -163,8 +163,12 @@ def test_a_trained_tokenizer_comes_back_from_its_folder(tokenizer_folder):
 def test_tokenizers_that_cannot_serve(tmp_path, recipe):
     without_mask = PreTrainedTokenizerFast(tokenizer_object=tokenizer.train(make_texts(9), 300).backend_tokenizer)
     without_mask.save_pretrained(tmp_path / "plain")
-    with pytest.raises(InputError, match=r"data\.tokenizer: .*/plain: no mask token; .*add_special_tokens"):
-        open_corpus(recipe(tokenizer=str(tmp_path / "plain")))
+    plain = tokenizer.load(str(tmp_path / "plain"))
+    with pytest.raises(InputError, match=r"data\.tokenizer: plain: no mask token; .*add_special_tokens"):
+        tokenizer.describe(plain, "plain")
+    size = len(plain)
+    made = tokenizer.describe(tokenizer.with_mask(plain), "plain").tokens  # as the tokenizers of causal models are
+    assert made.mask_id in made.special_ids and made.vocab_size == max(size, made.mask_id + 1)
     (tmp_path / "nothing").mkdir()
     with pytest.raises(InputError, match=r"data\.tokenizer: .*/nothing: the tokenizer cannot be loaded"):
         open_corpus(recipe(tokenizer=str(tmp_path / "nothing")))

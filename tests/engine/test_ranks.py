@@ -15,12 +15,18 @@ from conceptron.engine import checkpoint
 from conceptron.engine.data.corpus import open_corpus
 from conceptron.engine.data.loader import Loader
 from conceptron.engine.recipe import load_recipe
+from conceptron.engine.telemetry import numbers
 from conceptron.engine.trainer import train
 
 pytestmark = pytest.mark.xdist_group("ranks")  # one worker, so that the jobs run once
 
 COMMON = ["model.dropout=0", "train.steps=8", "eval.every=0", "checkpoint.every=0"]
 SPARSE = [*COMMON, "batch.tokens=60", "batch.micro_tokens=48"]  # too few tokens to give every rank some
+CONTRAST = "contrastive={weight: 0.5, pairs: deletion, learnable_temperature: true}"
+TERMS = "regularization={terms: [orthogonality, t_regs], gradient_ratio: null, warmup_steps: 0, weighting: learnable}"
+PARTS = "objective={name: mixed, parts: [{name: tsdae}, {name: mlm}]}"  # deletion pairs share the first one's encoder
+ADDED = [*COMMON, CONTRAST, TERMS, PARTS]
+ALONE = [*COMMON, CONTRAST, "objective={name: none}", "data.window=24"]
 STOPPED = [*COMMON, "model.dropout=0.1", "zero.stage=2", "train.precision=bf16"]
 
 
@@ -36,6 +42,10 @@ def ran(recipe_in, tmp_path_factory):
         "stage 3": dict(world=2, overrides=[*COMMON, "zero.stage=3"]),
         "sparse one": dict(world=1, overrides=SPARSE),
         "sparse": dict(world=2, overrides=[*SPARSE, "zero.stage=3"]),
+        "added one": dict(world=1, overrides=ADDED),
+        "added": dict(world=2, overrides=[*ADDED, "zero.stage=3"]),
+        "alone one": dict(world=1, overrides=ALONE),
+        "alone": dict(world=2, overrides=[*ALONE, "zero.stage=2"]),
         "whole": dict(world=2, overrides=STOPPED),
         "stopped": dict(world=2, overrides=STOPPED, fault=["stop", 1, 3]),
         "resumed": dict(world=2, overrides=[*STOPPED, "resume=auto", "run.name=stopped"]),
@@ -59,13 +69,10 @@ def figures(folder: Path) -> dict[str, torch.Tensor]:
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [entry for entry in entries if entry["kind"] == "train"]
     (held_out,) = [entry for entry in entries if entry["kind"] == "eval"]
+    names = ("loss", "grad_norm", "tokens", "task", "contrastive", "temperature", "regularization")
     return {
-        **{
-            name: torch.tensor([e[name] for e in steps], dtype=torch.float64)
-            for name in ("loss", "grad_norm", "tokens")
-        },
-        "held out": torch.tensor([held_out["nll_unseen"], *held_out["nll_by_t"].values()], dtype=torch.float64),
-        "counts": torch.tensor([held_out["num_targets"], held_out["num_unseen"]]),
+        **{name: torch.tensor([e[name] for e in steps], dtype=torch.float64) for name in names if name in steps[0]},
+        **{name: torch.tensor(value, dtype=torch.float64) for name, value in numbers("held out", held_out)},
     }
 
 
@@ -74,7 +81,15 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "name, alone", [("stage 1", "one"), ("stage 2", "one"), ("stage 3", "one"), ("sparse", "sparse one")]
+    "name, alone",
+    [
+        ("stage 1", "one"),
+        ("stage 2", "one"),
+        ("stage 3", "one"),
+        ("sparse", "sparse one"),
+        ("added", "added one"),
+        ("alone", "alone one"),
+    ],
 )
 def test_two_ranks_are_one(ran, name, alone):
     (codes, two), (_, one) = ran[name], ran[alone]

@@ -24,6 +24,7 @@ from conceptron.engine.telemetry import Telemetry
 from conceptron.engine.trainer import train
 from conceptron.models.config import ConceptConfig
 from conceptron.models.heads import ConceptForMaskedLM
+from conceptron.models.pretraining import Pretraining
 
 
 def lines(folder: Path, kind: str = "train") -> list[dict]:
@@ -91,8 +92,8 @@ def test_the_model_folder_holds_the_last_weights(straight):
     model = AutoModelForMaskedLM.from_pretrained(straight / "model")
     state = load_file(straight / "checkpoints" / "step-00000012" / "state-00000-of-00001.safetensors")
     master = {key.split("@")[0]: tensor for key, tensor in state.items() if key.endswith(":weight")}
-    assert master.keys() == dict(model.named_parameters()).keys()
-    assert all(torch.equal(parameter.flatten(), master[name]) for name, parameter in model.named_parameters())
+    assert master.keys() == {f"model.{name}" for name, _ in model.named_parameters()}
+    assert all(torch.equal(tensor.flatten(), master[f"model.{name}"]) for name, tensor in model.named_parameters())
     assert model.config.mask_token_id == AutoTokenizer.from_pretrained(straight / "model").mask_token_id
     stored = load_file(straight / "model" / "model.safetensors")
     assert "lm_head.weight" not in stored or "encoder.embed_tokens.weight" not in stored  # tied: written once
@@ -214,7 +215,7 @@ def test_another_text_or_vocabulary_is_not_resumed(recipe, text, monkeypatch, tm
         ("data.source=/nowhere/at/all.txt", "/nowhere/at/all.txt"),
         ("data.tokenizer=/nowhere", "data.tokenizer: /nowhere"),
         ("batch.micro_tokens=20", "batch.micro_tokens: expected room for the longest window"),
-        ("model.hidden_size=31", "model: hidden_size: expected a multiple of num_attention_heads = 3, got 31"),
+        ("model.hidden_size=31", "model.hidden_size: expected a multiple of num_attention_heads = 3, got 31"),
         ("objective={name: mlm}", "model.timestep_conditioning: objective mlm has no timesteps; set it to false"),
         ("model.hidden_tokens=mask", "model.hidden_tokens: 'mask' does not fit objective.hidden, which is 'drop'"),
     ],
@@ -337,10 +338,10 @@ with torch.no_grad():
     there = load_file(tmp_path / "out")
     words = AutoTokenizer.from_pretrained(straight / "model")
     batch = words(["the encoder [MASK] a text", "again"], return_tensors="pt", padding=True)
-    model = ConceptForMaskedLM(ConceptConfig.from_pretrained(straight / "model"))
-    checkpoint.load_weights(straight / "checkpoints" / "step-00000012", model)
+    trained = Pretraining(ConceptForMaskedLM(ConceptConfig.from_pretrained(straight / "model")))
+    checkpoint.load_weights(straight / "checkpoints" / "step-00000012", trained)
     with torch.no_grad():
-        logits = model.eval()(**batch).logits
+        logits = trained.model.eval()(**batch).logits
     assert torch.equal(there["ids"], batch["input_ids"]) and (there["ids"] == words.mask_token_id).sum() == 1
     assert torch.equal(there["logits"], logits)
 

@@ -11,6 +11,7 @@ from conceptron.kernels.adaln import adaln_modulate, adaln_residual_modulate, fu
 from conceptron.kernels.adaln.reference import reference_modulate, reference_residual_modulate
 
 LENGTHS = {"ragged": [17, 0, 40, 1], "one": [9], "ends-empty": [0, 3, 0], "all-empty": [0, 0], "none": []}
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +77,7 @@ def check(no_worse, leaves, cu_seqlens, backend, eps=1e-6):
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize(("lengths", "width"), [("ragged", 33), ("ragged", 128), ("one", 200), ("ends-empty", 7)])
 def test_packed(lengths, width, dtype, residual, device, no_worse):
     lengths = LENGTHS[lengths]

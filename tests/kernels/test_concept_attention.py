@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from conceptron.kernels.concept_attention import backward, concept_attention, forward, reference
-from conceptron.kernels.splits import choose_chunk
+from conceptron.kernels.concept_attention import backward, concept_attention, forward, fused, reference
+from conceptron.kernels.splits import ARCHS, choose_chunk
 
 # name: lengths, C, H, Hkv, D, q shared by the batch, dropout, scale
 CASES = {
@@ -332,6 +332,31 @@ def test_dropout_keeps_the_mean(device):
     assert float(((drawn.mean(0) - plain) / (drawn.std(0) / 200**0.5)).abs().mean()) < 1.1
 
 
+@pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
+def test_whatever_the_tables_choose_is_compiled(dropout):
+    """For any number of rows, the tiles of every kernel are among the builds of the compile table."""
+    builds = [build for build in fused.builds() if ("seed_ptr" not in build.constants) == dropout]
+
+    def compiled(kernel, units, block_d, config):
+        launch = config["num_warps"], config["num_stages"]
+        tile = {name: value for name, value in config.items() if not name.startswith(("num_", "EVEN"))} | {"D": block_d}
+        return any(
+            (build.kernel, build.archs) == (kernel, ARCHS[units]) and (build.num_warps, build.num_stages) == launch
+            and tile.items() <= build.constants.items()
+            for build in builds
+        )  # fmt: skip
+
+    for units, wide in forward.TILES:
+        block_d = 128 if wide else 64
+        for num_rows in (1, 17, 33, 65, 128, 129, 256, 257, 2048):
+            chosen = forward.forward_config(num_rows, block_d, units, dropout)
+            assert compiled(forward.forward_kernel, units, block_d, chosen), (units, wide, num_rows, chosen)
+            rows, tokens = backward.backward_config(num_rows, block_d, units, dropout)
+            assert rows["ONE_PASS"] == (tokens is None)
+            assert compiled(backward.row_kernel, units, block_d, rows), (units, wide, num_rows, rows)
+            assert tokens is None or compiled(backward.dkv_kernel, units, block_d, tokens), (units, wide, tokens)
+
+
 @pytest.mark.gpu
 def test_graph_capture_and_replay_with_other_lengths(device):
     q, k, v, dout, _ = inputs([1000, 24], 64, 4, 4, 64, False, torch.bfloat16, device)
@@ -343,6 +368,7 @@ def test_graph_capture_and_replay_with_other_lengths(device):
         return out, *torch.autograd.grad(out, (q, k, v), dout)
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
     torch.cuda.current_stream().wait_stream(stream)
@@ -392,16 +418,21 @@ def test_refusals(error, message, changes):
         concept_attention(**arguments(**changes))
 
 
-def test_triton_refuses_what_it_cannot_run(monkeypatch):
+def test_triton_refuses_what_it_cannot_run(device, monkeypatch):
+    def refused(tensors):
+        tensors = arguments(**tensors)
+        tensors = {name: x.to(device) if torch.is_tensor(x) else x for name, x in tensors.items()}
+        return concept_attention(**tensors, backend="triton")
+
     wide = {"q": torch.zeros(2, 3, 2, 136), "k": torch.zeros(10, 2, 136), "v": torch.zeros(10, 2, 136)}
     with pytest.raises(ValueError, match=r"^q: 'triton' takes a head width D up to 128, got 136"):
-        concept_attention(**arguments(**wide, backend="triton"))
+        refused(wide)
     double = {name: value.double() for name, value in arguments().items() if name in "qkv"}
     with pytest.raises(TypeError, match=r"^q: 'triton' takes float32, float16 and bfloat16, got float64"):
-        concept_attention(**arguments(**double, backend="triton"))
-    brain = {name: value.bfloat16() for name, value in arguments().items() if name in "qkv"}
-    with pytest.raises(TypeError, match=r"^q: .* wrong bfloat16 products"):
-        concept_attention(**arguments(**brain, backend="triton"))
+        refused(double)
+    if device.type == "cpu":
+        with pytest.raises(TypeError, match=r"^q: .* wrong bfloat16 products"):
+            refused({name: value.bfloat16() for name, value in arguments().items() if name in "qkv"})
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=r"^backend: 'triton' needs CUDA tensors, got one on cpu"):
         concept_attention(**arguments(backend="triton"))

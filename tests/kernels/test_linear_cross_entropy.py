@@ -95,7 +95,7 @@ def test_matches_the_oracle(mode, shape, reduction, device, no_worse, poisoned):
     assert float((ours[0].double() - truth[0]).abs().max()) <= 1e-6 * float(truth[0].abs().max())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
 def test_other_dtypes(mode, dtype, device, no_worse, poisoned):
     if dtype == torch.float64 and mode != "torch":
         pytest.skip("the Triton backend refuses float64: test_linear_cross_entropy_door.py")
@@ -106,7 +106,7 @@ def test_other_dtypes(mode, dtype, device, no_worse, poisoned):
     truth = differentiate(reference, doubled(leaves), targets, **options)
     assert ours[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     # float64: eager is the truth. chunks stores bfloat16 for float16, which the interpreter moreover truncates.
-    slack = {"torch": 4.0, "chunks": 16.0, "streamed": 4.0}[mode] if dtype == torch.float16 else 64.0
+    slack = {torch.float16: 16.0 if mode == "chunks" else 4.0, torch.bfloat16: 4.0, torch.float64: 64.0}[dtype]
     agree(no_worse, ours, eager, truth, slack)
 
 

@@ -10,10 +10,11 @@ from conceptron.kernels.linear_cross_entropy import linear_cross_entropy
 from conceptron.kernels.linear_cross_entropy.library import OPS
 
 
-def inputs(num_rows=33, width=16, num_words=50, dtype=torch.float32):
+def inputs(num_rows=33, width=16, num_words=50, dtype=torch.float32, device="cpu"):
     g = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(n, width, generator=g).to(dtype).requires_grad_() for n in (num_rows, num_words))
-    return hidden, weight, torch.randint(num_words, (num_rows,), generator=g)
+    hidden, weight = (torch.randn(n, width, generator=g).to(device, dtype) for n in (num_rows, num_words))
+    targets = torch.randint(num_words, (num_rows,), generator=g).to(device)
+    return hidden.requires_grad_(), weight.requires_grad_(), targets
 
 
 def refused(**changes):
@@ -69,25 +70,25 @@ def test_refuses(changes, error, message):
         refused(**changes)
 
 
-def test_refuses_float64_on_triton():
-    hidden, weight, targets = inputs(dtype=torch.float64)
+def test_refuses_float64_on_triton(device):
+    hidden, weight, targets = inputs(dtype=torch.float64, device=device)
     with pytest.raises(TypeError, match="hidden: backend 'triton' takes float32, float16 or bfloat16, got float64"):
         linear_cross_entropy(hidden, weight, targets, backend="triton")
 
 
 @pytest.mark.parametrize("value", ["many", "-1", "nan", "inf"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_refuses_a_wrong_budget(backend, value, monkeypatch):
+def test_refuses_a_wrong_budget(backend, value, device, monkeypatch):
     monkeypatch.setenv("CONCEPTRON_LCE_CHUNK_MB", value)
     with pytest.raises(ValueError, match=f"CONCEPTRON_LCE_CHUNK_MB: expected a number of megabytes.*got '{value}'"):
-        linear_cross_entropy(*inputs(), backend=backend)
+        linear_cross_entropy(*inputs(device=device), backend=backend)
 
 
-def test_extreme_targets_are_words_or_ignored():
-    hidden, weight, _ = inputs(4, 8, 10)
+def test_extreme_targets_are_words_or_ignored(device):
+    hidden, weight, _ = inputs(4, 8, 10, device=device)
     least, most = -(2**63), 2**63 - 1
     for ignored in (least, most, -1, 0, 9):
-        targets = torch.tensor([0, 9, 5, ignored])
+        targets = torch.tensor([0, 9, 5, ignored], device=device)
         expected = F.cross_entropy(F.linear(hidden, weight)[targets != ignored], targets[targets != ignored])
         for backend in ("torch", "triton"):
             loss = linear_cross_entropy(hidden, weight, targets, ignore_index=ignored, backend=backend)
@@ -108,17 +109,18 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("mode", ["torch", "chunks", "streamed"])
 @pytest.mark.parametrize("wanted", [True, False])
-def test_never_holds_the_logits(mode, wanted, monkeypatch):
+def test_never_holds_the_logits(mode, wanted, device, monkeypatch):
     from conceptron.kernels.linear_cross_entropy import chunked, fused
 
     num_rows, num_words, width = 300, 320, 16
     logits_bytes = num_rows * num_words * 4
     budget = 0 if mode == "streamed" else 0.17  # MB
     monkeypatch.setenv("CONCEPTRON_LCE_CHUNK_MB", str(budget))
-    hidden, weight, targets = inputs(num_rows, width, num_words)
+    hidden, weight, targets = inputs(num_rows, width, num_words, device=device)
+    ones = torch.ones(num_rows, device=device)
     forward = chunked.forward if mode == "torch" else fused.forward
     with torch.no_grad(), Largest() as seen:
-        forward(hidden, weight, targets, torch.ones(num_rows), None, weight[:, 0], 0.1, -100, (wanted,) * 3)
+        forward(hidden, weight, targets, ones, None, weight[:, 0], 0.1, -100, (wanted,) * 3)
     few_splits = 2 * num_rows * width * 4
     assert seen.num_bytes <= max(budget * 2**20, num_words * width * 4, few_splits) < logits_bytes / 2
 
@@ -149,19 +151,20 @@ def test_peak_memory_of_a_step(reduction, monkeypatch):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("index", [False, True])
-def test_opcheck(backend, index):
-    hidden, weight, targets = inputs(9, 16, 50)
-    chosen = torch.randint(9, (9,)) if index else None
-    bias = torch.randn(50) if index else None
-    arguments = (hidden.detach(), weight.detach(), targets, torch.rand(9), chosen, bias, 0.1, -100)
+def test_opcheck(backend, index, device):
+    hidden, weight, targets = inputs(9, 16, 50, device=device)
+    chosen = torch.randint(9, (9,), device=device) if index else None
+    bias = torch.randn(50, device=device) if index else None
+    arguments = (hidden.detach(), weight.detach(), targets, torch.rand(9, device=device), chosen, bias, 0.1, -100)
     for grads in ((True, True, index), (False, False, False)):
         torch.library.opcheck(OPS.linear_cross_entropy, (*arguments, *grads, backend))
-    torch.library.opcheck(OPS.linear_cross_entropy_scatter, (hidden.detach(), torch.randint(12, (9,)), 12))
+    rows = torch.randint(12, (9,), device=device)
+    torch.library.opcheck(OPS.linear_cross_entropy_scatter, (hidden.detach(), rows, 12))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_compiles_once_for_every_length(backend, reduction):
+def test_compiles_once_for_every_length(backend, reduction, device):
     torch._dynamo.reset()
 
     def loss(hidden, weight, targets, index, divisor):
@@ -172,10 +175,10 @@ def test_compiles_once_for_every_length(backend, reduction):
         return out * 2
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=None)
-    _, weight, _ = inputs()
+    _, weight, _ = inputs(device=device)
     for step, num_rows in enumerate((33, 40, 51, 7)):
-        hidden, _, targets = inputs(num_rows)
-        index = torch.arange(num_rows).flip(0)
+        hidden, _, targets = inputs(num_rows, device=device)
+        index = torch.arange(num_rows, device=device).flip(0)
         arguments = (hidden, weight, targets, index, torch.tensor(5.0))
         with torch._dynamo.config.patch(error_on_recompile=step > 1):
             ours, expected = compiled(*arguments), loss(*arguments)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from conceptron.kernels.token_attention import backward, forward, reference, token_attention
+from conceptron.kernels.splits import ARCHS
+from conceptron.kernels.token_attention import backward, forward, fused, reference, token_attention
 
 # name: lengths, C, H, Hkv, D, dropout, scale
 CASES = {
@@ -273,6 +274,31 @@ def test_dropout_seeds(backend, device):
     assert torch.equal(first, attend(None)) and not torch.equal(first, second)
 
 
+@pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
+def test_whatever_the_tables_choose_is_compiled(dropout):
+    """For any number of concepts, the tiles of every kernel are among the builds of the compile table."""
+    builds = [build for build in fused.builds() if ("seed_ptr" not in build.constants) == dropout]
+
+    def compiled(kernel, units, block_d, config):
+        launch = config["num_warps"], config["num_stages"]
+        tile = {name: value for name, value in config.items() if not name.startswith(("num_", "EVEN"))} | {"D": block_d}
+        return any(
+            (build.kernel, build.archs) == (kernel, ARCHS[units]) and (build.num_warps, build.num_stages) == launch
+            and tile.items() <= build.constants.items()
+            for build in builds
+        )  # fmt: skip
+
+    for units, wide in forward.WALK:
+        block_d = 128 if wide else 64
+        for num_concepts in (1, 17, 33, 65, 128, 129, 256, 2048):
+            chosen = forward.attend_config(num_concepts, block_d, units, dropout)
+            assert compiled(forward.forward_kernel, units, block_d, chosen), (units, wide, num_concepts, chosen)
+            rows, concepts = backward.backward_config(num_concepts, block_d, units, dropout)
+            assert rows["WITH_DQ"] != concepts["WITH_DQ"]
+            assert compiled(backward.row_kernel, units, block_d, rows), (units, wide, num_concepts, rows)
+            assert compiled(backward.concept_kernel, units, block_d, concepts), (units, wide, num_concepts, concepts)
+
+
 @pytest.mark.gpu
 def test_graph_capture_and_replay_with_other_lengths(device):
     q, k, v, dout = inputs([1000, 24], 64, 4, 4, 64, torch.bfloat16, device)
@@ -284,6 +310,7 @@ def test_graph_capture_and_replay_with_other_lengths(device):
         return out, *torch.autograd.grad(out, (q, k, v), dout)
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
     torch.cuda.current_stream().wait_stream(stream)
@@ -331,13 +358,18 @@ def test_refusals(error, message, changes):
         token_attention(**arguments(**changes))
 
 
-def test_triton_refuses_what_it_cannot_run(monkeypatch):
+def test_triton_refuses_what_it_cannot_run(device, monkeypatch):
+    def refused(tensors):
+        tensors = arguments(**tensors)
+        tensors = {name: x.to(device) if torch.is_tensor(x) else x for name, x in tensors.items()}
+        return token_attention(**tensors, backend="triton")
+
     wide = {"q": torch.zeros(10, 2, 136), "k": torch.zeros(2, 3, 2, 136), "v": torch.zeros(2, 3, 2, 136)}
     with pytest.raises(ValueError, match=r"^q: 'triton' takes a head width D up to 128, got 136"):
-        token_attention(**arguments(**wide, backend="triton"))
+        refused(wide)
     double = {name: value.double() for name, value in arguments().items() if name in "qkv"}
     with pytest.raises(TypeError, match=r"^q: 'triton' takes float32, float16 and bfloat16, got float64"):
-        token_attention(**arguments(**double, backend="triton"))
+        refused(double)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=r"^backend: 'triton' needs CUDA tensors, got one on cpu"):
         token_attention(**arguments(backend="triton"))

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
-    BertConfig,
     BertModel,
     GPT2Config,
     GPT2Model,
@@ -14,6 +13,7 @@ from transformers import (
     LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    RobertaModel,
 )
 
 from conceptron.models.backbone import backbone_config, init_from_backbone
@@ -157,31 +157,64 @@ def test_a_real_model():
     assert torch.nn.functional.cosine_similarity(back, expected, dim=-1).mean() > 0.5
 
 
+def test_shapes_of_known_models():
+    """Configurations from names alone: the weights of these have no memory."""
+    with torch.device("meta"):
+        smol = LlamaForCausalLM(LlamaConfig(
+            vocab_size=49152, hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+            intermediate_size=1536, rms_norm_eps=1e-5, rope_theta=1e5, max_position_embeddings=8192,
+        ))  # fmt: skip
+        qwen25 = Qwen2ForCausalLM(Qwen2Config(
+            vocab_size=151936, hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+            intermediate_size=4864, rope_theta=1e6,
+        ))  # fmt: skip
+        same = ConceptEncoder(backbone_config(smol, num_hidden_layers=1))
+    layer = 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536 + 2 * 576
+    assert layer == sum(p.numel() for p in smol.model.layers[0].parameters()) == 3_540_096
+    assert sum(p.numel() for p in same.token_layers.parameters()) == 4 * layer
+    wider, narrow = backbone_config(smol, hidden_size=1024), backbone_config(qwen25, layers=30, token_dim=512)
+    assert (wider.token_dim, wider.num_attention_heads, wider.num_key_value_heads) == (576, 16, 16)
+    assert (wider.token_num_attention_heads, wider.token_num_key_value_heads, wider.rope_theta) == (9, 3, 1e5)
+    assert (narrow.hidden_size, narrow.num_token_layers, narrow.rope_theta) == (512, 24, 1e6)
+    assert narrow.token_attention_bias and not wider.token_attention_bias
+    assert (narrow.token_num_attention_heads, narrow.token_num_key_value_heads, narrow.token_head_dim) == (8, 8, 64)
+
+
 # --- other widths, heads and vocabularies
 
 
-def in_a_subspace(width: int) -> LlamaForCausalLM:
-    """A backbone whose stream never leaves ``width`` of its 64 directions, and whose last head writes nothing."""
-    source = llama(num_key_value_heads=4, rms_norm_eps=1e-12)  # eps stands beside a mean square, which grows by 64 / e
-    basis = torch.linalg.qr(torch.randn(64, width, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))[0]
+def in_a_subspace(source, width: int, silent: list[int]):
+    """The backbone with a stream that never leaves ``width`` directions, and heads that write nothing."""
+    size, head_dim = source.config.hidden_size, source.config.hidden_size // source.config.num_attention_heads
+    generator = torch.Generator().manual_seed(3)
+    basis = torch.linalg.qr(torch.randn(size, width, dtype=torch.float64, generator=generator))[0]
     inside = basis @ basis.T
     with torch.no_grad():
         source.model.embed_tokens.weight.copy_(source.model.embed_tokens.weight @ inside)
         for layer in source.model.layers:
-            layer.self_attn.o_proj.weight[:, 48:] = 0
+            for head in silent:
+                layer.self_attn.o_proj.weight[:, head * head_dim : (head + 1) * head_dim] = 0
             layer.self_attn.o_proj.weight.copy_(inside @ layer.self_attn.o_proj.weight)
             layer.mlp.down_proj.weight.copy_(inside @ layer.mlp.down_proj.weight)
     return source
 
 
-def test_a_projection_keeps_what_lies_in_it():
-    """64 -> 48 is exact where the stream lies in 48 directions: angles between states, and what is read of them."""
-    source = in_a_subspace(48)
-    encoder = ours(source, token_dim=48, norm_eps=1e-12)
-    assert encoder.config.token_num_attention_heads == 3 and encoder.config.token_num_key_value_heads == 3
+@pytest.mark.parametrize("make, heads, groups, width, silent", [
+    (llama, 4, 4, 48, [1]),
+    (llama, 9, 3, 64, [4]),  # SmolLM2-135M's 576 -> 512, an eighth as wide
+    (qwen, 14, 2, 64, [0, 3, 5, 8, 9, 13]),  # Qwen2.5-0.5B's 896 -> 512, likewise
+])  # fmt: skip
+def test_a_projection_keeps_what_lies_in_it(make, heads, groups, width, silent):
+    """Exact where the stream lies in the directions that stay, and the heads that go are silent."""
+    sizes = dict(hidden_size=heads * width // (heads - len(silent)), vocab_size=90, rms_norm_eps=1e-12)
+    # no eps: it stands beside a mean square, which grows by w / e
+    source = in_a_subspace(make(**sizes, num_attention_heads=heads, num_key_value_heads=groups), width, silent)
+    encoder = ours(source, token_dim=width, norm_eps=1e-12)
+    kept = [head for head in range(heads) if head not in silent]
+    assert encoder.config.token_num_attention_heads == encoder.config.token_num_key_value_heads == len(kept)
     report = init_from_backbone(encoder, source)
     assert report.kept_variance == pytest.approx(1.0, abs=1e-12) and len(report.projected) == 1 + 2 * 6
-    assert sum("keeps heads [0, 1, 2] of 4" in note for note in report.approximate) == 2
+    assert sum(f"keeps heads {kept} of {heads}" in note for note in report.approximate) == 2
     text = words(32)[0]
     expected, got = two_sided(source, text, 2), token_states(encoder, pack([text]))
     table, theirs = encoder.embed_tokens.weight, source.model.embed_tokens.weight
@@ -263,13 +296,13 @@ def test_concepts_can_start_by_reading_like_a_layer():
 # --- BERT
 
 
-def bert() -> BertModel:
+def bert(kind=BertModel, eps: float = 1e-6, **options):
     sizes = {name: value for name, value in SIZES.items() if name not in ("num_key_value_heads", "rms_norm_eps")}
-    config = BertConfig(**sizes, layer_norm_eps=1e-6, max_position_embeddings=40, pad_token_id=0)
-    model = scrambled(BertModel(config, add_pooling_layer=False))
+    config = kind.config_class(**sizes, layer_norm_eps=eps, max_position_embeddings=40, **options)
+    model = scrambled(kind(config, add_pooling_layer=False))
     with torch.no_grad():  # as small as such embeddings are
         for table in (model.embeddings.word_embeddings, model.embeddings.position_embeddings):
-            table.weight *= 0.3
+            table.weight.mul_(0.3)
     return model
 
 
@@ -300,6 +333,28 @@ def test_the_first_attention_of_bert_is_the_same():
     assert torch.equal(
         encoder.token_layers[1].attention_norm.weight, source.encoder.layer[0].output.LayerNorm.weight
     )
+
+
+def test_bert_at_another_width_and_roberta():
+    """Queries of the heads that stay, where centred embeddings lie in 48 directions; positions from behind padding."""
+    source, text = bert(RobertaModel, eps=1e-12, pad_token_id=1), words(12)[0]
+    basis = torch.randn(64, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    basis = torch.linalg.qr(basis - basis.mean(0))[0]
+    with torch.no_grad():
+        tables = source.embeddings
+        for table in (tables.word_embeddings, tables.position_embeddings, tables.token_type_embeddings):
+            table.weight.copy_(table.weight @ basis @ basis.T)
+    encoder = ours(source, token_dim=48, norm_eps=1e-12)
+    assert encoder.config.max_position_embeddings == 38
+    report = init_from_backbone(encoder, source, layers=1)
+    assert report.kept_variance == pytest.approx(1.0, abs=1e-12) and "positions.table.weight" in report.projected
+    (note,) = [note for note in report.approximate if "keeps heads" in note]
+    kept = [int(head) for head in note[note.index("[") + 1 : note.index("]")].split(",")]
+    normal = source.embeddings(text[None])[0]
+    expected = source.encoder.layer[0].attention.self.query(normal).unflatten(-1, (4, 16))[:, kept].flatten(1)
+    layer = encoder.token_layers[0]
+    rows = encoder.positions(encoder.embed_tokens(text), torch.arange(12), 12)
+    assert torch.allclose(layer.attention.query(layer.attention_norm(rows)), expected, atol=1e-6)
 
 
 # --- what is refused

@@ -6,6 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel
 
 from conceptron.kernels.slot_attention.op import slot_attention
 from conceptron.models.config import ConceptConfig
@@ -84,10 +87,12 @@ def test_gradients_reach_every_parameter_and_texts_without_tokens_are_finite(opt
 
 @every_kind
 def test_autocast_gives_the_same_concepts_within_rounding(options):
-    model, batch = encoder(torch.float32, **options), pack(words(9, 0, 30))
+    model, batch = encoder(torch.float32, token_dim=24, **options), pack(words(9, 0, 30))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        low = concepts(model, packed=batch).float()
-    assert (low - concepts(model, packed=batch)).abs().max() < 0.15
+        out = model(packed=batch, output_hidden_states=True)
+        assert model.read_tokens(batch).states.dtype == torch.float32
+    assert all(state.dtype == torch.float32 for state in out.hidden_states)  # streams are not rounded to 16 bits
+    assert (out.last_hidden_state - concepts(model, packed=batch)).abs().max() < 0.15
 
 
 @every_kind
@@ -100,10 +105,32 @@ def test_concepts_without_a_place_are_a_set(options):
     assert torch.allclose(concepts(model, packed=batch), before[:, order], atol=1e-10)
 
 
+@every_kind
+def test_saved_and_loaded_bit_for_bit(options, tmp_path):
+    model, batch = encoder(torch.float32, tie_layers=True, num_iterations=3, **options), pack(words(9, 12))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path).eval()
+    assert loaded.config.to_diff_dict() == {**model.config.to_diff_dict(), "architectures": ["ConceptEncoder"]}
+    assert torch.equal(concepts(model, packed=batch), concepts(loaded, packed=batch))
+
+
+@every_kind
+def test_cost_is_linear(options):
+    model, flops = encoder(torch.float32, **options), {}
+    for N in (128, 256, 512):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # others are not all counted
+            concepts(model, packed=pack(words(N)))
+        flops[N] = counter.get_total_flops()
+    assert flops[512] - flops[256] == 2 * (flops[256] - flops[128]) > 0
+
+
 @pytest.mark.parametrize("kind, K", [("bixt", 2), ("hybrid", 1)])
 def test_one_graph_for_every_length(kind, K):
-    """The cross layer's is in test_heads.py; a hybrid one holds all that a slot layer does."""
-    model = encoder(torch.float32, layer_kind=kind, tie_layers=True, num_iterations=K)
+    """A hybrid layer holds all that a slot layer does; of a cross layer see test_heads.py and, with a funnel,
+    test_token_layers.py."""
+    model = encoder(
+        torch.float32, layer_kind=kind, tie_layers=True, num_iterations=K, num_token_layers=1, token_mixer="conv"
+    )
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)

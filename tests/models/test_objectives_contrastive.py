@@ -1,4 +1,4 @@
-"""Contrast: pairs of views, the loss against a loop, negatives of two ranks, cached gradients."""
+"""Contrast: pairs of views, the loss against a loop, what is found, negatives of two ranks."""
 
 import math
 import multiprocessing
@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from conceptron.models.config import ConceptConfig
-from conceptron.models.encoder import ConceptEncoder
 from conceptron.models.objectives import TSDAE, Contrastive, SampleKey, SpecialTokens
-from conceptron.models.objectives.contrastive import Temperature, cached_backward, split
+from conceptron.models.objectives.contrastive import Temperature
 from conceptron.models.packing import Packed, pack
 
 VOCAB = 60
@@ -167,6 +165,21 @@ def test_the_loss_is_computed_in_float32():
     assert float(loss) == pytest.approx(float(Contrastive().loss(a.double(), b.double(), ids)), rel=1e-4)
 
 
+@pytest.mark.parametrize("similarity", ["pooled", "slots"])
+def test_what_is_found_against_a_loop(similarity):
+    a, ids = concepts(7), torch.tensor([0, 1, 2, 2, 4, -1, 6])
+    b = a + 1.8 * concepts(7, seed=1)
+    objective = Contrastive(similarity=similarity)
+    found = 0.0
+    for one, other in ((a, b), (b, a)):
+        u, v = objective.embed(one), objective.embed(other)
+        for i in range(7):
+            candidates = [j for j in range(7) if ids[j] >= 0 and (j == i or ids[j] != ids[i])]
+            found += 0.5 * (ids[i] >= 0) * (max(candidates, key=lambda j, q=u[i], v=v: float(q @ v[j])) == i)
+    count, ours = objective.num_found(objective.embed(a), objective.embed(b), ids).tolist()
+    assert count == 6 and ours == float(found) and 0 < ours < 6
+
+
 def test_a_learnable_temperature_keeps_its_floor():
     temperature = Temperature(initial=0.05, floor=0.02)
     assert float(temperature().detach()) == pytest.approx(0.05)
@@ -179,82 +192,6 @@ def test_a_learnable_temperature_keeps_its_floor():
     assert 0.02 - 1e-8 < float(temperature().detach()) < 0.04
     with pytest.raises(ValueError, match=r"initial: expected a number above floor = 0.1, got 0.05"):
         Temperature(floor=0.1)
-
-
-def tiny_encoder(dropout: float) -> nn.Module:
-    torch.manual_seed(0)
-    config = ConceptConfig(
-        vocab_size=VOCAB, hidden_size=16, num_concepts=3, num_attention_heads=2, intermediate_size=24,
-        num_hidden_layers=1, mask_token_id=3, dropout=dropout,
-    )  # fmt: skip
-    return ConceptEncoder(config).double()
-
-
-def gradients(model: nn.Module) -> Tensor:
-    parts = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-    model.zero_grad()
-    return torch.cat(parts)
-
-
-@pytest.mark.parametrize("max_texts", [1, 3, 100])
-def test_cached_gradients_equal_direct_ones(max_texts):
-    model, objective = tiny_encoder(0.0), Contrastive(temperature=0.3)
-    temperature = Temperature(0.3)
-    a, b, ids = objective.views(pack(texts()), keys(7), TOKENS)
-
-    def encode(packed: Packed) -> Tensor:
-        return model(packed=packed).last_hidden_state
-
-    def loss(x: Tensor, y: Tensor) -> Tensor:
-        return objective.loss(x, y, ids, temperature())
-
-    direct = loss(encode(a), encode(b))
-    direct.backward()
-    expected, of_temperature = gradients(model), gradients(temperature)
-    calls = []
-
-    def backward(part: Tensor) -> None:
-        calls.append(part)
-        part.backward()
-
-    cached = cached_backward(encode, a, b, loss, max_texts, backward)
-    assert float(cached) == pytest.approx(float(direct.detach()), rel=1e-9) and not cached.requires_grad
-    assert torch.allclose(gradients(model), expected, rtol=1e-8, atol=1e-12) and expected.abs().max() > 1e-4
-    assert torch.allclose(gradients(temperature), of_temperature)
-    assert len(calls) == 2 * -(-7 // max_texts)
-
-
-def test_cached_gradients_replay_dropout():
-    """Against the direct gradient of the same chunks with the same draws; and the draws are not all the same."""
-    model, objective = tiny_encoder(0.5).train(), Contrastive("dropout", temperature=0.3)
-    a, b, ids = objective.views(pack(texts()), keys(7), TOKENS)
-
-    def encode(packed: Packed) -> Tensor:
-        return model(packed=packed).last_hidden_state
-
-    torch.manual_seed(5)
-    x, y = (torch.cat([encode(part) for part in split(packed, 3)]) for packed in (a, b))
-    direct = objective.loss(x, y, ids)
-    assert not torch.equal(x, y)
-    direct.backward()
-    expected = gradients(model)
-    after = torch.rand(1)
-    torch.manual_seed(5)
-    cached = cached_backward(encode, a, b, lambda x, y: objective.loss(x, y, ids), max_texts=3)
-    assert float(cached) == pytest.approx(float(direct.detach()), rel=1e-9)
-    assert torch.allclose(gradients(model), expected, rtol=1e-8, atol=1e-12)
-    assert torch.equal(torch.rand(1), after)  # the second pass leaves the generator where the first did
-
-
-def test_split_parts_make_up_the_batch():
-    packed = pack(texts()).select(torch.rand(153, generator=torch.Generator().manual_seed(0)) < 0.5)
-    for size in (1, 2, 7, 9):
-        parts = split(packed, size)
-        assert len(parts) == -(-7 // size) and all(part.num_sequences <= size for part in parts)
-        assert [row for part in parts for row in rows(part)] == rows(packed)
-        assert torch.cat([part.num_positions() for part in parts]).equal(packed.num_positions())
-        assert all(part.cu_seqlens.dtype == torch.int32 and part.cu_seqlens[0] == 0 for part in parts)
-    assert len(split(pack([]), 4)) == 1 and split(pack([]), 4)[0].num_sequences == 0
 
 
 SHARES = [[4, 2], [6, 0], [3, 3]]  # texts of each of two ranks

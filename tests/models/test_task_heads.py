@@ -14,11 +14,14 @@ from conceptron.models.config import ConceptConfig
 from conceptron.models.encoder import ConceptEncoder
 from conceptron.models.heads import ConceptForMaskedLM
 from conceptron.models.layers import ZeroLinear
-from conceptron.models.packing import pack
+from conceptron.models.packing import Packed, pack
+from conceptron.models.pooling import mean_of_rows
 from conceptron.models.task_heads import (
     ConceptForMultipleChoice,
     ConceptForQuestionAnswering,
     ConceptForSequenceClassification,
+    class_loss,
+    span_loss,
 )
 
 SMALL = dict(
@@ -271,17 +274,23 @@ def test_autocast_gives_about_the_same(kind, options):
     assert (answers(low).float() - answers(high)).abs().max() < 0.3
 
 
-def test_a_packed_batch_is_one_graph_without_a_look_back():
-    """fullgraph: nothing is read back from the device. One graph for all lengths."""
-    built = model(ConceptForQuestionAnswering).float()
+def test_what_heads_add_is_one_graph_without_a_look_back():
+    """fullgraph: nothing is read back from the device. One graph for all lengths. The rest is ConceptForMaskedLM's."""
+    pool = model(pool="multi_query").float().pool
+
+    def head(rows: torch.Tensor, concepts: torch.Tensor, packed: Packed, spans: torch.Tensor) -> torch.Tensor:
+        pooled = pool(concepts) + mean_of_rows(rows, packed.cu_seqlens)
+        return class_loss(pooled, spans[:, 0]) + span_loss(rows[:, :2], packed, spans)
+
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    compiled = torch.compile(built, fullgraph=True, backend="eager", dynamic=True)
-    at = torch.tensor([1, 0, 2])
-    for lengths in ((20, 9, 7), (11, 12, 30)):
-        given = {"packed": pack(texts(*lengths)), "start_positions": at, "end_positions": at}
-        assert torch.allclose(compiled(**given).loss, built(**given).loss, rtol=1e-4)
+    compiled = torch.compile(head, fullgraph=True, backend="eager", dynamic=True)
+    spans = torch.tensor([[1, 5], [0, 0], [2, 8]])
+    for lengths in ((20, 9, 7), (11, 0, 30)):
+        packed = pack(texts(*lengths))
+        given = torch.randn(packed.num_tokens, 32), torch.randn(3, 6, 32), packed, spans
+        assert torch.allclose(compiled(*given), head(*given), rtol=1e-5)
     assert counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()
 

@@ -1,0 +1,223 @@
+"""What a recipe's model costs, before anything is trained: parameters, FLOPs and activations, by part and against N.
+
+    conceptron describe RECIPE [section.field=value ...] [--vocabulary V] [--out DIR]
+
+FLOPs and parameters are closed forms (``flops.py``, ``parameters.py``). Activations are what the forward pass keeps for
+the backward pass: it is run on tensors that have sizes but no content, with the fused operators, and what autograd
+saves is counted, so that it is what a GPU would hold. FLOPs and activations are per token of text, in the recipe's own
+precision, over one micro-batch of windows of full length; the last table is of the encoder alone, on one text.
+
+B sequences, N tokens of one sequence, C concepts, d model width.
+"""
+
+import argparse
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..engine.data import tokenizer
+from ..engine.errors import InputError
+from ..engine.recipe import Recipe, load_recipe
+from ..models.config import ConceptConfig
+from ..models.encoder import ConceptEncoder
+from ..models.heads import ConceptForMaskedLM
+from ..models.objectives.view import SampleKey, SpecialTokens, View
+from ..models.packing import Packed, pack
+from .flops import Sizes, encoder_flops, forward_flops, full_attention_flops, training_flops
+from .harness import environment, write_results
+from .memory import saved_by_part
+from .parameters import PARTS, parameters
+from .peers import Shape, bert
+
+SHORTEST = 512  # of the second table
+FUSED = {"CONCEPTRON_BACKEND": "triton", "TRITON_INTERPRET": "1"}  # no kernel runs: the tensors have no content
+
+
+# --- counting without content -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def without_content(precision: str) -> Iterator[Callable[[Any], Any]]:
+    """Inside, tensors have sizes only, operators are the fused ones, and autocast is as in training.
+
+    Yields a function that takes the content from a view or a packed batch.
+    """
+    with FakeTensorMode() as mode, patch.dict(os.environ, FUSED), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about what a CPU would be slow at
+
+        def strip(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return mode.from_tensor(value)
+            if isinstance(value, Packed):
+                return Packed(*map(strip, value))
+            if isinstance(value, View):
+                return replace(value, **{f.name: strip(getattr(value, f.name)) for f in fields(value)})
+            return value
+
+        # float16 is as wide as bfloat16, which Triton's interpreter would refuse
+        with torch.autocast("cpu", torch.float16) if precision == "bf16" else nullcontext():
+            yield strip
+
+
+def activation_bytes(config: ConceptConfig, view: View, precision: str = "fp32") -> dict[str, int]:
+    """Bytes that the forward pass of one micro-batch keeps, by part.
+
+    The fused loss makes the gradient of the head's matrix in the forward pass; it is a gradient and not counted.
+    """
+    with without_content(precision) as strip:
+        model = ConceptForMaskedLM(config).train()
+        own = {parameter.shape for parameter in model.lm_head.parameters()}
+        with saved_by_part(model, PARTS, own) as saved:
+            kept = model(view=strip(view))
+        del kept
+    return saved
+
+
+def encoder_activation_bytes(build: Callable[[], nn.Module], num_tokens: int, precision: str = "fp32") -> int:
+    """Bytes that the forward pass of an encoder keeps, on one text of N tokens."""
+    ids = np.zeros(num_tokens, dtype=np.int64)
+    with without_content(precision) as strip:
+        encoder = build().train()
+        with saved_by_part(encoder, {}) as saved:
+            if isinstance(encoder, ConceptEncoder):
+                kept = encoder(packed=strip(pack([ids])))
+            else:
+                kept = encoder(strip(torch.from_numpy(ids)[None]))
+        del kept
+    return sum(saved.values())
+
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+
+def example_view(recipe: Recipe, tokens: SpecialTokens) -> View:
+    """One micro-batch as the recipe's objective makes it of random text in windows of full length."""
+    length = recipe.data.window
+    count = max(1, recipe.batch.micro_tokens // length)
+    generator = np.random.default_rng(0)
+    texts = [generator.integers(8, tokens.vocab_size, length) for _ in range(count)]
+    keys = [SampleKey(0, 0, i) for i in range(count)]
+    return recipe.build_objective().view(pack(texts), keys, tokens)
+
+
+def by_part(config: ConceptConfig, view: View, num_tokens: int, precision: str) -> list[dict[str, Any]]:
+    """One row a part, and their sum: parameters, and per token of text FLOPs and bytes of activations."""
+    sizes = Sizes.of(view)
+    counts, kept = parameters(config), activation_bytes(config, view, precision)
+    forward, training = forward_flops(config, sizes), training_flops(config, sizes)
+    rows = [
+        {
+            "part": part, "parameters": counts.get(part, 0), "forward FLOP/token": forward.get(part, 0) / num_tokens,
+            "training FLOP/token": training.get(part, 0) / num_tokens,
+            "activation B/token": kept.get(part, 0) / num_tokens,
+        }
+        for part in [*PARTS, "other"] if counts.get(part) or kept[part] >= num_tokens  # "other": a few bytes in all
+    ]  # fmt: skip
+    total = {name: sum(row[name] for row in rows) for name in rows[0] if name != "part"}
+    return [*rows, {"part": "sum", **total}]
+
+
+def by_length(config: ConceptConfig, precision: str, lengths: Sequence[int]) -> list[dict[str, Any]]:
+    """The encoder on one text of N tokens, beside full attention of equal width, layers and feed-forward."""
+    rows = []
+    for n in lengths:
+        shape = Shape(config.hidden_size, config.iterations, config.num_attention_heads, config.intermediate_size,
+                      config.vocab_size, n)  # fmt: skip
+        flops = sum(encoder_flops(config, Sizes.of_text(n)).values()) / n
+        full = full_attention_flops(shape.hidden_size, shape.num_layers, shape.intermediate_size, n) / n
+        kept = encoder_activation_bytes(lambda: ConceptEncoder(config), n, precision) / n
+        full_kept = encoder_activation_bytes(lambda shape=shape: bert(shape), n, precision) / n
+        rows.append({
+            "N": n, "FLOP/token": flops, "full attention FLOP/token": full, "FLOP ratio": full / flops,
+            "activation B/token": kept, "full attention B/token": full_kept, "byte ratio": full_kept / kept,
+        })  # fmt: skip
+    return rows
+
+
+def screen(recipe: Recipe, config: ConceptConfig, parts: Sequence[dict], lengths: Sequence[dict]) -> str:
+    """Both tables, aligned, on one screen."""
+    layers = f"{config.iterations} x 1 tied layer" if config.tie_layers else f"{config.num_hidden_layers} layers"
+    head = (
+        f"{recipe.run.name}: width {config.hidden_size}, {layers} ({config.layer_kind}), "
+        f"{config.num_concepts} concepts, vocabulary {config.vocab_size:,}; {recipe.objective['name']}\n"
+        f"windows of {recipe.data.window} tokens, micro-batches of {recipe.batch.micro_tokens:,}, "
+        f"{recipe.train.precision}; FLOP and bytes are per token of text"
+    )
+    first = aligned(
+        ["part", "parameters", "forward FLOP", "training FLOP", "activation bytes"],
+        [[row["part"], *(short(value) for name, value in row.items() if name != "part")] for row in parts],
+    )
+    second = aligned(
+        ["N", "FLOP", "full attention", "times", "activation bytes", "full attention", "times"],
+        [[f"{row['N']:,}", *(short(v) for name, v in row.items() if name != "N")] for row in lengths],
+    )
+    between = "the encoder on one text of N tokens, beside full attention of its width, depth and feed-forward"
+    return "\n\n".join((head, first, between, second))
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The first column to the left, all others to the right."""
+    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+    lines = [[line[0].ljust(widths[0]), *(text.rjust(w) for text, w in zip(line[1:], widths[1:], strict=True))]
+             for line in [header, *rows]]  # fmt: skip
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def short(value: float) -> str:
+    """Three digits and the thousands as a letter: 25.8 M."""
+    if value == 0:
+        return "-"
+    for letter in ("", " K", " M", " G", " T"):
+        if abs(value) < 999.5:
+            return f"{value:.3g}{letter}"
+        value /= 1000
+    return f"{value:.3g} P"
+
+
+def special_tokens(recipe: Recipe, vocabulary: int | None) -> SpecialTokens:
+    """As many ids as the recipe's tokenizer has; ``pydocs`` is taken to fill its vocabulary."""
+    size = vocabulary
+    if size is None and recipe.data.tokenizer == "pydocs":
+        size = recipe.data.vocab_size
+    if size is None:
+        try:
+            size = tokenizer.describe(tokenizer.load(recipe.data.tokenizer), recipe.data.tokenizer).tokens.vocab_size
+        except InputError as error:
+            raise InputError(f"{error}; to describe the model without it, add --vocabulary and its size") from None
+    return SpecialTokens(mask_id=1, special_ids=frozenset(range(8)), vocab_size=size)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="conceptron describe", description="What a recipe's model costs.")
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    parser.add_argument("--vocabulary", type=int, metavar="V", help="ids of the tokenizer, where it cannot be opened")
+    parser.add_argument("--max-tokens", type=int, default=65536, help="longest text of the second table")
+    parser.add_argument("--out", type=Path, help="also write both tables there: JSON, CSV, Markdown")
+    options = parser.parse_args(argv)
+    recipe = load_recipe(options.recipe, options.overrides)
+    tokens = special_tokens(recipe, options.vocabulary)
+    config = recipe.build_config(vocab_size=tokens.vocab_size, mask_token_id=tokens.mask_id)
+    view = example_view(recipe, tokens)
+    num_tokens = recipe.data.window * view.encoder.num_sequences
+    parts = by_part(config, view, num_tokens, recipe.train.precision)
+    doubling = [SHORTEST * 2**i for i in range(32) if SHORTEST * 2**i <= options.max_tokens]
+    lengths = by_length(config, recipe.train.precision, doubling)
+    print(screen(recipe, config, parts, lengths))
+    if options.out:
+        stamp = environment()
+        write_results(options.out, "parts", parts, stamp, title=f"{recipe.run.name}: cost by part")
+        write_results(options.out, "lengths", lengths, stamp, title=f"{recipe.run.name}: the encoder against N")
+        print(f"\nwritten to {options.out}")
+    return 0

@@ -1,0 +1,198 @@
+"""Pretraining: a masked language model with everything that is only there to train it.
+
+B texts of a micro-batch, C concepts, d model width.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .heads import ConceptForMaskedLM, ConceptMaskedLMOutput
+from .objectives.contrastive import Contrastive, Temperature
+from .objectives.view import Pair, View, check_option
+from .packing import Packed
+from .regularizers import Regularization, Regularizer
+
+
+@dataclass(frozen=True)
+class ContrastiveTerm(Contrastive):
+    """``Contrastive``, and how it is added to the loss of the task.
+
+        loss = task + weight * contrastive
+
+    ``start``: the share of the run that is over before it begins.
+    ``learnable_temperature``: ``temperature`` is where it starts, and it never falls below ``temperature_floor``.
+    ``negatives``, for each text:
+        "step"         all other texts of the step. Where a step has several micro-batches, the pairs of all are first
+                       encoded without a graph, for the loss and its gradient by what it compares, then once more, each
+                       micro-batch with its share of that gradient (Gao et al. 2021, GradCache, arXiv:2101.06983). The
+                       result does not depend on how a step is cut; it costs one more forward pass over the pairs.
+        "micro_batch"  the texts of the same micro-batch on all ranks. Nothing extra, and fewer negatives.
+    """
+
+    weight: float = 0.1
+    start: float = 0.0
+    learnable_temperature: bool = False
+    temperature_floor: float = 0.01
+    negatives: str = "step"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_option("weight", self.weight, "a number above 0", self.weight > 0)
+        check_option("start", self.start, "a number in [0, 1)", 0 <= self.start < 1)
+        floor = self.temperature_floor
+        check_option("temperature_floor", floor, "a number above 0", floor > 0)
+        if self.learnable_temperature:
+            expected = f"a number above temperature_floor = {floor:g}"
+            check_option("temperature", self.temperature, expected, self.temperature > floor)
+        known = self.negatives in ("step", "micro_batch")
+        check_option("negatives", self.negatives, "'step' or 'micro_batch'", known)
+
+
+class Totals(NamedTuple):
+    """Sums over all micro-batches of all ranks of a step, divided by the number of ranks; 0-d float32 each.
+
+    What is divided by them adds up over micro-batches, and its mean over ranks is the figure of the whole step, which
+    is how a data-parallel engine treats gradients.
+    """
+
+    divisor: Tensor  # of the task
+    num_pairs: Tensor  # texts in the contrastive loss
+    num_texts: Tensor
+
+
+class Compared(NamedTuple):
+    """What a contrastive loss is a function of, or its gradient by each."""
+
+    a: Tensor  # [B, e] what `Contrastive.embed` makes of the first views' concepts, float32
+    b: Tensor  # [B, e] of the second
+    temperature: Tensor  # 0-d
+
+
+class Cached(NamedTuple):
+    """What a pass ahead over all pairs of a step has found, as far as one micro-batch needs it."""
+
+    loss: Tensor  # 0-d, of the step in its first micro-batch, and 0 in the others, as is the temperature's gradient
+    gradient: Compared
+
+
+class PretrainingOutput(NamedTuple):
+    loss: Tensor  # 0-d
+    figures: dict[str, Tensor]  # for the log, 0-d and without a graph: sums over micro-batches, means over ranks
+
+
+class Pretraining(nn.Module):
+    """loss = task + weight * contrastive + regularisation, where the last two are asked for.
+
+    The regularisers see the concepts from which the task is answered (without a task: the first view of each pair),
+    with their gradient capped. Their population is the micro-batch: a term over the batch depends on its size. Only
+    ``model`` is what training is for; the parameters of temperature and weighting stay behind.
+    """
+
+    def __init__(
+        self, model: ConceptForMaskedLM, contrastive: ContrastiveTerm | None = None,
+        regularization: Regularization | None = None, has_task: bool = True,
+    ):  # fmt: skip
+        super().__init__()
+        self.model, self.contrastive, self.has_task = model, contrastive, has_task
+        learns = contrastive is not None and contrastive.learnable_temperature
+        self.temperature = Temperature(contrastive.temperature, contrastive.temperature_floor) if learns else None
+        self.regularizer = None if regularization is None else Regularizer(regularization)
+        if not has_task:  # weight decay alone must not move a decoder
+            of_encoder = {id(parameter) for parameter in model.encoder.parameters()}
+            for parameter in model.parameters():
+                parameter.requires_grad_(id(parameter) in of_encoder)
+
+    def forward(
+        self, view: View | None = None, *, totals: Totals | None = None, step: int = 0, label_smoothing: float = 0.0,
+        num_iterations: int | None = None, cached: Cached | None = None, pair: Pair | None = None,
+        encoder: Packed | None = None, return_nll: bool = False,
+    ) -> PretrainingOutput | ConceptMaskedLMOutput | Compared:  # fmt: skip
+        """
+        Args:
+            view: a micro-batch, with ``totals`` of its step, counted from 0.
+            num_iterations: of a tied encoder, the same on every rank and for all micro-batches of a step.
+            cached: where negatives come from the whole step and that has several micro-batches.
+            return_nll: instead, the loss of each target of the view, for evaluation.
+            pair: instead of a view, what is to be compared, with the ``encoder`` batch that it may share. The random
+                numbers that dropout draws for it are those that a pass with the view draws from the same state.
+        """
+        if return_nll:
+            return self.model(view=view, return_nll=True)
+        if pair is not None:
+            texts_BCd = self.encode(pair.texts, num_iterations)
+            first_BCd = self.encode(encoder, num_iterations) if pair.shares_encoder else None
+            return self.compared(pair, texts_BCd, first_BCd)
+        pair, figures, loss = view.pair, {}, 0.0
+        texts_BCd = None if pair is None else self.encode(pair.texts, num_iterations)  # first, see ``pair`` above
+        encoded = self.model.encode(view.encoder, num_iterations) if self.has_task else None
+        z_BCd = encoded.last_hidden_state if self.has_task else texts_BCd.chunk(2)[0]
+        z_BCd, for_terms_BCd = (z_BCd, None) if self.regularizer is None else self.regularizer.cap(z_BCd)
+        if self.has_task:
+            encoded.last_hidden_state = z_BCd
+            of_step = replace(view, divisor=totals.divisor)
+            loss = self.model(view=of_step, encoded=encoded, label_smoothing=label_smoothing).loss
+            figures["task"] = loss.detach()
+            if encoded.convergence is not None:  # of the last iteration, averaged over texts
+                figures["convergence"] = encoded.convergence[-1].sum() / totals.num_texts
+        if pair is not None:
+            is_first = pair.shares_encoder or not self.has_task
+            compared = self.compared(pair, texts_BCd, z_BCd if is_first else None)
+            contrast = self.contrast(compared, pair.ids, totals, cached)
+            loss = loss + self.contrastive.weight * contrast
+            share = (pair.ids >= 0).sum() / totals.num_pairs
+            figures |= {"contrastive": contrast.detach(), "temperature": share * compared.temperature.detach()}
+        if self.regularizer is not None:
+            added, share = self.regularizer(for_terms_BCd, step), len(z_BCd) / totals.num_texts
+            loss = loss + share * added.loss
+            figures["regularization"] = share * added.loss.detach()
+            for kind, values in (("terms", added.terms), ("weights", added.weights)):
+                figures |= {f"{kind}/{name}": share * value for name, value in values.items()}
+        return PretrainingOutput(loss, {"loss": loss.detach(), **figures})
+
+    def encode(self, packed: Packed, num_iterations: int | None) -> Tensor:
+        """[B, C, d]"""
+        return self.model.encoder(packed=packed, num_iterations=num_iterations).last_hidden_state
+
+    def compared(self, pair: Pair, texts_BCd: Tensor, first_BCd: Tensor | None) -> Compared:
+        """``first_BCd``: concepts of the first views, where they are not those of ``texts_BCd``."""
+        first, second = (first_BCd, texts_BCd) if pair.shares_encoder else texts_BCd.chunk(2)
+        if self.temperature is None:
+            temperature = second.new_full((), self.contrastive.temperature, dtype=torch.float32)
+        else:
+            temperature = self.temperature()
+        first = first if first_BCd is None else first_BCd
+        return Compared(self.contrastive.embed(first), self.contrastive.embed(second), temperature)
+
+    def contrast(self, compared: Compared, ids: Tensor, totals: Totals, cached: Cached | None) -> Tensor:
+        """The contrastive loss of a micro-batch, 0-d: of its own texts, or its part of what is cached."""
+        if cached is None:
+            return self.contrastive.loss_of(compared.a, compared.b, ids, compared.temperature, totals.num_pairs)
+        slope = sum((value * gradient).sum() for value, gradient in zip(compared, cached.gradient, strict=True))
+        return cached.loss + slope - slope.detach()  # the value of the one, the gradient of the other
+
+    @property
+    def cap_scale(self) -> Tensor | None:
+        """What the regularisers' gradient was multiplied by in the last backward pass, 0-d; None without a cap."""
+        return None if self.regularizer is None else self.regularizer.cap.scale
+
+
+def cache(parts: list[Compared], ids: list[Tensor], contrastive: Contrastive, totals: Totals) -> list[Cached]:
+    """The contrastive loss over all micro-batches of a step, and for each of them its gradient. Collective.
+
+    ``parts`` and ``ids``: of each micro-batch of this rank, encoded without a graph.
+    """
+    a, b = torch.cat([part.a for part in parts]), torch.cat([part.b for part in parts])
+    leaves = [x.detach().requires_grad_() for x in (a, b, parts[0].temperature)]
+    with torch.enable_grad():
+        loss = contrastive.loss_of(*leaves[:2], torch.cat(ids), leaves[2], totals.num_pairs)
+    *by_view, by_temperature = torch.autograd.grad(loss, leaves)
+    sizes = [len(each) for each in ids]
+    splits = zip(*(gradient.split(sizes) for gradient in by_view), strict=True)
+    is_first = [1.0] + [0.0] * (len(parts) - 1)
+    return [
+        Cached(loss.detach() * first, Compared(*views, by_temperature * first))
+        for views, first in zip(splits, is_first, strict=True)
+    ]

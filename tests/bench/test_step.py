@@ -1,0 +1,93 @@
+import pytest
+import torch
+from torch import nn
+
+from conceptron.bench import step
+from conceptron.engine.recipe import load_recipe
+
+TINY = ("model.hidden_size=32", "model.num_attention_heads=2", "model.intermediate_size=32", "model.num_concepts=16",
+        "data.window=64", "batch.tokens=512", "batch.micro_tokens=256", "train.precision=fp32")  # fmt: skip
+
+
+def test_presets_are_the_seeds_configurations():
+    """Width 512, 8 heads, 128 concepts; L2 with a feed-forward of 1024, L6 with 2048; windows of 512."""
+    for name, (source, *options) in step.PRESETS.items():
+        recipe = load_recipe(source, options)
+        layers, inner = {"l2": (2, 1024), "l6": (6, 2048)}[name[-2:]]
+        model = recipe.model
+        assert (model["hidden_size"], model["num_attention_heads"], model["num_concepts"]) == (512, 8, 128)
+        assert (model["num_hidden_layers"], model["intermediate_size"], recipe.data.window) == (layers, inner, 512)
+        assert recipe.objective["name"] == name.split("-")[1]
+
+
+def test_a_step_tells_speed_parts_loading_and_padding(monkeypatch):
+    monkeypatch.setattr(step, "SYNTHETIC_VOCABULARY", 256)
+    monkeypatch.setattr(step, "matmul_flops", lambda device, dtype: 1e12)
+    source, *options = step.PRESETS["seeds-diffusion-l2"]
+    row = step.run(load_recipe(source, [*options, *TINY]), num_steps=2, warm_up=1, use_synthetic=True)
+    phases = sum(row[f"{name}_ms"] for name in ("data", "forward", "backward", "optimizer"))
+    assert row["step_ms"] == pytest.approx(phases)
+    assert row["tokens_per_step"] == 512 and row["tokens_per_s"] == pytest.approx(512 / row["step_ms"] * 1e3)
+    assert row["mfu"] == pytest.approx(row["tflops"]) and row["tflops"] > 0  # the ceiling is 1 TFLOP/s here
+    assert row["data_alone_tokens_per_s"] == pytest.approx(512 / row["data_alone_ms"] * 1e3)
+    assert row["padding_avoided"] == 0, "synthetic windows are all of full length"
+    for part in ("encoder", "decoder", "head"):
+        assert row[f"{part}_forward_ms"] > 0 and row[f"{part}_backward_ms"] > 0
+    assert "power_w" not in row and "nvml" not in row, "a CPU has no NVML"
+
+
+def test_padding_waste_by_hand():
+    class Reader:
+        windows = type("W", (), {"lengths": torch.tensor([4, 2, 6, 6])})
+
+        def samples(self, index):
+            return type("S", (), {"windows": [[0, 1], [2, 3]][index]})
+
+    # 4 + 2 of 2 x 4 rows, 6 + 6 of 2 x 6
+    assert step.padding_waste(Reader(), [0, 1]) == pytest.approx(1 - 18 / 20)
+    assert step.padding_waste(Reader(), [1]) == 0
+
+
+def test_parts_add_up_to_the_pass():
+    """Backward is told apart by the gradients that arrive: of the decoder's output, then of the concepts."""
+    log = []
+
+    class Part(nn.Module):
+        def __init__(self, name):
+            super().__init__()
+            self.name, self.weight = name, nn.Parameter(torch.ones(()))
+
+        def forward(self, x, *rest):
+            log.append(self.name)
+            out = x * self.weight
+            out.register_hook(lambda grad: log.append(f"{self.name} backward"))
+            return type("Out", (), {"last_hidden_state": out})() if self.name == "encoder" else out
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder, self.lm_head = Part("encoder"), Part("decoder"), Part("head")
+
+        def forward(self, view):
+            hidden = self.decoder(self.encoder(view).last_hidden_state)
+            return type("Out", (), {"loss": self.lm_head(hidden).sum()})()
+
+    class Engine:
+        def __init__(self, model):
+            self.model, self.set_gradient_accumulation_boundary = model, lambda boundary: None
+
+        def __call__(self, view):
+            return self.model(view)
+
+        def backward(self, loss):
+            loss.backward()
+
+        def step(self):
+            log.append("step")
+
+    model = Model()
+    ms = step.part_times(model, Engine(model), torch.ones(3), torch.device("cpu"))
+    assert log == ["encoder", "decoder", "head", "head backward", "decoder backward", "encoder backward", "step"]
+    assert set(ms) == {f"{part}_{way}_ms" for part in step.PARTS for way in ("forward", "backward")}
+    assert all(value >= 0 for value in ms.values())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

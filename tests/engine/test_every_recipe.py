@@ -1,0 +1,30 @@
+"""Every recipe that is shipped runs with size=tiny from beginning to end, and its loss falls."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conceptron.engine.trainer import train
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+# neither tiny.yaml, which is laid over them, nor tables of ablations
+SHIPPED = sorted(path for path in RECIPES.rglob("*.yaml") if "objective" in yaml.safe_load(path.read_text()))
+STEPS = 8
+FEW = [
+    "size=tiny", "data.window=32", "data.validation=0.2", "batch.tokens=256", "batch.micro_tokens=128",
+    f"train.steps={STEPS}", "optim.lr=1e-2", "optim.warmup_steps=0", "eval.tokens=200",
+]  # fmt: skip
+OWN = {"progressive": ["train.stages=[{until: 2, window: 12}, {until: 4, window: 20}]"]}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_it_runs_and_learns(path, text, tmp_path):
+    data = [f"data.source={text}", f"data.tokenizer={text}/tokenizer", f"data.cache={text}/cache"]
+    folder = train(path, [*FEW, *data, f"run.folder={tmp_path}", *OWN.get(path.stem, [])])
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [entry for entry in entries if entry["kind"] == "train"]
+    first, *_, a, b, c = (entry["task"] for entry in steps)
+    assert len(steps) == STEPS and (a + b + c) / 3 < 0.8 * first
+    assert (folder / "model" / "model.safetensors").exists() and folder.name == f"{path.stem}-tiny"
