@@ -31,6 +31,7 @@ from ..engine.recipe import Recipe, load_recipe
 from ..models.config import ConceptConfig
 from ..models.encoder import ConceptEncoder
 from ..models.heads import ConceptForMaskedLM
+from ..models.objectives import Mixed
 from ..models.objectives.view import SampleKey, SpecialTokens, View
 from ..models.packing import Packed, pack
 from .flops import Sizes, encoder_flops, forward_flops, full_attention_flops, training_flops
@@ -100,28 +101,44 @@ def encoder_activation_bytes(build: Callable[[], nn.Module], num_tokens: int, pr
 # --- the tables -------------------------------------------------------------------------------------------------------
 
 
-def example_view(recipe: Recipe, tokens: SpecialTokens) -> View:
-    """One micro-batch as the recipe's objective makes it of random text in windows of full length."""
+def example_views(recipe: Recipe, tokens: SpecialTokens) -> list[tuple[float, View]]:
+    """(share of the steps, one micro-batch as an objective of the recipe makes it of random windows of full length)."""
     length = recipe.data.window
     count = max(1, recipe.batch.micro_tokens // length)
     generator = np.random.default_rng(0)
     texts = [generator.integers(8, tokens.vocab_size, length) for _ in range(count)]
     keys = [SampleKey(0, 0, i) for i in range(count)]
-    return recipe.build_objective().view(pack(texts), keys, tokens)
+    objective = recipe.build_objective()
+    is_mixed = isinstance(objective, Mixed)
+    parts, weights = (objective.parts, objective.weights) if is_mixed else ((objective,), (1.0,))
+    return [
+        (weight / sum(weights), part.view(pack(texts), keys, tokens))
+        for weight, part in zip(weights, parts, strict=True)
+    ]
 
 
-def by_part(config: ConceptConfig, view: View, num_tokens: int, precision: str) -> list[dict[str, Any]]:
-    """One row a part, and their sum: parameters, and per token of text FLOPs and bytes of activations."""
-    sizes = Sizes.of(view)
-    counts, kept = parameters(config), activation_bytes(config, view, precision)
-    forward, training = forward_flops(config, sizes), training_flops(config, sizes)
+def by_part(
+    config: ConceptConfig, views: Sequence[tuple[float, View]], num_tokens: int, precision: str
+) -> list[dict[str, Any]]:
+    """One row a part, and their sum: parameters, and per token of text FLOPs and bytes of activations.
+
+    With several views, FLOPs are their average and bytes those of the largest.
+    """
+    counts, kept = parameters(config), dict.fromkeys([*PARTS, "other"], 0)
+    forward, training = dict.fromkeys(kept, 0.0), dict.fromkeys(kept, 0.0)
+    for share, view in views:
+        sizes = Sizes.of(view)
+        for flops, of_view in ((forward, forward_flops(config, sizes)), (training, training_flops(config, sizes))):
+            for part, value in of_view.items():
+                flops[part] += share * value
+        for part, value in activation_bytes(config, view, precision).items():
+            kept[part] = max(kept[part], value)
     rows = [
         {
-            "part": part, "parameters": counts.get(part, 0), "forward FLOP/token": forward.get(part, 0) / num_tokens,
-            "training FLOP/token": training.get(part, 0) / num_tokens,
-            "activation B/token": kept.get(part, 0) / num_tokens,
+            "part": part, "parameters": counts.get(part, 0), "forward FLOP/token": forward[part] / num_tokens,
+            "training FLOP/token": training[part] / num_tokens, "activation B/token": kept[part] / num_tokens,
         }
-        for part in [*PARTS, "other"] if counts.get(part) or kept[part] >= num_tokens  # "other": a few bytes in all
+        for part in kept if counts.get(part) or kept[part] >= num_tokens  # "other": a few bytes in all
     ]  # fmt: skip
     total = {name: sum(row[name] for row in rows) for name in rows[0] if name != "part"}
     return [*rows, {"part": "sum", **total}]
@@ -152,6 +169,7 @@ def screen(recipe: Recipe, config: ConceptConfig, parts: Sequence[dict], lengths
         f"{config.num_concepts} concepts, vocabulary {config.vocab_size:,}; {recipe.objective['name']}\n"
         f"windows of {recipe.data.window} tokens, micro-batches of {recipe.batch.micro_tokens:,}, "
         f"{recipe.train.precision}; FLOP and bytes are per token of text"
+        + ("" if recipe.contrastive is None else "; the pairs of the contrastive loss are not counted")
     )
     first = aligned(
         ["part", "parameters", "forward FLOP", "training FLOP", "activation bytes"],
@@ -209,9 +227,10 @@ def main(argv: Sequence[str]) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     tokens = special_tokens(recipe, options.vocabulary)
     config = recipe.build_config(vocab_size=tokens.vocab_size, mask_token_id=tokens.mask_id)
-    view = example_view(recipe, tokens)
-    num_tokens = recipe.data.window * view.encoder.num_sequences
-    parts = by_part(config, view, num_tokens, recipe.train.precision)
+    config.iteration_sampling = "fixed"  # the average is described
+    views = example_views(recipe, tokens)
+    num_tokens = recipe.data.window * views[0][1].encoder.num_sequences
+    parts = by_part(config, views, num_tokens, recipe.train.precision)
     doubling = [SHORTEST * 2**i for i in range(32) if SHORTEST * 2**i <= options.max_tokens]
     lengths = by_length(config, recipe.train.precision, doubling)
     print(screen(recipe, config, parts, lengths))

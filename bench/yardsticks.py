@@ -34,7 +34,8 @@ def measure(subject: Subject, num_tokens: int, num_texts: int) -> dict[str, floa
         effective_rank, ...     of ``geometry.metrics``, over whole windows
     """
     model, windows, tokens = subject.model.eval(), subject.loader.windows, subject.loader.tokens
-    noisy = Diffusion(weighting="none", hidden=model.config.hidden_tokens)
+    context = model.config.decoder_mixing != "none"  # such a decoder is told what is known, as in training
+    noisy = Diffusion(weighting="none", hidden=model.config.hidden_tokens, context=context)
     losses = heldout.losses(model, reader(windows, noisy, tokens), None, num_tokens)
     others = losses.nll_of_other_concepts
     kept, deleted = reconstruction(model, reader(windows, TSDAE(probability=DELETED), tokens), num_tokens)

@@ -52,7 +52,7 @@ def backbone_config(source: str | Path | nn.Module, layers: int = 4, **changes) 
     fields = dict(
         vocab_size=shape.vocab_size, hidden_size=hidden, token_dim=width, intermediate_size=shape.intermediate_size,
         num_token_layers=min(layers, shape.num_layers), token_intermediate_size=shape.intermediate_size,
-        token_attention_bias=shape.has_bias, norm_eps=max(shape.norm_eps, 1e-6),
+        normalize_tokens=False, token_attention_bias=shape.has_bias, norm_eps=max(shape.norm_eps, 1e-6),
         pad_token_id=backbone.config.pad_token_id,
     )  # fmt: skip
     group = shape.num_heads // shape.num_kv_heads
@@ -305,6 +305,7 @@ def check_fit(config: ConceptConfig, backbone: Backbone, layers: int, read_layer
         expect(names[2], f"the backbone's {shape.intermediate_size}", is_same or not backbone.is_llama)
     if layers > 0:
         expect("token_mixer", "local", config.token_mixer == "local")
+        expect("normalize_tokens", False, not config.normalize_tokens)
         expect("token_attention_bias", True, config.token_attention_bias or not shape.has_bias)
     if read_layer is not None:
         last = shape.num_layers - (1 if config.tie_layers else config.num_hidden_layers)

@@ -63,6 +63,7 @@ class ConceptConfig(PretrainedConfig):
         token_num_attention_heads: int | None = None,  # None: as many of the model's head width as fit in token_dim
         token_num_key_value_heads: int | None = None,  # None: token_num_attention_heads
         token_intermediate_size: int | None = None,  # None: 2 * token_dim
+        normalize_tokens: bool = True,  # token layers start from normalised embeddings; false: as they are, as in Llama
         token_attention_bias: bool = False,  # of queries, keys and values, as Qwen2 has them
         funnel: list[int] | None = None,  # token layers (from 0) that halve the number of tokens
         # positions
@@ -156,7 +157,7 @@ class ConceptConfig(PretrainedConfig):
         for name in ("dropout", "concept_dropout", "condition_dropout"):
             self._expect(name, "a number in [0, 1)", lambda x: _is_number(x) and 0 <= x < 1)
         for name in ("timestep_conditioning", "tie_layers", "loss_every_iteration", "token_attention_bias",
-                     "nested_concepts"):  # fmt: skip
+                     "normalize_tokens", "nested_concepts"):  # fmt: skip
             self._expect(name, "true or false", lambda x: isinstance(x, bool))
         for name in ("rope_theta", "anchor_sharpness", "initializer_range", "norm_eps", "label_scale"):
             self._expect(name, "a number above 0", lambda x: _is_number(x) and x > 0)

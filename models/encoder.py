@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
@@ -52,7 +53,7 @@ class ConceptPreTrainedModel(LoadsOtherSizes, PreTrainedModel):
 
         - a matrix: normal(1 / sqrt(fan in)), so that rows of norm sqrt(d) keep it; where it writes into a residual
           stream, divided by sqrt(2L), L of the deepest part, iterations counted, so that depth does not grow the
-          stream; and into the stream of tokens, times initializer_range, at which that stream starts;
+          stream; and into the stream of tokens, times the size at which that stream starts;
         - taps of a convolution: normal(1 / sqrt(their number));
         - embeddings and the head: normal(initializer_range);
         - modulations of AdaLN-Zero: zero, whatever the framework did before;
@@ -68,7 +69,8 @@ class ConceptPreTrainedModel(LoadsOtherSizes, PreTrainedModel):
             init.zeros_(module.weight)
         elif isinstance(module, ResidualLinear):
             depth = max(config.iterations, config.num_decoder_layers, config.num_token_layers)
-            scale = config.initializer_range if isinstance(module, TokenResidualLinear) else 1.0
+            is_small = isinstance(module, TokenResidualLinear) and not config.normalize_tokens
+            scale = config.initializer_range if is_small else 1.0
             init.normal_(module.weight, std=scale / math.sqrt(2 * depth * module.in_features))
         elif isinstance(module, nn.Linear):
             init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
@@ -189,6 +191,9 @@ class ConceptEncoder(ConceptPreTrainedModel):
     def read_tokens(self, packed: Packed) -> Tokens:
         """Tokens as concepts read them: through their own layers, as wide as the model, normalised."""
         rows_Te = self.positions(self.embed_tokens(packed.input_ids), packed.position_ids, packed.max_seqlen)
+        if self.config.normalize_tokens and len(self.token_layers):
+            # embeddings are small: without this, what layers learn to add to all tokens alike soon outweighs them
+            rows_Te = F.rms_norm(rows_Te, rows_Te.shape[-1:], eps=self.config.norm_eps)
         rows_Re, places = self.token_layers(rows_Te, packed, self.positions)
         # the temperature of YaRN is for a softmax over tokens
         find = self.positions.angles if self.config.layer_kind == "slot" else self.positions.read_angles

@@ -19,7 +19,7 @@ CONV_RADIUS = 2  # a convolution of width 5
 
 
 class TokenResidualLinear(ResidualLinear):
-    """Writes into the stream of tokens, which starts as small as embeddings are, and is initialised to match."""
+    """Writes into the stream of tokens, which may start as small as embeddings are, and is initialised to match."""
 
 
 class WindowAttention(nn.Module):

@@ -7,10 +7,21 @@ import numpy as np
 import pytest
 import torch
 
-from conceptron.bench.describe import activation_bytes, aligned, by_length, encoder_activation_bytes, main, short
+from conceptron.bench.describe import (
+    activation_bytes,
+    aligned,
+    by_length,
+    by_part,
+    encoder_activation_bytes,
+    example_views,
+    main,
+    short,
+    special_tokens,
+)
 from conceptron.bench.memory import saved_by_part
 from conceptron.bench.parameters import PARTS
 from conceptron.bench.peers import Shape, bert
+from conceptron.engine.recipe import load_recipe
 from conceptron.models.config import ConceptConfig
 from conceptron.models.encoder import ConceptEncoder
 from conceptron.models.heads import ConceptForMaskedLM
@@ -102,6 +113,28 @@ def test_the_command_prints_every_kind_on_one_screen(options, tmp_path, capsys):
         assert total[column] == pytest.approx(sum(row[column] for row in parts)) and math.isfinite(total[column])
     assert {"read", "mix", "feed", "decoder", "head"} <= {row["part"] for row in parts}
     assert content["environment"]["torch"] == torch.__version__
+
+
+def test_recipes_with_several_objectives_or_drawn_iterations(capsys):
+    """Of a mixture FLOPs are averaged over its parts, by their weight; a drawn number of iterations is its mean."""
+    weighted = [0.75, 0.25]
+    sections = ["{name: tsdae, weight: 3}", "{name: prefix_diffusion, weight: 1}"]
+    shape = ["size=tiny", "model.num_token_layers=0", "model.decoder_mixing=none", "contrastive=null"]
+
+    def decoder_flops(objective: str) -> float:
+        recipe = load_recipe("pretrain/concept.yaml", [*shape, f"objective={objective}"])
+        tokens = special_tokens(recipe, None)
+        config = recipe.build_config(vocab_size=tokens.vocab_size, mask_token_id=tokens.mask_id)
+        rows = by_part(config, example_views(recipe, tokens), 512, "fp32")
+        return next(row["forward FLOP/token"] for row in rows if row["part"] == "decoder")
+
+    alone = [decoder_flops(section.replace(", weight: 3", "").replace(", weight: 1", "")) for section in sections]
+    mixed = decoder_flops(f"{{name: mixed, parts: [{', '.join(sections)}]}}")
+    assert alone[0] > 1.2 * alone[1], "TSDAE asks for every token, the other for a part"
+    assert mixed == pytest.approx(sum(share * flops for share, flops in zip(weighted, alone, strict=True)))
+    overrides = ["size=tiny", "batch.micro_tokens=128", "batch.tokens=128", "--max-tokens", "512"]
+    assert main(["ablation/recursive.yaml", *overrides]) == 0
+    assert "3 x 1 tied layer" in capsys.readouterr().out
 
 
 def test_numbers_are_short_and_columns_aligned():

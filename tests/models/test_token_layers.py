@@ -273,21 +273,23 @@ def test_parameters_equal_their_closed_form():
     assert encoder(num_token_layers=0).widen_tokens.weight.numel() == e * d
 
 
-def test_the_stream_of_tokens_stays_as_small_as_it_starts():
-    """Embeddings of size 0.02 are not drowned by the branches: what a token is stays most of what it carries."""
-    torch.manual_seed(0)
+@pytest.mark.parametrize(("normalized", "size"), [(False, 0.02), (True, 1.0)])
+def test_the_stream_of_tokens_stays_as_large_as_it_starts(normalized, size):
+    """What a token is is not drowned by the branches: it stays most of what it carries."""
     for options in ({}, {"token_mixer": "conv"}):
-        config = ConceptConfig(
-            **{**SMALL, "token_dim": 64, "num_token_layers": 4, "token_num_attention_heads": 8, **options}
-        )
-        model, packed = ConceptEncoder(config), pack(words(200))
-        with torch.no_grad():
-            x = model.embed_tokens(packed.input_ids)
-            y, _ = model.token_layers(x, packed, model.positions)
-        assert x.std().item() == pytest.approx(0.02, rel=0.1) and 0.02 < y.std().item() < 0.03
+        torch.manual_seed(0)
+        config = ConceptConfig(**{
+            **SMALL, "token_dim": 64, "num_token_layers": 4, "token_num_attention_heads": 8,
+            "normalize_tokens": normalized, **options,
+        })  # fmt: skip
+        model, seen = ConceptEncoder(config), []
+        model.token_layers.register_forward_hook(lambda module, args, out, seen=seen: seen.extend((args[0], out[0])))
+        concepts(model, packed=pack(words(200)))
+        x, y = seen
+        assert x.std().item() == pytest.approx(size, rel=0.1) and size < y.std().item() < 1.5 * size
         assert torch.cosine_similarity(x, y, dim=1).mean() > 0.7
         weight = model.token_layers[3].feed.down.weight
-        assert weight.std().item() == pytest.approx(0.02 / math.sqrt(2 * 4 * 40), rel=0.1)
+        assert weight.std().item() == pytest.approx(size / math.sqrt(2 * 4 * 40), rel=0.1)
 
 
 def test_a_funnel_is_one_graph_for_every_length():
