@@ -13,9 +13,10 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from ..kernels.autocast import lower_precision
 from .config import ConceptConfig
 from .encoder_layers import ConceptAngles, Tokens, build_layers
-from .layers import ConstantHeads, HeadBias, HeadNorm, LanguageModelHead, ResidualLinear, ZeroLinear, widening
+from .layers import ConstantHeads, HeadBias, HeadNorm, LanguageModelHead, ResidualLinear, RowNorm, ZeroLinear, widening
 from .mixing import CopeMixing
 from .packing import Packed, pack_padded
 from .positions import TokenPositions, anchors
@@ -123,7 +124,7 @@ class ConceptEncoder(ConceptPreTrainedModel):
         self.positions = TokenPositions(config, config.token_dim)
         self.token_layers = TokenLayers(config)
         self.widen_tokens = widening(config)
-        self.token_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.token_norm = RowNorm(config.hidden_size, eps=config.norm_eps)
         self.concepts = ConceptQueries(config)
         self.layers = build_layers(config)
         self.out_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps, elementwise_affine=False)
@@ -194,10 +195,12 @@ class ConceptEncoder(ConceptPreTrainedModel):
             # embeddings are small: without this, what layers learn to add to all tokens alike soon outweighs them
             rows_Te = F.rms_norm(rows_Te, rows_Te.shape[-1:], eps=self.config.norm_eps)
         rows_Re, places = self.token_layers(rows_Te, packed, self.positions)
-        wide_Rd = self.widen_tokens(rows_Re).to(rows_Re.dtype)  # a stream that layers add to, not in 16 bits
         # the temperature of YaRN is for a softmax over tokens
         find = self.positions.angles if self.config.layer_kind == "slot" else self.positions.read_angles
-        return Tokens(self.token_norm(wide_Rd), find(places.positions), places.packed)
+        states = self.token_norm(self.widen_tokens(rows_Re))
+        if self.config.layer_kind != "bixt":  # there they go on as a residual stream
+            states = lower_precision(states)[0]  # once for the keys and values of all layers
+        return Tokens(states, find(places.positions), places.packed)
 
     def check_iterations(self, num_iterations: int | None, tolerance: float | None) -> None:
         for name, value in (("num_iterations", num_iterations), ("tolerance", tolerance)):
