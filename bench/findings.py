@@ -1,7 +1,6 @@
 """All that is known about a subject when its report is written, and how it is put in words."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -130,12 +129,3 @@ def label_smoothing(subject: Subject) -> float:
 
 def vocab_size(subject: Subject) -> int:
     return subject.model.config.vocab_size
-
-
-def smoothing_floor(smoothing: float, vocabulary: int) -> float:
-    """The smallest loss under label smoothing, reached by a perfect predictor: the entropy of the smoothed target."""
-    if smoothing == 0:
-        return 0.0
-    each = smoothing / vocabulary
-    true = 1 - smoothing + each
-    return -true * math.log(true) - (vocabulary - 1) * each * math.log(each)

@@ -4,6 +4,7 @@ import math
 import textwrap
 from typing import Any
 
+from ..models.heads import smoothing_floor
 from . import harness
 from .findings import (
     NATS,
@@ -11,7 +12,6 @@ from .findings import (
     label_smoothing,
     num_parameters,
     run_environment,
-    smoothing_floor,
     vocab_size,
 )
 from .geometry import gates

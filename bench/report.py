@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.errors import InputError
+from ..models.heads import smoothing_floor
 from . import curves, harness
 from .findings import (
     NATS,
@@ -19,7 +20,6 @@ from .findings import (
     num_parameters,
     objective_name,
     run_environment,
-    smoothing_floor,
     targets_line,
     training_line,
     vocab_size,

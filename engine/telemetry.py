@@ -53,9 +53,11 @@ class Clock:
 
 
 class Telemetry:
-    """Writes on rank 0; on the others every call does nothing."""
+    """Writes on rank 0; on the others every call does nothing. ``floor``: the least that the loss can be, if not 0."""
 
-    def __init__(self, folder: Path, world: World, first_step: int, total_steps: int) -> None:
+    def __init__(
+        self, folder: Path, world: World, first_step: int, total_steps: int, floor: float = 0.0
+    ) -> None:  # fmt: skip
         self.active = world.is_first
         if not self.active:
             return
@@ -71,6 +73,7 @@ class Telemetry:
             total=total_steps, initial=first_step, unit="step", disable=not self._is_tty, dynamic_ncols=True, leave=True
         )
         self._first_step, self._total_steps = first_step, total_steps
+        self._floor = f" (floor {floor:.4f})" if floor else ""
         self._started = self._printed = time.perf_counter()
 
     def record(self, kind: str, step: int, **values: Any) -> None:
@@ -87,13 +90,13 @@ class Telemetry:
         if not self.active:
             return
         speed = f"{tokens_per_s:,.0f} tokens/s" if tokens_per_s else "..."
-        self._bar.set_postfix_str(f"loss {loss:.4f}, {speed}", refresh=False)
+        self._bar.set_postfix_str(f"loss {loss:.4f}{self._floor}, {speed}", refresh=False)
         self._bar.update(step - self._bar.n)
         now = time.perf_counter()
         if not self._is_tty and (now - self._printed >= 10 or step in (self._first_step + 1, self._total_steps)):
             self._printed = now
             left = (now - self._started) / (step - self._first_step) * (self._total_steps - step)
-            self.say(f"step {step}/{self._total_steps}  loss {loss:.4f}  {speed}  {duration(left)} left")
+            self.say(f"step {step}/{self._total_steps}  loss {loss:.4f}{self._floor}  {speed}  {duration(left)} left")
 
     def evaluation(self, step: int, figures: dict[str, Any]) -> None:
         self.record("eval", step, **figures)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..models.config import ConceptConfig
-from ..models.heads import ConceptForMaskedLM
+from ..models.heads import ConceptForMaskedLM, smoothing_floor
 from ..models.objectives import Mixed
 from ..models.pretraining import Pretraining
 from . import checkpoint, compat, launch, zero
@@ -131,7 +131,8 @@ class Trainer:
         """The loop, in the order in which things happen."""
         recipe, progress, clock, total = self.recipe, self.progress, self.clock, self.recipe.train.steps
         self.run.create()
-        self.telemetry = telemetry = Telemetry(self.run.path, self.world, progress.step, total)
+        floor = smoothing_floor(recipe.train.label_smoothing, self.corpus.tokens.vocab_size)
+        self.telemetry = telemetry = Telemetry(self.run.path, self.world, progress.step, total, floor)
         self.announce(notes)
         progress.identity = self.identity
         steps = range(progress.step, total)
@@ -150,7 +151,7 @@ class Trainer:
             telemetry.record(
                 "train", progress.step, **as_tree(figures), **self.part(step), lr=lr,
                 grad_norm=finite(self.engine.get_global_grad_norm()), tokens=progress.tokens, tokens_per_s=speed,
-                elapsed_s=progress.elapsed_s + clock.elapsed_s,
+                elapsed_s=progress.elapsed_s + clock.elapsed_s, **({"smoothing_floor": floor} if floor else {}),
             )  # fmt: skip
             telemetry.step(progress.step, figures["loss"], clock.tokens_per_s)
             self.check_applied(step, applied)

@@ -13,6 +13,7 @@ from .layers import (
     ConceptAttention,
     FeedForward,
     LocalAttention,
+    RowNorm,
     TimestepEmbedding,
     TokenAttention,
     WeightedAttention,
@@ -103,11 +104,12 @@ class ConceptDecoder(ConceptPreTrainedModel):
         self.widen_tokens = widening(config) if with_tokens else None
         self.query = None if with_tokens else PositionQuery(config)
         self.positions = TokenPositions(config, config.token_dim if with_tokens else config.hidden_size)
-        self.query_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.query_norm = RowNorm(config.hidden_size, eps=config.norm_eps)
         branches = [branch for _ in range(config.num_decoder_layers) for branch in layer_branches(config)]
         self.branches = nn.ModuleList(branches)
         self.time = TimestepEmbedding(config) if config.timestep_conditioning else None
-        self.norms = nn.ModuleList(residual_norm(config, has_branch=i > 0) for i in range(len(branches) + 1))
+        norms = [residual_norm(config, i > 0, following) for i, following in enumerate([*branches, None])]
+        self.norms = nn.ModuleList(norms)
         self.dropout = nn.Dropout(config.dropout)
         self.post_init()
 

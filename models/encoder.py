@@ -12,9 +12,10 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from ..kernels.autocast import lower_precision
 from .config import ConceptConfig
 from .encoder_layers import ConceptAngles, Tokens, build_layers
-from .layers import ConstantHeads, HeadBias, HeadNorm, LanguageModelHead, ResidualLinear, ZeroLinear, widening
+from .layers import ConstantHeads, HeadBias, HeadNorm, LanguageModelHead, ResidualLinear, RowNorm, ZeroLinear, widening
 from .mixing import CopeMixing
 from .packing import Packed, pack_padded
 from .positions import TokenPositions, anchors
@@ -129,7 +130,7 @@ class ConceptEncoder(ConceptPreTrainedModel):
         self.token_start = plain_norm(config, config.token_dim) if normalizes else nn.Identity()
         self.token_layers = TokenLayers(config)
         self.widen_tokens = widening(config)
-        self.token_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.token_norm = RowNorm(config.hidden_size, eps=config.norm_eps)
         self.concepts = ConceptQueries(config)
         self.layers = build_layers(config)
         self.out_norm = plain_norm(config, config.hidden_size)
@@ -197,10 +198,12 @@ class ConceptEncoder(ConceptPreTrainedModel):
         """Tokens as concepts read them: through their own layers, as wide as the model, normalised."""
         rows_Te = self.positions(self.embed_tokens(packed.input_ids), packed.position_ids, packed.max_seqlen)
         rows_Re, places = self.token_layers(self.token_start(rows_Te), packed, self.positions)
-        wide_Rd = self.widen_tokens(rows_Re).to(rows_Re.dtype)  # a stream that layers add to, not in 16 bits
         # the temperature of YaRN is for a softmax over tokens
         find = self.positions.angles if self.config.layer_kind == "slot" else self.positions.read_angles
-        return Tokens(self.token_norm(wide_Rd), find(places.positions), places.packed)
+        states = self.token_norm(self.widen_tokens(rows_Re))
+        if self.config.layer_kind != "bixt":  # there they go on as a residual stream
+            states = lower_precision(states)[0]  # once for the keys and values of all layers
+        return Tokens(states, find(places.positions), places.packed)
 
     def check_iterations(self, num_iterations: int | None, tolerance: float | None) -> None:
         for name, value in (("num_iterations", num_iterations), ("tolerance", tolerance)):

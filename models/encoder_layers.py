@@ -13,7 +13,7 @@ from ..kernels.bixt_attention.op import bixt_attention
 from ..kernels.concept_attention.op import concept_attention
 from ..kernels.slot_attention.op import slot_attention
 from .config import ConceptConfig
-from .layers import ConceptAttention, FeedForward, Heads, ResidualLinear, ZeroLinear
+from .layers import BranchNorm, ConceptAttention, FeedForward, Heads, ResidualLinear, RowNorm, ZeroLinear
 from .mixing import concept_mixing
 from .packing import Packed
 from .positions import Angles
@@ -35,11 +35,12 @@ class ConceptAngles(NamedTuple):
 
 
 def norm(config: ConceptConfig) -> nn.Module:
-    return nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+    return BranchNorm(config.hidden_size, eps=config.norm_eps)
 
 
 def closing_norm(config: ConceptConfig) -> nn.Module:
-    return norm(config) if config.block_norm == "sandwich" else nn.Identity()
+    is_closed = config.block_norm == "sandwich"
+    return RowNorm(config.hidden_size, eps=config.norm_eps) if is_closed else nn.Identity()
 
 
 class ConceptLayer(nn.Module):

@@ -1,6 +1,7 @@
 """Halving the number of tokens inside packed sequences, without a host synchronisation.
 
-B texts, R packed rows, P packed rows after halving, H heads, Hkv key/value heads, D head width, W window.
+B texts, R packed rows, P packed rows after halving, H heads, K = Hkv key/value heads, D head width, W window,
+J rows that a block may read.
 """
 
 from typing import NamedTuple
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .local import attend
 from .packing import Packed
 
 
@@ -84,20 +86,17 @@ def pooled_attention(q_PHD: Tensor, k_RKD: Tensor, v_RKD: Tensor, places: Places
         return F.pad(x, (*[0, 0] * (x.ndim - 1), 0, missing), value=fill).unflatten(0, (num_blocks, W))
 
     first_nW, second_nW = blocks(pairs.first, num_rows), blocks(pairs.second, num_rows)
-    rows_nK = first_nW[:, :1] - W + torch.arange(4 * W, device=q_PHD.device)
-    is_row_nK = (rows_nK >= 0) & (rows_nK < num_rows)
-    rows_nK = torch.where(is_row_nK, rows_nK, num_rows)
+    rows_nJ = first_nW[:, :1] - W + torch.arange(4 * W, device=q_PHD.device)
+    is_row_nJ = (rows_nJ >= 0) & (rows_nJ < num_rows)
+    rows_nJ = torch.where(is_row_nJ, rows_nJ, num_rows)
 
-    position_nK = take(places.positions, rows_nK)[:, None, :]
+    position_nJ = take(places.positions, rows_nJ)[:, None, :]
     low_nW1, high_nW1 = (take(places.positions, rows)[:, :, None] for rows in (first_nW, second_nW))
-    near = (position_nK >= low_nW1 - window) & (position_nK <= high_nW1 + window)
-    own = take(places.sequence_ids, rows_nK)[:, None, :] == blocks(pairs.places.sequence_ids, -1)[:, :, None]
-    seen_nWK = near & own & is_row_nK[:, None, :]
-    seen_nWK = seen_nWK | ~seen_nWK.any(-1, keepdim=True)  # a pair that does not exist reads anything, so never NaN
+    near = (position_nJ >= low_nW1 - window) & (position_nJ <= high_nW1 + window)
+    own = take(places.sequence_ids, rows_nJ)[:, None, :] == blocks(pairs.places.sequence_ids, -1)[:, :, None]
+    seen_nWJ = near & own & is_row_nJ[:, None, :]
+    seen_nWJ = seen_nWJ | ~seen_nWJ.any(-1, keepdim=True)  # a pair that does not exist reads anything, so never NaN
 
     q_nHWD = blocks(q_PHD, 0).transpose(1, 2)
-    k_nKHD, v_nKHD = (take(x, rows_nK).transpose(1, 2) for x in (k_RKD, v_RKD))
-    out_nHWD = F.scaled_dot_product_attention(
-        q_nHWD, k_nKHD, v_nKHD, attn_mask=seen_nWK[:, None], enable_gqa=k_RKD.shape[1] != q_PHD.shape[1]
-    )
-    return out_nHWD.transpose(1, 2).flatten(0, 1)[:num_pairs]
+    k_nKJD, v_nKJD = (take(x, rows_nJ).transpose(1, 2) for x in (k_RKD, v_RKD))
+    return attend(q_nHWD, k_nKJD, v_nKJD, seen_nWJ[:, None]).transpose(1, 2).flatten(0, 1)[:num_pairs]

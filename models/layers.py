@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.adaln.op import adaln_modulate, adaln_residual_modulate
+from ..kernels.autocast import lower_precision
 from ..kernels.concept_attention.op import concept_attention
 from ..kernels.linear_cross_entropy.op import linear_cross_entropy
 from ..kernels.token_attention.op import token_attention
@@ -23,6 +24,24 @@ class ResidualLinear(nn.Linear):
 
 class ZeroLinear(nn.Linear):
     """Starts at exactly zero and survives every framework's initialisation hook."""
+
+
+class RowNorm(nn.RMSNorm):
+    """RMSNorm of rows that begin a residual stream or stay in one: as wide as the weight, whatever autocast made of
+    them. One dtype of rows and weight is also what torch's fused kernel asks for.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(torch.promote_types(x.dtype, self.weight.dtype)))
+
+
+class BranchNorm(RowNorm):
+    """RMSNorm that opens a branch: in the dtype in which matrices are multiplied, so that autocast casts once and keeps
+    one copy for the backward pass, however many of them read it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return lower_precision(super().forward(x))[0]
 
 
 class HeadBias(nn.Module):
@@ -174,7 +193,7 @@ class ResidualNorm(nn.Module):
         self, x: Tensor, branch: Tensor | None, condition: Tensor | None, cu_seqlens: Tensor
     ) -> tuple[Tensor, Tensor]:
         x = x if branch is None else x + branch
-        return x, self.norm(x)
+        return x, lower_precision(self.norm(x))[0]  # once, however many matrices read it
 
 
 class AdaptiveResidualNorm(nn.Module):
@@ -200,8 +219,21 @@ class AdaptiveResidualNorm(nn.Module):
         return adaln_residual_modulate(x, branch, gate_Bd, shift_Bd, scale_Bd, cu_seqlens, eps=self.eps)
 
 
-def residual_norm(config: ConceptConfig, has_branch: bool) -> nn.Module:
-    """Between two branches of the decoder; the first norm closes none."""
+class Residual(nn.Module):
+    """Closes the branch before it, and opens one that looks at no row (``WeightedAttention``): x <- x + branch."""
+
+    def forward(
+        self, x: Tensor, branch: Tensor | None, condition: Tensor | None, cu_seqlens: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x = x if branch is None else x + branch
+        return x, x
+
+
+def residual_norm(config: ConceptConfig, has_branch: bool, following: nn.Module | None = None) -> nn.Module:
+    """Between two branches of the decoder; the first norm closes none. What nobody would read has no parameters."""
+    is_gated = config.timestep_conditioning and has_branch
+    if isinstance(following, WeightedAttention) and not is_gated:
+        return Residual()
     return AdaptiveResidualNorm(config, has_branch) if config.timestep_conditioning else ResidualNorm(config)
 
 

@@ -1,6 +1,6 @@
 """Attention of packed rows to the rows near them, at linear cost.
 
-R packed rows, H heads, Hkv key/value heads, D head width, W rows of a block.
+R packed rows, H heads, K = Hkv key/value heads, D head width, W rows of a block, J rows that it may read.
 """
 
 import torch
@@ -39,10 +39,20 @@ def local_attention(
     # rows that are not there see each other, so that none is left without anything to see
     position_nW, sequence_nW = blocks(position_ids, 0), blocks(sequence_ids, -1)
     far = (position_nW[:, :, None] - neighbors(position_nW, 0)[:, None, :]).abs() > window
-    seen_n1WK = ((sequence_nW[:, :, None] == neighbors(sequence_nW, -2)[:, None, :]) & ~far)[:, None]
+    seen_n1WJ = ((sequence_nW[:, :, None] == neighbors(sequence_nW, -2)[:, None, :]) & ~far)[:, None]
     q_nHWD = blocks(q, 0).transpose(1, 2)
-    k_nKHD, v_nKHD = (neighbors(blocks(x, 0), 0).transpose(1, 2) for x in (k, v))
-    out_nHWD = F.scaled_dot_product_attention(
-        q_nHWD, k_nKHD, v_nKHD, attn_mask=seen_n1WK, enable_gqa=k.shape[1] != q.shape[1]
-    )
-    return out_nHWD.transpose(1, 2).flatten(0, 1)[:num_rows]
+    k_nKJD, v_nKJD = (neighbors(blocks(x, 0), 0).transpose(1, 2) for x in (k, v))
+    return attend(q_nHWD, k_nKJD, v_nKJD, seen_n1WJ).transpose(1, 2).flatten(0, 1)[:num_rows]
+
+
+def attend(q_nHWD: Tensor, k_nKJD: Tensor, v_nKJD: Tensor, seen_n1WJ: Tensor) -> Tensor:
+    """Attention of W rows to J under a mask, [n, H, W, D]; query head h reads head h // (H / Hkv).
+
+    The queries of a group are rows of the same head: with ``enable_gqa`` torch knows no fused attention under a mask,
+    and would hold all scores.
+    """
+    (n, H, W, D), num_kv_heads = q_nHWD.shape, k_nKJD.shape[1]
+    group = H // num_kv_heads
+    q_nKRD = q_nHWD.reshape(n, num_kv_heads, group * W, D)
+    seen_n1RJ = seen_n1WJ[:, :, None].expand(-1, -1, group, -1, -1).flatten(2, 3)
+    return F.scaled_dot_product_attention(q_nKRD, k_nKJD, v_nKJD, attn_mask=seen_n1RJ).reshape(n, H, W, D)

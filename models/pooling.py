@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..kernels.concept_attention.op import concept_attention
 from .config import ConceptConfig
-from .layers import FeedForward, ResidualLinear, ZeroLinear
+from .layers import BranchNorm, FeedForward, ResidualLinear, ZeroLinear
 from .similarity import wide
 
 DECODER_POOLS = ("decoder", "decoder_positions")  # the mean of the decoder's rows; all others pool concepts
@@ -64,7 +64,7 @@ class QueryPool(nn.Module):
         self.key = nn.Linear(d, width, bias=False)
         self.value = nn.Linear(d, width, bias=False)
         self.out = ResidualLinear(d, d, bias=False)
-        self.feed_norm = nn.RMSNorm(d, eps=config.norm_eps)
+        self.feed_norm = BranchNorm(d, eps=config.norm_eps)
         self.feed = FeedForward(config)
 
     def forward(self, c_BCd: Tensor) -> Tensor:

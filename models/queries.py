@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .config import ConceptConfig
 from .packing import Packed
 from .positions import anchor_fractions, segment_offsets, sinusoids
+from .similarity import wide
 
 
 def orthogonal_rows(num_rows: int, width: int) -> Tensor:
@@ -79,7 +80,7 @@ class ConceptQueries(nn.Module):
             return rows_Cd.expand(B, C, d)
         offsets = segment_offsets(packed, C)
         # unsafe skips a check of the offsets that would synchronise; they are right by construction
-        means = torch.segment_reduce(tokens_Td.float(), "mean", offsets=offsets, axis=0, unsafe=True, initial=0)
+        means = torch.segment_reduce(wide(tokens_Td), "mean", offsets=offsets, axis=0, unsafe=True, initial=0)
         means_BCd = F.rms_norm(means, (d,), eps=config.norm_eps).view(B, C, d)
         return rows_Cd + means_BCd.to(rows_Cd.dtype)
 

@@ -105,14 +105,15 @@ def log_det(z: Tensor, eps: float = 0.5) -> Tensor:
     u = unit(z)
     gram = product(u.mT, u) if d < C else product(u, u.mT)
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    factor = torch.linalg.cholesky(eye + gram * (d / (C * eps**2)))
+    factor, _ = torch.linalg.cholesky_ex(eye + gram * (d / (C * eps**2)))  # eigenvalues >= 1: no check that would wait
     return -factor.diagonal(dim1=1, dim2=2).log().sum() / (B * C)
 
 
 def entropy_rank(z: Tensor) -> Tensor:
     """Within a text: 1 - H(s) / ln min(C, d), H the entropy of the singular values of U divided by their sum.
 
-    0 if all singular values are equal, 1 if there is one. U [C, d] are the concepts on the unit sphere.
+    0 if all singular values are equal, 1 if there is one. U [C, d] are the concepts on the unit sphere. Synchronises
+    with the host, as every decomposition into singular values does.
     Source: Roy and Vetterli 2007 (effective rank).
     """
     if few_pairs(z) or z.shape[2] < 2:

@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 
 from .config import ConceptConfig
 from .encoder import ConceptEncoderOutput
-from .layers import ZeroLinear
+from .layers import RowNorm, ZeroLinear
 from .packing import Packed
 from .pooling import reduce_rows
 from .similarity import unit, wide
@@ -69,7 +69,7 @@ class ConceptForSequenceClassification(ConceptPooledModel):
     def __init__(self, config: ConceptConfig):
         super().__init__(config)
         width, is_bare = feature_width(config), config.pair == "separate" and config.pair_features != "concat"
-        self.norm = None if is_bare else nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = None if is_bare else RowNorm(config.hidden_size, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = ZeroLinear(width, config.num_labels) if width else None
         self.post_init()
@@ -130,7 +130,7 @@ class ConceptForMultipleChoice(ConceptPooledModel):
 
     def __init__(self, config: ConceptConfig):
         super().__init__(config)
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = RowNorm(config.hidden_size, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = ZeroLinear(config.hidden_size, 1, bias=False)  # a bias would shift all choices alike
         self.post_init()

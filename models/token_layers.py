@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .config import ConceptConfig
 from .funnel import Pairs, Places, pair_up, pooled_attention
-from .layers import FeedForward, ResidualLinear
+from .layers import BranchNorm, FeedForward, ResidualLinear
 from .local import local_attention
 from .packing import Packed
 from .positions import Angles, TokenPositions, rotate
@@ -110,9 +110,9 @@ class TokenLayer(nn.Module):
 
     def __init__(self, config: ConceptConfig):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.token_dim, eps=config.norm_eps)
+        self.attention_norm = BranchNorm(config.token_dim, eps=config.norm_eps)
         self.attention = WindowConv(config) if config.token_mixer == "conv" else WindowAttention(config)
-        self.feed_norm = nn.RMSNorm(config.token_dim, eps=config.norm_eps)
+        self.feed_norm = BranchNorm(config.token_dim, eps=config.norm_eps)
         self.feed = TokenFeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -146,6 +146,8 @@ class TokenLayers(nn.ModuleList):
     def forward(self, x_Te: Tensor, packed: Packed, positions: TokenPositions) -> tuple[Tensor, Places]:
         """The states [R, e] and where they stand; after a funnel there may be one more sequence, see ``pair_up``."""
         places = Places(packed.position_ids, packed.sequence_ids(), packed)
+        if len(self) == 0:
+            return x_Te, places
         angles = positions.local_angles(places.positions, self.head_dim)
         x = x_Te
         for i, layer in enumerate(self):

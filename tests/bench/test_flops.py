@@ -28,6 +28,7 @@ KINDS = [
     {"token_positions": "learned", "concept_positions": "learned"}, {"init_queries": "anchor"},
     {"concept_positions": "cope", "num_key_value_heads": 1}, {"condition_dropout": 0.1},
     {"decoder_queries": "weighted", "timestep_conditioning": True, "num_key_value_heads": 1},
+    {"decoder_queries": "weighted"}, {"decoder_queries": "weighted", "decoder_mixing": "concepts"},
     {"decoder_mixing": "local", "decoder_window": 8, "timestep_conditioning": True},
     {"decoder_mixing": "concepts", "timestep_conditioning": True}, {"decoder_mixing": "concepts"},
 ]  # fmt: skip
@@ -94,7 +95,7 @@ def test_forward_is_what_torch_counts_in_every_part(options):
     config, view = case(**options)
     expected = forward_flops(config, Sizes.of(view))
     found = counted(ConceptForMaskedLM(config).eval(), view)
-    if config.layer_kind in ("slot", "hybrid"):  # the torch backend has a column of ones beside the values, for the mass
+    if config.layer_kind in ("slot", "hybrid"):  # the torch backend has a column of ones beside the values
         scores = view.encoder.num_tokens * 16 * (2 if config.layer_kind == "slot" else 1)
         found["read"] -= config.iterations * config.slot_iterations * 2 * scores
     assert {part: flops for part, flops in found.items() if flops or part in expected} == expected

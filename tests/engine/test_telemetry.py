@@ -7,6 +7,7 @@ import torch
 
 from conceptron.engine.launch import World
 from conceptron.engine.telemetry import UNCOUNTED_STEPS, Clock, Telemetry, duration, forget_after
+from conceptron.models.heads import smoothing_floor
 
 
 @pytest.fixture
@@ -39,6 +40,13 @@ def test_without_a_terminal_there_are_plain_lines(telemetry, capfd):
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 2  # the first and the last: the others came within ten seconds
     assert lines[0].startswith("step 1/50  loss 2.0000  1,234 tokens/s  ") and lines[-1].startswith("step 50/50")
+
+
+def test_the_floor_of_a_smoothed_loss_stands_beside_it(tmp_path, capfd):
+    telemetry = Telemetry(tmp_path, World(0, 0, 1, torch.device("cpu")), 0, 5, floor=smoothing_floor(0.1, 50368))
+    telemetry.step(1, 1.433, None)
+    telemetry.close()
+    assert capfd.readouterr().err.startswith("step 1/5  loss 1.4330 (floor 1.4078)  ...")
 
 
 def test_other_ranks_are_silent(tmp_path, capfd):

@@ -77,6 +77,7 @@ def test_a_run_leaves_what_it_promises(straight):
     assert [entry["step"] for entry in steps] == list(range(1, 13))
     assert all(a["tokens"] < b["tokens"] and a["elapsed_s"] < b["elapsed_s"] for a, b in itertools.pairwise(steps))
     assert [entry["tokens_per_s"] is None for entry in steps[:4]] == [True, True, True, False]
+    assert all(entry["loss"] > entry["smoothing_floor"] > 0.1 for entry in steps)
     assert [entry["step"] for entry in lines(straight, "eval")] == [5, 10, 12]
     (end,) = lines(straight, "end")
     assert end["train_seconds"] == pytest.approx(steps[-1]["elapsed_s"]) and end["peak_memory_bytes"] > 2**20

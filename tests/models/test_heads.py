@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 from transformers import AutoModel, AutoModelForMaskedLM
 
 from conceptron.models.config import ConceptConfig
 from conceptron.models.encoder import ConceptEncoder
-from conceptron.models.heads import ConceptForMaskedLM
+from conceptron.models.heads import ConceptForMaskedLM, smoothing_floor
 from conceptron.models.layers import ZeroLinear
 from conceptron.models.objectives import Diffusion, MaskedLM, SampleKey, SpecialTokens
 from conceptron.models.packing import pack
@@ -86,6 +88,43 @@ def test_the_loss_is_the_written_out_one(smoothing):
     assert want.keys() == got.keys()
     for name in want:
         assert torch.allclose(got[name], want[name], rtol=1e-4, atol=1e-7), name
+
+
+@pytest.mark.parametrize("smoothing, V", [(0.1, 50368), (0.3, 7)])
+def test_no_smoothed_loss_is_below_its_floor(smoothing, V):
+    """The best logits are the logarithm of the smoothed target; torch's own loss of these is the floor."""
+    target = torch.full((1, V), smoothing / V, dtype=torch.float64)
+    target[0, 3] += 1 - smoothing
+    best, floor = target.log(), smoothing_floor(smoothing, V)
+    losses = [
+        float(torch.nn.functional.cross_entropy(logits, torch.tensor([3]), label_smoothing=smoothing))
+        for logits in (best, best.clone().index_fill_(1, torch.tensor([3]), 1.0), torch.zeros_like(best))
+    ]
+    assert losses[0] == pytest.approx(floor, abs=1e-9) and min(losses[1:]) > floor
+    assert V == 7 or floor == pytest.approx(1.4077, abs=1e-4)  # where losses of a solved copying task seemed stuck
+    assert smoothing_floor(0.0, V) == 0
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operator returned, backward included."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [t.numel() for t in tree_flatten(out)[0] if isinstance(t, torch.Tensor)]
+        self.num_elements = max(self.num_elements, *made, 0)
+        return out
+
+
+def test_a_training_step_never_holds_the_logits(monkeypatch):
+    monkeypatch.setenv("CONCEPTRON_LCE_CHUNK_MB", "0.25")
+    built, V = model(vocab_size=4096, timestep_conditioning=False).float().train(), 4096
+    tokens, keys = TOKENS._replace(vocab_size=V), [SampleKey(0, 0, i) for i in range(4)]
+    given = MaskedLM().view(pack(texts(*[150] * 4)), keys, tokens)
+    with Largest() as ours:
+        built(view=given).loss.backward()
+    assert ours.num_elements <= V * 32 < given.num_targets * V / 4  # the table of embeddings, and its gradient
 
 
 def test_only_asked_rows_are_decoded_and_the_result_is_that_of_all_rows():
