@@ -91,8 +91,8 @@ class Cell(NamedTuple):
 def read_table(path: Path) -> TableSection:
     """
     Raises:
-        InputError: the file cannot be read, a field is unknown or wrong, or a row has the name of another or stands on
-            one that does not come before it.
+        InputError: the file cannot be read, a field is unknown or wrong, or a row has the name of another or is
+            against one that does not come before it.
     """
     table = Checker(str(path), {}).check(TableSection, read_yaml(path))
     names: list[str] = []

@@ -57,7 +57,7 @@ def values_of(cells: Sequence[Mapping[str, Any]], row: str | None, key: str) -> 
 
 
 def summarize(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One line a row: "mean ± standard deviation" of each column, marked where it differs from the row it stands on."""
+    """One line a row: "mean ± standard deviation" of each column, marked where it differs from the row it is against."""
     lines = []
     for row in rows_of(cells):
         mine = [cell for cell in cells if cell["row"] == row.name]
@@ -108,7 +108,7 @@ def verdict(values: Sequence[float], before: Sequence[float], sense: int) -> str
 def write_tables(folder: Path, cells: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) -> list[dict]:
     """``ablation`` as JSON, CSV, Markdown and a figure, from the cells; returns its lines."""
     lines = summarize(cells)
-    title = f"One change at a time: {BETTER} better, {WORSE} worse than the row that it is held against"
+    title = f"One change at a time: {BETTER} better, {WORSE} worse than the row against; {floors(cells)}"
     columns = ["row", "against", "change", "seeds", *(column.title for column in COLUMNS), "missing"]
     write_results(folder, "ablation", lines, environment, title=title, columns=columns)
     for suffix in ("png", "svg"):
@@ -116,11 +116,19 @@ def write_tables(folder: Path, cells: Sequence[Mapping[str, Any]], environment: 
     return lines
 
 
+def floors(cells: Sequence[Mapping[str, Any]]) -> str:
+    """What a guess without any model reaches; the held-out text is the same for all cells."""
+    measured = next((cell for cell in cells if cell["ended"] == "measured"), None)
+    if measured is None:
+        return "nothing measured"
+    return f"unigram entropy {measured['unigram_entropy']:.3f}, R@1 of a guess {100 * measured['chance']:.1f} %"
+
+
 def plot(path: Path, cells: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) -> None:
     """Four figures side by side: every seed a dot, the mean a bar; rows from top to bottom."""
     columns = [column for column in COLUMNS if column.key in SHOWN]
     rows = rows_of(cells)
-    note = f"every seed a dot, the mean a line; {device_of(environment)}"
+    note = f"every seed a dot, the mean a line; {floors(cells)}; {device_of(environment)}"
     size = (11.0, 1.5 + 0.34 * len(rows))
     with canvas(path, "One change at a time", note, size=size, columns=len(columns)) as panels:
         for axes, column in zip(panels, columns, strict=True):

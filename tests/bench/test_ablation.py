@@ -84,7 +84,7 @@ def test_every_cell_is_measured_and_the_table_written(table, half):
     summary, _ = read_results(half / "ablation.json")
     lines = [(line["row"], line["against"], line["seeds"]) for line in summary]
     assert lines == [("first", "", 2), ("second", "first", 2)]
-    assert "±" in summary[0]["hidden NLL"]
+    assert "±" in summary[0]["hidden NLL"] and "R@1 of a guess 12.5 %" in (half / "ablation.md").read_text()
     for name in ("cells.csv", "ablation.csv", "ablation.md", "ablation.png", "ablation.svg"):
         assert (half / name).stat().st_size > 0
     assert not list(half.glob("runs/*/checkpoints")) and len(list(half.glob("runs/*/model/config.json"))) == 4
