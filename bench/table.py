@@ -57,7 +57,7 @@ def values_of(cells: Sequence[Mapping[str, Any]], row: str | None, key: str) -> 
 
 
 def summarize(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One line a row: "mean ± standard deviation" of each column, marked where it differs from the row it is against."""
+    """One line a row: "mean ± standard deviation" of each column, marked where it differs from the row against."""
     lines = []
     for row in rows_of(cells):
         mine = [cell for cell in cells if cell["row"] == row.name]
@@ -121,7 +121,8 @@ def floors(cells: Sequence[Mapping[str, Any]]) -> str:
     measured = next((cell for cell in cells if cell["ended"] == "measured"), None)
     if measured is None:
         return "nothing measured"
-    return f"unigram entropy {measured['unigram_entropy']:.3f}, R@1 of a guess {100 * measured['chance']:.1f} %"
+    guess = measured["chance"] and f", R@1 of a guess {100 * measured['chance']:.1f} %"
+    return f"unigram entropy {measured['unigram_entropy']:.3f}{guess or ''}"
 
 
 def plot(path: Path, cells: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) -> None:
