@@ -125,6 +125,9 @@ def decoder(config: ConceptConfig) -> int:
         layer, num_norms, chunks = layer + attention(config), num_norms + 2, chunks + 2 + 3
     num_norms, chunks = config.num_decoder_layers * num_norms + 1, config.num_decoder_layers * chunks + 2
     norms = num_norms * d
+    if is_weighted and config.decoder_mixing == "none":  # no norm before what looks at no row, unless it has a gate
+        norms -= config.num_decoder_layers * d
+        chunks -= 2
     if config.timestep_conditioning:
         norms = chunks * (d * d + d) + TimestepEmbedding.NUM_FEATURES * d + d + d * d + d
     return total + d + config.num_decoder_layers * layer + norms
