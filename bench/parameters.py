@@ -13,7 +13,7 @@ from ..models.token_layers import CONV_RADIUS
 
 PARTS = {  # part -> weights of ConceptForMaskedLM, the first that fits
     "embedding": r"encoder\.(embed_tokens|positions|widen_tokens|token_norm)",
-    "tokens": r"encoder\.(token_layers|layers\.\d+\.token_)",
+    "tokens": r"encoder\.(token_start|token_layers|layers\.\d+\.token_)",
     "concepts": r"encoder\.(concepts|out_norm)|exposure",
     "read": r"encoder\.layers\.\d+\.(read|update)",
     "mix": r"encoder\.layers\.\d+\.mix",
