@@ -56,6 +56,8 @@ def line_of(name: str, names: Sequence[str]) -> dict[str, Any]:
 def legend_below(panels: Sequence[Axes]) -> None:
     """One legend for all panels, under them."""
     found = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if not found:
+        return
     columns = len(found) if len(found) <= 4 else 3 if max(map(len, found)) < 48 else 2
     panels[0].figure.legend(
         found.values(), found, fontsize=9, loc="outside lower center", ncols=columns, handlelength=3.4,
@@ -144,6 +146,8 @@ def draw_memory(folder: Path) -> None:
     rows = [row for row in rows if row.get("failed") is None]
     sizes = f"d = {environment.get('width')}, {environment.get('layers')} layers" if "width" in environment else ""
     parts = (sizes, "one text of N tokens", environment.get("dtype"), device_of(environment))
+    if not any(row["C"] for row in rows):
+        return
     for suffix in SUFFIXES:
         plot_memory(folder / f"memory.{suffix}", rows, "; ".join(part for part in parts if part))
 

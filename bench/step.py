@@ -5,8 +5,9 @@
 
 The recipe's own model, data, batches and engine run for a few steps. Reported: tokens per second, model FLOPs
 utilisation (``flops.py`` over the matmul rate measured in the same run), time of data, forward, backward and optimizer,
-of each part of the model, and what padding would have cost. Data loading is also timed alone: a loader that is slower
-than the rest of a step starves the device. On a GPU, NVML's power, clocks, throttling and energy per million tokens.
+of each part of the model, and what padding would have cost. A contrastive loss and regularisers are in the times, but
+not in the FLOPs. Data loading is also timed alone: a loader that is slower than the rest of a step starves the device.
+On a GPU, NVML's power, clocks, throttling and energy per million tokens.
 ``--synthetic`` reads random tokens in windows of full length, so that no corpus is needed.
 
 RECIPE is a file, a shipped recipe such as ``pretrain/mlm.yaml``, or one of the presets ``PRESETS``: the configurations
@@ -28,10 +29,14 @@ from ..engine import launch, zero
 from ..engine.data.corpus import open_corpus
 from ..engine.data.loader import Loader
 from ..engine.data.windows import Part, Windows, cut
+from ..engine.launch import World
 from ..engine.optimizer import build_optimizer
 from ..engine.recipe import Recipe, load_recipe
+from ..engine.update import look_ahead
 from ..models.heads import ConceptForMaskedLM
 from ..models.objectives.view import SpecialTokens, View
+from ..models.pretraining import Pretraining, Totals
+from ..models.recursion import draw_iterations
 from .ceilings import matmul_flops, synchronize
 from .flops import Sizes, step_flops
 from .harness import environment, markdown_table, write_results
@@ -57,8 +62,10 @@ def synthetic(recipe: Recipe) -> tuple[Windows, SpecialTokens]:
     return Windows([Part(tokens, starts, lengths)]), special
 
 
-def part_times(model: nn.Module, engine: Any, view: View, device: torch.device) -> dict[str, float]:
-    """Milliseconds of forward and of backward of each part, for one micro-batch.
+def part_times(
+    model: nn.Module, engine: Any, view: View, device: torch.device, num_iterations: int | None = None
+) -> dict[str, float]:
+    """Milliseconds of forward and of backward of each part, for one micro-batch of the task.
 
     The device is waited for at every boundary, so the sum is a little more than an undisturbed pass takes. Backward
     runs through the parts in turn: the head's is over when the gradient of the decoder's output has come, the
@@ -89,7 +96,7 @@ def part_times(model: nn.Module, engine: Any, view: View, device: torch.device) 
         handles.append(getattr(model, attribute).register_forward_hook(watch))
     try:
         engine.set_gradient_accumulation_boundary(True)
-        loss = engine(view=view).loss
+        loss = engine(view=view, num_iterations=num_iterations).loss
         lap()
         engine.backward(loss)
         lap("encoder backward")
@@ -117,12 +124,13 @@ class Stopwatch:
         self.mark = now
 
 
-def train_step(engine: Any, views: Sequence[View], watch: Stopwatch) -> None:
+def train_step(engine: Any, world: World, recipe: Recipe, step: int, views: list[View], watch: Stopwatch) -> None:
     """One step as the trainer takes it, with its phases timed."""
-    divisor = torch.stack([view.divisor for view in views]).sum()
+    totals, num_iterations = Totals.of(views), draw_iterations(engine.module.model.config, (recipe.run.seed, step))
+    ahead = look_ahead(engine, world, recipe, step, views, totals, num_iterations)
     for i, view in enumerate(views):
         engine.set_gradient_accumulation_boundary(i == len(views) - 1)
-        loss = engine(view=replace(view, divisor=divisor)).loss
+        loss = engine(view=view, totals=totals, step=step, num_iterations=num_iterations, cached=ahead[i]).loss
         watch.lap("forward")
         engine.backward(loss)
         watch.lap("backward")
@@ -146,12 +154,13 @@ def run(recipe: Recipe, num_steps: int, warm_up: int, use_synthetic: bool) -> di
             windows, tokens = corpus.train, corpus.tokens
         loader = Loader(
             windows, recipe.build_objective(), tokens, seed=recipe.run.seed, tokens_per_step=recipe.batch.tokens,
-            micro_tokens=recipe.batch.micro_tokens,
+            micro_tokens=recipe.batch.micro_tokens, contrastive=recipe.build_contrastive(),
         )  # fmt: skip
         config = recipe.build_config(vocab_size=tokens.vocab_size, mask_token_id=tokens.mask_id)
         torch.manual_seed(recipe.run.seed)
         model = ConceptForMaskedLM(config).to(world.device).train()
-        engine = zero.initialize(model, build_optimizer(model, recipe.optim), recipe)
+        whole = Pretraining(model, recipe.build_contrastive(), recipe.build_regularization(), recipe.has_task)
+        engine = zero.initialize(whole.to(world.device), build_optimizer(whole, recipe.optim), recipe)
         steps = range(warm_up, warm_up + num_steps)
 
         start = time.perf_counter()
@@ -162,17 +171,20 @@ def run(recipe: Recipe, num_steps: int, warm_up: int, use_synthetic: bool) -> di
         del batches
 
         for step in range(warm_up):
-            train_step(engine, [view.to(world.device) for view in loader.step(step)], Stopwatch(world.device))
+            on_device = [view.to(world.device) for view in loader.step(step)]
+            train_step(engine, world, recipe, step, on_device, Stopwatch(world.device))
         watch = Stopwatch(world.device)
         monitor = monitor_of(world.device)
         with monitor:
             watch.begin()
-            for views in loader.prefetch(steps.start, steps.stop):
+            for step, views in zip(steps, loader.prefetch(steps.start, steps.stop), strict=True):
                 on_device = [view.to(world.device, non_blocking=True) for view in views]
                 watch.lap("data")
-                train_step(engine, on_device, watch)
+                train_step(engine, world, recipe, step, on_device, watch)
         total_s = sum(watch.seconds.values())
-        parts = part_times(model, engine, loader.step(steps.start)[0].to(world.device), world.device)
+        view = replace(loader.step(steps.start)[0].to(world.device), pair=None)
+        draw = draw_iterations(config, (recipe.run.seed, steps.start))
+        parts = part_times(model, engine, view, world.device, draw) if recipe.has_task else {}
         rate = matmul_flops(world.device, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
 
     return {

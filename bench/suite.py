@@ -66,14 +66,14 @@ def stages(out: Path, size: str) -> list[Stage]:
     encoder = ("--width", "512", "--heads", "8", "--max-tokens", "65536", "--resume")
     listed = [
         Stage("kernels", bench("kernels", out, "--matrix", "anchor", "--seconds", "0.1", "--limit", "45",
-                               "--resume"), 9),
+                               "--resume"), 13),
         Stage("step", bench("step", out, "seeds-diffusion-l2", "--synthetic"), 2),
         Stage("scaling", bench("scaling", out, "--min-tokens", "1024", "--seconds", "0.1", "--limit", "5",
                                *encoder), 6),
-        Stage("memory", bench("memory", out, "--min-tokens", "16384", "--concepts", "128", "--fit", "16", *encoder), 4),
+        Stage("memory", bench("memory", out, "--min-tokens", "16384", "--concepts", "128", "--fit", "16", *encoder), 3),
     ]  # fmt: skip
     if (CHECKOUT / "tests").is_dir():
-        listed.insert(0, Stage("correctness", correctness(), 6))
+        listed.insert(0, Stage("correctness", correctness(), 5))
     return listed
 
 

@@ -11,6 +11,7 @@ from .errors import InputError
 if TYPE_CHECKING:
     from .recipe import Recipe
 
+SHORTEST_SPAN = 3  # tokens, of the uniform ones
 TIMED = ("diffusion", "prefix_diffusion")  # objectives that have a time
 
 
@@ -28,7 +29,13 @@ def of_objective(recipe: Recipe) -> Iterator[tuple[str, str]]:
     mixing = model.get("decoder_mixing", "none")
     if len({part["hidden"] for _, part in parts if "hidden" in part}) > 1:
         yield "objective.parts", "some parts have hidden = 'drop' and some 'mask'; a model hides tokens in one way"
+    shortest = min(window for _, window in recipe.stages())
     for field, part in parts:
+        if part.get("masking") == "span" and part["span"] == "uniform" and part["probability"] * shortest < SHORTEST_SPAN:
+            yield f"{field}.masking", (
+                f"span, but {part['probability']:g} of a window of {shortest} tokens is less than the shortest span, "
+                f"{SHORTEST_SPAN}; use longer windows, or masking = random"
+            )
         name, hidden = part["name"], part.get("hidden")
         if hidden and model.get("hidden_tokens", hidden) != hidden:
             found = model["hidden_tokens"]
@@ -98,6 +105,9 @@ def of_model(recipe: Recipe) -> Iterator[tuple[str, str]]:
         field, _, problem = str(error).removeprefix("model: ").partition(": ")
         yield f"model.{field}", problem
         return
+    halvings, shortest = len(config.funnel or ()), min(window for _, window in recipe.stages())
+    if 2**halvings > shortest:
+        yield "model.funnel", f"{halvings} halvings leave no two tokens of a window of {shortest} apart; use fewer"
     longest = config.max_position_embeddings
     if config.token_positions == "learned" and recipe.data.window > longest:
         yield "data.window", f"expected at most model.max_position_embeddings = {longest} with learned positions"

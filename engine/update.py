@@ -24,7 +24,7 @@ def update(
     Returns the figures of the step for the log, "loss" among them, and whether any rank wants to stop.
     """
     views = [view.to(world.device, non_blocking=True) for view in views]
-    totals = add_up(views, world)
+    totals = Totals.of(views, world.sum, world.size)
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     num_iterations = draw_iterations(engine.module.model.config, (recipe.run.seed, step))
@@ -48,16 +48,6 @@ def update(
     values = dict(zip(sums, world.sum(torch.stack(list(sums.values()))).tolist(), strict=True))
     is_stopping = values.pop("stopping") > 0
     return values, is_stopping
-
-
-def add_up(views: list[View], world: World) -> Totals:
-    """Collective."""
-    pairs = [view.pair for view in views if view.pair is not None]
-    num_pairs = sum((pair.ids >= 0).sum() for pair in pairs) if pairs else torch.zeros((), device=world.device)
-    num_texts = torch.full_like(num_pairs, sum(view.encoder.num_sequences for view in views))
-    divisor = torch.stack([view.divisor for view in views]).sum()
-    sums = world.sum(torch.stack([divisor, num_pairs.to(divisor), num_texts.to(divisor)]))
-    return Totals(*(torch.where(sums > 0, sums, 1.0) / world.size))
 
 
 def look_ahead(

@@ -3,6 +3,7 @@
 B texts of a micro-batch, C concepts, d model width.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -62,6 +63,18 @@ class Totals(NamedTuple):
     num_pairs: Tensor  # texts in the contrastive loss
     num_texts: Tensor
 
+    @classmethod
+    def of(
+        cls, views: Sequence[View], sum_of_ranks: Callable[[Tensor], Tensor] = lambda sums: sums, num_ranks: int = 1
+    ) -> "Totals":
+        """``views``: the micro-batches of this rank."""
+        divisor = torch.stack([view.divisor for view in views]).sum()
+        ids = [view.pair.ids for view in views if view.pair is not None]
+        num_pairs = (torch.cat(ids) >= 0).sum() if ids else torch.zeros_like(divisor)
+        num_texts = torch.full_like(divisor, sum(view.encoder.num_sequences for view in views))
+        sums = sum_of_ranks(torch.stack([divisor, num_pairs.to(divisor), num_texts]))
+        return cls(*(torch.where(sums > 0, sums, 1.0) / num_ranks))
+
 
 class Compared(NamedTuple):
     """What a contrastive loss is a function of, or its gradient by each."""
@@ -112,7 +125,7 @@ class Pretraining(nn.Module):
     ) -> PretrainingOutput | ConceptMaskedLMOutput | Compared:  # fmt: skip
         """
         Args:
-            view: a micro-batch, with ``totals`` of its step, counted from 0.
+            view: a micro-batch, with ``totals`` of its step; left out: it is all of it. Steps are counted from 0.
             num_iterations: of a tied encoder, the same on every rank and for all micro-batches of a step.
             cached: where negatives come from the whole step and that has several micro-batches.
             return_nll: instead, the loss of each target of the view, for evaluation.
@@ -125,6 +138,7 @@ class Pretraining(nn.Module):
             texts_BCd = self.encode(pair.texts, num_iterations)
             first_BCd = self.encode(encoder, num_iterations) if pair.shares_encoder else None
             return self.compared(pair, texts_BCd, first_BCd)
+        totals = Totals.of([view]) if totals is None else totals
         pair, figures, loss = view.pair, {}, 0.0
         texts_BCd = None if pair is None else self.encode(pair.texts, num_iterations)  # first, see ``pair`` above
         encoded = self.model.encode(view.encoder, num_iterations) if self.has_task else None

@@ -175,8 +175,13 @@ def run_case(
     allowed = allowed_error(inputs, truth, upstream, dtype)
     limit = {name: 10 * limit_s if name in OURS else limit_s for name in names}
     checked = {name: check(PROVIDERS[name], inputs, truth, upstream, limit[name]) for name in names}
-    copies = {name: copied(name, result, inputs, num_copies(inputs, device)) for name, result in checked.items()
-              if isinstance(result, Checked)}  # fmt: skip
+    copies: dict[str, list[Checked]] = {}
+    for name, result in checked.items():
+        if isinstance(result, Checked):
+            try:
+                copies[name] = copied(name, result, inputs, num_copies(inputs, device))
+            except Exception as error:  # whatever a peer raises is its result here
+                checked[name] = refusal(error)
     rows = []
     for mode in modes_of(case):
         timings = time_mode(copies, mode, device, budget_s)

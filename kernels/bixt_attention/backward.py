@@ -1,7 +1,7 @@
 """Backward of bixt_attention in Triton. Contract: op.py. Oracle: reference.py. Chunks as in forward.py.
 
     p  = exp(scale S - lse)                      over tokens, from the saved log-sum-exp of each concept
-    w  = exp(scale S - token_lse)                over concepts, from that of each token
+    w  = exp(scale S - offset) share             over concepts, from the saved offset and share of each token
     dS = p (dconcept_out token_v^T - delta) + w (concept_v dtoken_out^T - sum_c w concept_v dtoken_out^T)
     dtoken_v  = p^T dconcept_out                 dtoken_qk  = scale dS^T concept_qk        written once
     dconcept_v = w dtoken_out                    dconcept_qk = scale dS token_qk           in registers over the chunk
@@ -27,7 +27,7 @@ from .forward import tile_builds, tile_of
 @triton.jit(do_not_specialize=["num_sequences", "num_concepts", "chunk"])
 def backward_kernel(
     concept_qk_ptr, concept_v_ptr, token_qk_ptr, token_v_ptr, cu_ptr,
-    concept_out_ptr, lse_ptr, token_lse_ptr, dconcept_out_ptr, dtoken_out_ptr,
+    concept_out_ptr, lse_ptr, offset_ptr, share_ptr, dconcept_out_ptr, dtoken_out_ptr,
     dconcept_qk_ptr, dconcept_v_ptr, dtoken_qk_ptr, dtoken_v_ptr,
     num_sequences, num_heads, num_concepts, chunk,
     concept_qk_stride_b, concept_qk_stride_c, concept_qk_stride_h, concept_v_stride_b, concept_v_stride_c,
@@ -80,13 +80,13 @@ def backward_kernel(
                 dtoken_out_ptr + (token + i) * dtoken_stride_t, n * dtoken_stride_t, in_n, D, BLOCK_D, True
             )
             s = tl.dot(concept_qk, tl.trans(token_qk), input_precision=PRECISION)  # [BLOCK_C, BLOCK_N]
-            # of a token that is not there: token_lse = inf, w = 0
-            token_lse_cell = token_lse_ptr + (token + i + n) * num_heads + head
-            token_lse = tl.load(token_lse_cell, mask=in_n, other=float("inf"))
-            exponent = s * scale_log2 - token_lse[None, :]
+            row_n = (token + i + n) * num_heads + head  # of [T, H]
+            offset = tl.load(offset_ptr + row_n, mask=in_n, other=float("inf"))  # of a token that is not there: w = 0
+            share = tl.load(share_ptr + row_n, mask=in_n, other=0.0)
+            exponent = s * scale_log2 - offset[None, :]
             if not EVEN_C:
                 exponent = tl.where(in_c[:, None], exponent, -float("inf"))
-            w = tl.exp2(exponent)
+            w = tl.exp2(exponent) * share[None, :]
             dv = tl.dot(w.to(dtoken.dtype), dtoken, dv, input_precision=PRECISION)
             dw = tl.dot(concept_v, tl.trans(dtoken), input_precision=PRECISION)
             ds = w * (dw - tl.sum(w * dw, 0)[None, :])
@@ -126,7 +126,7 @@ TILES = {
 def backward(
     dconcept_out: Tensor, dtoken_out: Tensor,
     concept_qk: Tensor, concept_v: Tensor, token_qk: Tensor, token_v: Tensor, concept_out: Tensor, lse: Tensor,
-    token_lse: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, chunk: int | None = None,
+    offset: Tensor, share: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, chunk: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the four inputs. ``chunk`` overrides the length of a chunk, in tokens (tests)."""
     (num_sequences, num_concepts, num_heads, head_dim), num_tokens = concept_qk.shape, token_qk.shape[0]
@@ -142,7 +142,7 @@ def backward(
         parts = 2, split.num_slots, num_heads, num_concepts, head_dim
         part_qk, part_v = torch.empty(parts, dtype=torch.float32, device=concept_qk.device)
     backward_kernel[(split.num_slots * num_heads,)](
-        concept_qk, concept_v, token_qk, token_v, cu_seqlens, concept_out, lse, token_lse,
+        concept_qk, concept_v, token_qk, token_v, cu_seqlens, concept_out, lse, offset, share,
         dconcept_out, dtoken_out, part_qk, part_v, dtoken_qk, dtoken_v,
         num_sequences, num_heads, num_concepts, chunk,
         *concept_qk.stride()[:3], *concept_v.stride()[:3], *token_qk.stride()[:2], *token_v.stride()[:2],
@@ -158,6 +158,6 @@ def backward(
 
 
 def builds() -> list[Build]:
-    single = "lse_ptr", "token_lse_ptr"
+    single = "lse_ptr", "offset_ptr", "share_ptr"
     part = *single, "dconcept_qk_ptr", "dconcept_v_ptr"
     return tile_builds("bixt_attention/backward", backward_kernel, TILES, part, single)

@@ -2,7 +2,7 @@
 
     S = concept_qk token_qk^T, a = scale * log2(e)         one [BLOCK_C, BLOCK_N] tile serves both softmaxes
     concepts: running maximum m, l = sum_n p, acc = sum_n p token_v                     p = exp2(a S - a m)
-    tokens:   w = p exp2(a m) / sum_c p exp2(a m), token_out = w^T concept_v            exact: the tile has all concepts
+    tokens:   w = p exp2(a m - offset) share, share = 1 / sum_c, token_out = w^T concept_v    offset = max_c a m
 
 A program owns one head and one chunk of one sequence, holds all its concepts and walks the chunk in tiles of BLOCK_N
 tokens: three products and one exponential, tokens read once. With several chunks a sequence, each leaves (out, lse) of
@@ -24,29 +24,28 @@ SMALL = tl.constexpr(2.0**-100)  # terms that underflow, below 2**-126, are noth
 
 @triton.jit
 def weights_over_concepts(p, top, in_c, in_n):
-    """(w [BLOCK_C, BLOCK_N], log2 sum_c exp2(a s), smallest sum): the softmax of each column of p = exp2(a s - top).
+    """(w [BLOCK_C, BLOCK_N], offset, share [BLOCK_N], smallest sum): softmax of each column of p = exp2(a s - top).
 
-    w is p times exp2(top - max top), over its sum: no second exponential and no maximum of columns, which costs three
-    shuffles an element of a thread. A column that lies so far below the others that its sum is below SMALL comes out
-    finite and wrong.
+    w = exp2(a s - offset) share is p times a factor of its row: no second exponential, and no maximum of columns, which
+    takes three shuffles an element of a thread. A column that lies so far below the others that its sum is below SMALL
+    comes out finite and wrong.
     """
     top = tl.where(in_c, top, -float("inf"))
-    highest = tl.max(top, 0)
-    w = p * tl.exp2(top - highest)[:, None]
+    offset = tl.max(top, 0)
+    w = p * tl.exp2(top - offset)[:, None]
     total = tl.where(in_n, tl.sum(w, 0), 1.0)
-    smallest = tl.min(total, 0)
-    total = tl.maximum(total, SMALL)
-    return w * (1.0 / total)[None, :], highest + tl.log2(total), smallest
+    share = 1.0 / tl.maximum(total, SMALL)
+    return w * share[None, :], offset, share, tl.min(total, 0)
 
 
 @triton.jit
 def read_again(
-    concept_qk_ptr, concept_v_ptr, token_qk_ptr, token_out_ptr, token_lse_ptr,
+    concept_qk_ptr, concept_v_ptr, token_qk_ptr, token_out_ptr, offset_ptr, share_ptr,
     c, in_c, token, length, head, num_heads,
     concept_qk_stride_c, concept_v_stride_c, token_qk_stride_t, scale_log2,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """token_out and token_lse of ``length`` tokens from ``token`` on, each from its own maximum: right for any scores.
+    """token_out of ``length`` tokens from ``token`` on, each with its own maximum as offset: right for any scores.
 
     The pointers to inputs stand at the sequence and head.
     """
@@ -61,20 +60,21 @@ def read_again(
         s = tl.dot(concept_qk, tl.trans(token_qk), input_precision=PRECISION) * scale_log2  # [BLOCK_C, BLOCK_N]
         if not EVEN_C:
             s = tl.where(in_c[:, None], s, -float("inf"))
-        top = tl.max(s, 0)
-        w = tl.exp2(s - top[None, :])
-        total = tl.sum(w, 0)
-        w = (w * (1.0 / total)[None, :]).to(concept_v.dtype)
+        offset = tl.max(s, 0)
+        w = tl.exp2(s - offset[None, :])
+        share = 1.0 / tl.sum(w, 0)
         cell = (token + i) * num_heads + head
-        tl.store(token_lse_ptr + cell + n * num_heads, top + tl.log2(total), mask=in_n)
+        tl.store(offset_ptr + cell + n * num_heads, offset, mask=in_n)
+        tl.store(share_ptr + cell + n * num_heads, share, mask=in_n)
+        w = (w * share[None, :]).to(concept_v.dtype)
         read = tl.dot(tl.trans(concept_v), w, input_precision=PRECISION)  # [BLOCK_D, BLOCK_N]
         store_tile(token_out_ptr + cell * D, n * num_heads * D, tl.trans(read), in_n, D, BLOCK_D, True)
 
 
 @triton.jit(do_not_specialize=["num_sequences", "num_concepts", "chunk"])
 def forward_kernel(
-    concept_qk_ptr, concept_v_ptr, token_qk_ptr, token_v_ptr, cu_ptr, concept_out_ptr, token_out_ptr, lse_ptr,
-    token_lse_ptr,
+    concept_qk_ptr, concept_v_ptr, token_qk_ptr, token_v_ptr, cu_ptr,
+    concept_out_ptr, token_out_ptr, lse_ptr, offset_ptr, share_ptr,
     num_sequences, num_heads, num_concepts, chunk,
     concept_qk_stride_b, concept_qk_stride_c, concept_qk_stride_h, concept_v_stride_b, concept_v_stride_c,
     concept_v_stride_h, token_qk_stride_t, token_qk_stride_h, token_v_stride_t, token_v_stride_h,
@@ -121,10 +121,11 @@ def forward_kernel(
             l = l * alpha + tl.sum(p, 1)
             m = new_m
             spread = p.to(concept_v.dtype)
-            w, token_lse, smallest = weights_over_concepts(p, m * scale_log2, in_c, in_n)
+            w, offset, share, smallest = weights_over_concepts(p, m * scale_log2, in_c, in_n)
             lowest = tl.minimum(lowest, smallest)
             cell = (token + i) * num_heads + head
-            tl.store(token_lse_ptr + cell + n * num_heads, token_lse, mask=in_n)
+            tl.store(offset_ptr + cell + n * num_heads, tl.zeros([BLOCK_N], tl.float32) + offset, mask=in_n)
+            tl.store(share_ptr + cell + n * num_heads, share, mask=in_n)
             read = tl.dot(tl.trans(concept_v), w.to(concept_v.dtype), input_precision=PRECISION)  # [BLOCK_D, BLOCK_N]
             store_tile(token_out_ptr + cell * D, n * num_heads * D, tl.trans(read), in_n, D, BLOCK_D, True)
             token_v = load_tile(
@@ -146,7 +147,7 @@ def forward_kernel(
     if lowest < SMALL:  # some scores lie 69 apart or more: what tokens read is written again
         tl.debug_barrier()
         read_again(
-            concept_qk_ptr, concept_v_ptr, token_qk_ptr, token_out_ptr, token_lse_ptr,
+            concept_qk_ptr, concept_v_ptr, token_qk_ptr, token_out_ptr, offset_ptr, share_ptr,
             c, in_c, token, length, head, num_heads,
             concept_qk_stride_c, concept_v_stride_c, token_qk_stride_t, scale * LOG2E,
             D, BLOCK_N, BLOCK_D, EVEN_C, PRECISION,
@@ -180,8 +181,11 @@ def tile_of(tiles: dict, x: Tensor) -> dict[str, int] | None:
 def forward(
     concept_qk: Tensor, concept_v: Tensor, token_qk: Tensor, token_v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
     scale: float, chunk: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(concept_out, token_out, lse [B, H, C], token_lse [T, H]), the last in base 2. ``chunk``: its tokens (tests)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(concept_out, token_out, lse [B, H, C], offset, share [T, H]): what backward.py makes the weights from.
+
+    ``chunk`` overrides the length of a chunk, in tokens (tests).
+    """
     (num_sequences, num_concepts, num_heads, head_dim), num_tokens = concept_qk.shape, token_qk.shape[0]
     config = tile_of(TILES, concept_qk)
     if chunk is None:
@@ -191,14 +195,13 @@ def forward(
     concept_out = torch.empty(concept_qk.shape, dtype=concept_qk.dtype, device=concept_qk.device)
     token_out = torch.empty(token_qk.shape, dtype=token_qk.dtype, device=token_qk.device)
     lse = torch.empty(num_sequences, num_heads, num_concepts, **single)
-    token_lse = torch.empty(num_tokens, num_heads, **single)
+    offset, share = (torch.empty(num_tokens, num_heads, **single) for _ in range(2))
     part, part_lse = concept_out, lse
     if not split.single:
         part_lse = torch.empty(split.num_slots, num_heads, num_concepts, **single)
         part = torch.empty(*part_lse.shape, head_dim, **single)
     forward_kernel[(split.num_slots * num_heads,)](
-        concept_qk, concept_v, token_qk, token_v, cu_seqlens, part, token_out, part_lse,
-        token_lse,
+        concept_qk, concept_v, token_qk, token_v, cu_seqlens, part, token_out, part_lse, offset, share,
         num_sequences, num_heads, num_concepts, chunk,
         *concept_qk.stride()[:3], *concept_v.stride()[:3], *token_qk.stride()[:2], *token_v.stride()[:2],
         scale,
@@ -210,18 +213,13 @@ def forward(
             part, part_lse, cu_seqlens, concept_out, lse, num_heads, num_concepts, num_concepts, chunk,
             GROUP=1, D=head_dim, BLOCK_D=config["BLOCK_D"], enable_fp_fusion=True, **REDUCE,
         )  # fmt: skip
-    return concept_out, token_out, lse, token_lse
+    return concept_out, token_out, lse, offset, share
 
 
 def builds() -> list[Build]:
     """Every tile at D = 64 and 128, in bfloat16 or float32; narrow heads, a tile that C does not fill, one chunk."""
-    return tile_builds(
-        "bixt_attention/forward",
-        forward_kernel,
-        TILES,
-        ("lse_ptr", "token_lse_ptr", "concept_out_ptr"),
-        ("lse_ptr", "token_lse_ptr"),
-    )
+    single = "lse_ptr", "offset_ptr", "share_ptr"
+    return tile_builds("bixt_attention/forward", forward_kernel, TILES, (*single, "concept_out_ptr"), single)
 
 
 def tile_builds(name: str, kernel, tiles: dict, part: tuple[str, ...], single: tuple[str, ...]) -> list[Build]:

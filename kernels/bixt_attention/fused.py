@@ -19,12 +19,12 @@ from . import backward, forward
 _library = torch.library.Library("conceptron", "FRAGMENT")
 _library.define(
     "bixt_attention(Tensor concept_qk, Tensor concept_v, Tensor token_qk, Tensor token_v, Tensor cu_seqlens, "
-    "SymInt max_seqlen, float scale) -> (Tensor, Tensor, Tensor, Tensor)"
+    "SymInt max_seqlen, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "bixt_attention_backward(Tensor? dconcept_out, Tensor? dtoken_out, Tensor concept_qk, Tensor concept_v, "
-    "Tensor token_qk, Tensor token_v, Tensor concept_out, Tensor lse, Tensor token_lse, Tensor cu_seqlens, "
-    "SymInt max_seqlen, float scale) -> (Tensor, Tensor, Tensor, Tensor)"
+    "Tensor token_qk, Tensor token_v, Tensor concept_out, Tensor lse, Tensor offset, Tensor share, "
+    "Tensor cu_seqlens, SymInt max_seqlen, float scale) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -36,10 +36,12 @@ def _forward(concept_qk, concept_v, token_qk, token_v, cu_seqlens, max_seqlen, s
             return forward.forward(concept_qk, concept_v, token_qk, token_v, *packed)
         concept_out, lse = concept_forward.forward(concept_qk, token_qk, token_v, *packed, 0.0, None)
         token_out = token_forward.forward(token_qk, concept_qk, concept_v, *packed, 0.0, None)
-    return concept_out, token_out, lse, lse.new_zeros(token_qk.shape[:2])  # the last is not used
+    return concept_out, token_out, lse, *(lse.new_zeros(token_qk.shape[:2]) for _ in range(2))  # these are not used
 
 
-def _backward(dconcept_out, dtoken_out, concept_qk, concept_v, token_qk, token_v, concept_out, lse, token_lse, *packed):
+def _backward(
+    dconcept_out, dtoken_out, concept_qk, concept_v, token_qk, token_v, concept_out, lse, offset, share, *packed
+):  # fmt: skip
     dconcept_out = concept_out.new_zeros(concept_out.shape) if dconcept_out is None else _unit_stride(dconcept_out)
     dtoken_out = token_qk.new_zeros(token_qk.shape) if dtoken_out is None else _unit_stride(dtoken_out)
     concept_qk, concept_v, token_qk, token_v = (_unit_stride(x) for x in (concept_qk, concept_v, token_qk, token_v))
@@ -47,7 +49,8 @@ def _backward(dconcept_out, dtoken_out, concept_qk, concept_v, token_qk, token_v
     with torch.cuda.device_of(token_qk):
         if _fits_one_tile(concept_qk):
             inputs = concept_qk, concept_v, token_qk, token_v
-            return backward.backward(dconcept_out, dtoken_out, *inputs, *saved, token_lse.contiguous(), *packed)
+            saved = *saved, offset.contiguous(), share.contiguous()
+            return backward.backward(dconcept_out, dtoken_out, *inputs, *saved, *packed)
         dconcept_qk, dtoken_qk, dtoken_v = concept_backward.backward(
             dconcept_out, None, concept_qk, token_qk, token_v, *saved, *packed, 0.0, None
         )
@@ -75,8 +78,8 @@ for _key in ("CPU", "CUDA"):  # on the CPU in Triton's interpreter only; the doo
 def _(concept_qk, concept_v, token_qk, token_v, cu_seqlens, max_seqlen, scale):
     num_sequences, num_concepts, num_heads, _ = concept_qk.shape
     lse = concept_qk.new_empty(num_sequences, num_heads, num_concepts, dtype=torch.float32)
-    token_lse = token_qk.new_empty(token_qk.shape[:2], dtype=torch.float32)
-    return concept_qk.new_empty(concept_qk.shape), token_qk.new_empty(token_qk.shape), lse, token_lse
+    offset, share = (token_qk.new_empty(token_qk.shape[:2], dtype=torch.float32) for _ in range(2))
+    return concept_qk.new_empty(concept_qk.shape), token_qk.new_empty(token_qk.shape), lse, offset, share
 
 
 @torch.library.register_fake("conceptron::bixt_attention_backward", lib=_library)
@@ -90,8 +93,8 @@ class _BixtAttention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         inputs = concept_qk, concept_v, token_qk, token_v
         arguments = *inputs, cu_seqlens, max_seqlen, scale
-        concept_out, token_out, lse, token_lse = torch.ops.conceptron.bixt_attention(*arguments)
-        ctx.save_for_backward(*inputs, concept_out, lse, token_lse, cu_seqlens)
+        concept_out, token_out, *weights = torch.ops.conceptron.bixt_attention(*arguments)
+        ctx.save_for_backward(*inputs, concept_out, *weights, cu_seqlens)
         ctx.scalars = max_seqlen, scale
         return concept_out, token_out
 

@@ -46,9 +46,9 @@ def bixt_attention(
 
     Fused up to C = 128 (float32: 64, and 16 where D > 64; 64 where D > 64 on GPUs with little shared memory). More
     concepts run in Triton as concept_attention and token_attention, which compute the similarity twice.
-    Memory: Triton saves the inputs, concept_out and a float32 log-sum-exp per head of each concept and token; nothing
-    of size C x N exists. The torch backend holds three [H, N, C] tensors per sequence. Inside autocast inputs are cast
-    as for scaled_dot_product_attention.
+    Memory: Triton saves the inputs, concept_out and float32 statistics of the softmaxes, one a concept and two a token
+    and head; nothing of size C x N exists. The torch backend holds three [H, N, C] tensors a sequence. Inside autocast
+    inputs are cast as for scaled_dot_product_attention.
 
     Source: Hiller, Ehinger and Drummond 2024, "Perceiving Longer Sequences With Bi-Directional Cross-Attention
     Transformers", arXiv:2402.12138.

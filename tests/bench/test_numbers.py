@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from conceptron.bench import charts
 from conceptron.bench.harness import Timing, read_results, write_results
 from conceptron.bench.kernels.best import best_peers
 from conceptron.bench.numbers import BLOCK, compare_folders, fill, report, slower
@@ -100,3 +101,20 @@ def test_every_committed_result_says_where_it_comes_from(path):
     assert environment["command"].startswith("conceptron bench ") and "/" not in environment["command"]
     if environment["gpu"]:
         assert environment["driver"] and environment["cudnn"] and environment["ptxas"]
+
+
+def test_a_report_of_what_a_time_limit_left(tmp_path, monkeypatch):
+    """One row of each, or only rows that say why nothing was measured."""
+    monkeypatch.setattr(charts, "SUFFIXES", ("png",))
+    case = {"encoder": "concept", "phase": "forward", "N": 512, "C": 128}
+    memory = {"parameters": 4, "gradients": 4, "optimizer": 8, "activations: encoder": 2048, "temporary": 1,
+              "allocator_peak": 2**20, "resident_peak": 2**21}  # fmt: skip
+    ran = {"scaling": [{**case, "time_ms": 3.0, "peak_bytes": 2**20}], "memory": [{**case, **memory}]}
+    not_run = {"scaling": [{**case, "time_ms": "not run: why", "peak_bytes": None}],
+               "memory": [{**case, "failed": "RuntimeError: why"}]}  # fmt: skip
+    for folder, results in (("ran", ran), ("not run", not_run)):
+        for name, rows in results.items():
+            write_results(tmp_path / folder / name, name, rows, {"gpu": "some gpu"})
+        text = report(tmp_path / folder).read_text()
+        assert "## scaling/scaling" in text and ("why" in text) == (folder == "not run")
+    assert (tmp_path / "ran" / "memory" / "memory.png").exists()

@@ -36,6 +36,21 @@ def test_a_step_tells_speed_parts_loading_and_padding(monkeypatch):
     assert "power_w" not in row and "nvml" not in row, "a CPU has no NVML"
 
 
+@pytest.mark.parametrize("more", [
+    ["contrastive={}", "regularization={terms: [t_regs]}"], ["objective={name: none}", "contrastive={}"],
+    ["model.tie_layers=true", "model.iteration_sampling=random"],
+    ["objective={name: mixed, parts: [{name: mlm}, {name: tsdae}]}"],
+])  # fmt: skip
+def test_a_step_has_all_that_the_recipe_adds(monkeypatch, more):
+    monkeypatch.setattr(step, "SYNTHETIC_VOCABULARY", 256)
+    monkeypatch.setattr(step, "matmul_flops", lambda device, dtype: 1e12)
+    encoded = []
+    encode = step.ConceptForMaskedLM.encode
+    monkeypatch.setattr(step.ConceptForMaskedLM, "encode", lambda *given: encoded.append(1) or encode(*given))
+    row = step.run(load_recipe("pretrain/mlm.yaml", [*TINY, *more]), num_steps=1, warm_up=1, use_synthetic=True)
+    assert row["step_ms"] > 0 and bool(encoded) == ("encoder_forward_ms" in row) == ("none" not in more[0])
+
+
 def test_padding_waste_by_hand():
     class Reader:
         windows = type("W", (), {"lengths": torch.tensor([4, 2, 6, 6])})
@@ -68,7 +83,7 @@ def test_parts_add_up_to_the_pass():
             super().__init__()
             self.encoder, self.decoder, self.lm_head = Part("encoder"), Part("decoder"), Part("head")
 
-        def forward(self, view):
+        def forward(self, view, num_iterations=None):
             hidden = self.decoder(self.encoder(view).last_hidden_state)
             return type("Out", (), {"loss": self.lm_head(hidden).sum()})()
 
@@ -76,7 +91,7 @@ def test_parts_add_up_to_the_pass():
         def __init__(self, model):
             self.model, self.set_gradient_accumulation_boundary = model, lambda boundary: None
 
-        def __call__(self, view):
+        def __call__(self, view, num_iterations=None):
             return self.model(view)
 
         def backward(self, loss):

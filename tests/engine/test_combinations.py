@@ -72,6 +72,11 @@ def refusal(path, overrides) -> str:
     (["train.stages=[{untill: 20, window: 32}]"], "train.stages.0.untill: unknown key; did you mean"),
     (["model.token_positions=learned", "model.max_position_embeddings=32"],
      "data.window: expected at most model.max_position_embeddings = 32 with learned positions"),
+    (["objective={name: mlm, masking: span}", "data.window=8"],
+     "objective.masking: span, but 0.3 of a window of 8 tokens is less than the shortest span, 3"),
+    (["objective={name: mlm, masking: span}", "train.stages=[{until: 9, window: 8}]"], "a window of 8 tokens"),
+    (["model.num_token_layers=4", "model.funnel=[0, 1, 2, 3]", "data.window=8"],
+     "model.funnel: 4 halvings leave no two tokens of a window of 8 apart; use fewer"),
     (["model.num_iterations=3"], "model.num_iterations: expected None without tie_layers = true"),
 ])  # fmt: skip
 def test_refusals(path, overrides, found):

@@ -43,8 +43,8 @@ def upstream(outputs):
 
 
 def slack(dtype):
-    """Float32 weights come from a rounded log-sum-exp in base 2: a few roundings more than eager's."""
-    return 4.0 if dtype == torch.float32 else 1.0
+    """Float32 weights come from rounded statistics of the forward pass: a few roundings more than eager's."""
+    return 8.0 if dtype == torch.float32 else 1.0
 
 
 def through_autograd(function, inputs, upstream, dtype=None):
@@ -61,8 +61,8 @@ def oracle(inputs, cu_seqlens, scale, upstream, dtype=None):
 
 def launch(inputs, cu_seqlens, max_seqlen, scale, upstream, chunk):
     """The kernels without the door, so that a test chooses the chunks."""
-    concept_out, token_out, *lse = forward.forward(*inputs, cu_seqlens, max_seqlen, scale, chunk)
-    saved = concept_out, *lse, cu_seqlens, max_seqlen, scale, chunk
+    concept_out, token_out, *weights = forward.forward(*inputs, cu_seqlens, max_seqlen, scale, chunk)
+    saved = concept_out, *weights, cu_seqlens, max_seqlen, scale, chunk
     return [concept_out, token_out, *backward.backward(*upstream, *inputs, *saved)]
 
 
@@ -86,9 +86,8 @@ def test_triton(lengths, C, H, D, chunk, dtype, device, no_worse):
     ours = launch(inputs, cu_seqlens, max(lengths), scale, gradients, chunk)
     plain = oracle(inputs, cu_seqlens, scale, gradients)
     truth = oracle(inputs, cu_seqlens, scale, gradients, torch.float64)
-    # with one concept the gradient of the softmax over concepts is 0, and what comes is the rounding of its log-sum-exp
     for name, *three in zip(NAMES, ours, plain, truth, strict=True):
-        no_worse(name, *three, slack=32.0 if C == 1 else slack(dtype))
+        no_worse(name, *three, slack=slack(dtype))
 
 
 def test_more_concepts_than_a_tile(device, no_worse):
@@ -290,8 +289,8 @@ def test_registration(device):
     inputs, cu_seqlens = make([5, 3], 3, 1, 16, torch.float32, device), boundaries([5, 3], device)
     arguments = *inputs, cu_seqlens, 5, 0.25
     torch.library.opcheck(torch.ops.conceptron.bixt_attention.default, arguments)
-    concept_out, token_out, *lse = torch.ops.conceptron.bixt_attention(*arguments)
-    arguments = *upstream([concept_out, token_out]), *inputs, concept_out, *lse, cu_seqlens, 5, 0.25
+    concept_out, token_out, *weights = torch.ops.conceptron.bixt_attention(*arguments)
+    arguments = *upstream([concept_out, token_out]), *inputs, concept_out, *weights, cu_seqlens, 5, 0.25
     torch.library.opcheck(torch.ops.conceptron.bixt_attention_backward.default, arguments)
 
 

@@ -148,10 +148,12 @@ def test_without_a_task_only_the_encoder_is_trained():
     assert not any(p.requires_grad for p in net.model.decoder.branches.parameters())
 
 
-def test_a_micro_batch_without_texts_has_no_part_in_anything():
+@pytest.mark.parametrize("objective", [MaskedLM(), TSDAE(), NoTask()])
+def test_a_micro_batch_without_texts_has_no_part_in_anything(objective):
     term = ContrastiveTerm(pairs="deletion")
-    net = module(term, Regularization(("vicreg", "t_regs", "log_det")))
-    empty = view(MaskedLM(), term, lengths=())
+    has_task = not isinstance(objective, NoTask)
+    net = module(term, Regularization(("vicreg", "t_regs", "log_det")), has_task=has_task)
+    empty = view(objective, term, lengths=())
     out = net(view=empty, totals=Totals(*torch.ones(3)), step=1)
     assert float(out.loss.detach()) == 0
     assert all(torch.count_nonzero(g) == 0 for g in gradient(net, out.loss).values())
