@@ -79,13 +79,12 @@ def activation_bytes(config: ConceptConfig, view: View, precision: str = "fp32")
     with without_content(precision) as strip:
         model = ConceptForMaskedLM(config).train()
         own = {parameter.shape for parameter in model.lm_head.parameters()}
-        num_iterations = config.iterations if config.tie_layers else None
         with saved_by_part(model, PARTS, own) as saved:
             kept = []
             if view.num_targets:
-                kept.append(model(view=strip(replace(view, pair=None)), num_iterations=num_iterations))
+                kept.append(model(view=strip(replace(view, pair=None))))
             if view.pair is not None:
-                kept.append(model.encoder(packed=strip(view.pair.texts), num_iterations=num_iterations))
+                kept.append(model.encoder(packed=strip(view.pair.texts)))
         del kept
     return saved
 
@@ -157,17 +156,14 @@ def by_part(
     """One row a part, and their sum: parameters, and per token of text FLOPs and bytes of activations.
 
     Args:
-        views: (share, view) of a micro-batch of ``num_tokens`` tokens, averaged with these shares.
+        views: (share, view) of a micro-batch of ``num_tokens`` tokens: FLOPs are averaged, bytes are the largest.
     """
-    counts, sums = parameters(config), [Counter(), Counter(), Counter()]
+    counts, forward, training, kept = parameters(config), Counter(), Counter(), Counter()
     for share, view in views:
-        figures = (
-            view_flops(forward_flops, config, view), view_flops(training_flops, config, view),
-            activation_bytes(config, view, precision),
-        )  # fmt: skip
-        for total, of_view in zip(sums, figures, strict=True):
-            total.update({part: share * value / num_tokens for part, value in of_view.items()})
-    forward, training, kept = sums
+        for total, count in ((forward, forward_flops), (training, training_flops)):
+            for part, flops in view_flops(count, config, view).items():
+                total[part] += share * flops / num_tokens
+        kept |= {part: size / num_tokens for part, size in activation_bytes(config, view, precision).items()}
     rows = [
         {
             "part": part, "parameters": counts.get(part, 0), "forward FLOP/token": forward[part],
@@ -269,6 +265,7 @@ def main(argv: Sequence[str]) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     tokens = special_tokens(recipe, options.vocabulary)
     config = recipe.build_config(vocab_size=tokens.vocab_size, mask_token_id=tokens.mask_id)
+    config.iteration_sampling = "fixed"  # the average is described
     views = example_views(recipe, tokens)
     num_tokens = recipe.data.window * views[0][1].encoder.num_sequences
     parts = by_part(config, views, num_tokens, recipe.train.precision)

@@ -124,6 +124,8 @@ def decoder(config: ConceptConfig) -> int:
     elif config.decoder_mixing == "concepts":
         layer, num_norms, chunks = layer + attention(config), num_norms + 2, chunks + 2 + 3
     num_norms, chunks = config.num_decoder_layers * num_norms + 1, config.num_decoder_layers * chunks + 2
+    if is_weighted and config.decoder_mixing == "none":  # a branch that looks at no row needs no norm
+        num_norms, chunks = num_norms - config.num_decoder_layers, chunks - 2  # but later ones have a gate
     norms = num_norms * d
     if is_weighted and config.decoder_mixing == "none":  # no norm before what looks at no row, unless it has a gate
         norms -= config.num_decoder_layers * d

@@ -28,6 +28,7 @@ KINDS = [
     {"token_positions": "learned", "concept_positions": "learned"}, {"init_queries": "anchor"},
     {"concept_positions": "cope", "num_key_value_heads": 1}, {"condition_dropout": 0.1},
     {"decoder_queries": "weighted", "timestep_conditioning": True, "num_key_value_heads": 1},
+    {"decoder_queries": "weighted"}, {"decoder_queries": "weighted", "decoder_mixing": "concepts"},
     {"decoder_mixing": "local", "decoder_window": 8, "timestep_conditioning": True},
     {"decoder_mixing": "concepts", "timestep_conditioning": True}, {"decoder_mixing": "concepts"},
 ]  # fmt: skip
