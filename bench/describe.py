@@ -13,6 +13,7 @@ B sequences, N tokens of one sequence, C concepts, d model width.
 import argparse
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
@@ -32,7 +33,7 @@ from ..models.config import ConceptConfig
 from ..models.encoder import ConceptEncoder
 from ..models.heads import ConceptForMaskedLM
 from ..models.objectives import Mixed
-from ..models.objectives.view import SampleKey, SpecialTokens, View
+from ..models.objectives.view import OPENS_WORD, SampleKey, SpecialTokens, View
 from ..models.packing import Packed, pack
 from .flops import Sizes, encoder_flops, forward_flops, full_attention_flops, training_flops
 from .harness import environment, write_results
@@ -71,15 +72,20 @@ def without_content(precision: str) -> Iterator[Callable[[Any], Any]]:
 
 
 def activation_bytes(config: ConceptConfig, view: View, precision: str = "fp32") -> dict[str, int]:
-    """Bytes that the forward pass of one micro-batch keeps, by part.
+    """Bytes that the forward pass of one micro-batch keeps, by part; the texts of a contrastive pair included.
 
     The fused loss makes the gradient of the head's matrix in the forward pass; it is a gradient and not counted.
     """
     with without_content(precision) as strip:
         model = ConceptForMaskedLM(config).train()
         own = {parameter.shape for parameter in model.lm_head.parameters()}
+        num_iterations = config.iterations if config.tie_layers else None
         with saved_by_part(model, PARTS, own) as saved:
-            kept = model(view=strip(view))
+            kept = []
+            if view.num_targets:
+                kept.append(model(view=strip(replace(view, pair=None)), num_iterations=num_iterations))
+            if view.pair is not None:
+                kept.append(model.encoder(packed=strip(view.pair.texts), num_iterations=num_iterations))
         del kept
     return saved
 
@@ -102,19 +108,47 @@ def encoder_activation_bytes(build: Callable[[], nn.Module], num_tokens: int, pr
 
 
 def example_views(recipe: Recipe, tokens: SpecialTokens) -> list[tuple[float, View]]:
-    """(share of the steps, one micro-batch as an objective of the recipe makes it of random windows of full length)."""
+    """(share of the steps, one of their micro-batches) of each objective, over random text in windows of full length.
+
+    With a contrastive loss as it is once that has begun.
+    """
     length = recipe.data.window
     count = max(1, recipe.batch.micro_tokens // length)
     generator = np.random.default_rng(0)
-    texts = [generator.integers(8, tokens.vocab_size, length) for _ in range(count)]
+    batch = pack([generator.integers(8, tokens.vocab_size, length) for _ in range(count)])
     keys = [SampleKey(0, 0, i) for i in range(count)]
-    objective = recipe.build_objective()
-    is_mixed = isinstance(objective, Mixed)
-    parts, weights = (objective.parts, objective.weights) if is_mixed else ((objective,), (1.0,))
-    return [
-        (weight / sum(weights), part.view(pack(texts), keys, tokens))
-        for weight, part in zip(weights, parts, strict=True)
-    ]
+    objective, contrastive = countable(recipe).build_objective(), recipe.build_contrastive()
+    mixed = isinstance(objective, Mixed)
+    parts, weights = (objective.parts, objective.weights) if mixed else ((objective,), (1.0,))
+    views = [part.view(batch, keys, tokens) for part in parts]
+    if contrastive is not None:
+        views = [replace(view, pair=contrastive.pair(batch, keys, tokens, range(count), part))
+                 for part, view in zip(parts, views, strict=True)]  # fmt: skip
+    return [(weight / sum(weights), view) for weight, view in zip(weights, views, strict=True)]
+
+
+def countable(recipe: Recipe) -> Recipe:
+    """With tokens hidden one by one where phrases are yet to be counted in the text: as many are hidden either way."""
+
+    def plain(section: dict[str, Any]) -> dict[str, Any]:
+        return {**section, "masking": "random"} if section.get("masking") == "pmi" else section
+
+    if not recipe.needs_phrases:
+        return recipe
+    objective = plain(recipe.objective)
+    if "parts" in objective:
+        objective = {**objective, "parts": [plain(part) for part in objective["parts"]]}
+    return recipe.model_copy(update={"objective": objective})
+
+
+def view_flops(count: Callable[[ConceptConfig, Sizes], dict[str, int]], config: ConceptConfig, view: View) -> Counter:
+    """``forward_flops`` or ``training_flops`` of a view, the texts of its pair included."""
+    total = Counter(count(config, Sizes.of(view)) if view.num_targets else {})
+    if view.pair is not None:
+        texts = view.pair.texts
+        pair = count(config, Sizes(texts.num_sequences, texts.num_tokens, 0, 0, texts.max_seqlen, 0))
+        total.update({part: pair[part] for part in encoder_flops(config, Sizes.of(view))})
+    return total
 
 
 def by_part(
@@ -122,23 +156,24 @@ def by_part(
 ) -> list[dict[str, Any]]:
     """One row a part, and their sum: parameters, and per token of text FLOPs and bytes of activations.
 
-    With several views, FLOPs are their average and bytes those of the largest.
+    Args:
+        views: (share, view) of a micro-batch of ``num_tokens`` tokens, averaged with these shares.
     """
-    counts, kept = parameters(config), dict.fromkeys([*PARTS, "other"], 0)
-    forward, training = dict.fromkeys(kept, 0.0), dict.fromkeys(kept, 0.0)
+    counts, sums = parameters(config), [Counter(), Counter(), Counter()]
     for share, view in views:
-        sizes = Sizes.of(view)
-        for flops, of_view in ((forward, forward_flops(config, sizes)), (training, training_flops(config, sizes))):
-            for part, value in of_view.items():
-                flops[part] += share * value
-        for part, value in activation_bytes(config, view, precision).items():
-            kept[part] = max(kept[part], value)
+        figures = (
+            view_flops(forward_flops, config, view), view_flops(training_flops, config, view),
+            activation_bytes(config, view, precision),
+        )  # fmt: skip
+        for total, of_view in zip(sums, figures, strict=True):
+            total.update({part: share * value / num_tokens for part, value in of_view.items()})
+    forward, training, kept = sums
     rows = [
         {
-            "part": part, "parameters": counts.get(part, 0), "forward FLOP/token": forward[part] / num_tokens,
-            "training FLOP/token": training[part] / num_tokens, "activation B/token": kept[part] / num_tokens,
+            "part": part, "parameters": counts.get(part, 0), "forward FLOP/token": forward[part],
+            "training FLOP/token": training[part], "activation B/token": kept[part],
         }
-        for part in kept if counts.get(part) or kept[part] >= num_tokens  # "other": a few bytes in all
+        for part in [*PARTS, "other"] if counts.get(part) or kept[part] >= 1  # "other": a few bytes in all
     ]  # fmt: skip
     total = {name: sum(row[name] for row in rows) for name in rows[0] if name != "part"}
     return [*rows, {"part": "sum", **total}]
@@ -166,21 +201,27 @@ def screen(recipe: Recipe, config: ConceptConfig, parts: Sequence[dict], lengths
     layers = f"{config.iterations} x 1 tied layer" if config.tie_layers else f"{config.num_hidden_layers} layers"
     head = (
         f"{recipe.run.name}: width {config.hidden_size}, {layers} ({config.layer_kind}), "
-        f"{config.num_concepts} concepts, vocabulary {config.vocab_size:,}; {recipe.objective['name']}\n"
+        f"{config.num_concepts} concepts, vocabulary {config.vocab_size:,}; {trained_on(recipe)}\n"
         f"windows of {recipe.data.window} tokens, micro-batches of {recipe.batch.micro_tokens:,}, "
         f"{recipe.train.precision}; FLOP and bytes are per token of text"
-        + ("" if recipe.contrastive is None else "; the pairs of the contrastive loss are not counted")
     )
     first = aligned(
         ["part", "parameters", "forward FLOP", "training FLOP", "activation bytes"],
         [[row["part"], *(short(value) for name, value in row.items() if name != "part")] for row in parts],
     )
+    if not lengths:
+        return f"{head}\n\n{first}"
     second = aligned(
         ["N", "FLOP", "full attention", "times", "activation bytes", "full attention", "times"],
         [[f"{row['N']:,}", *(short(v) for name, v in row.items() if name != "N")] for row in lengths],
     )
     between = "the encoder on one text of N tokens, beside full attention of its width, depth and feed-forward"
     return "\n\n".join((head, first, between, second))
+
+
+def trained_on(recipe: Recipe) -> str:
+    names = [part["name"] for _, part in recipe.parts() if recipe.has_task]
+    return " + ".join([*names, *["contrastive"] * (recipe.contrastive is not None)])
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -212,7 +253,8 @@ def special_tokens(recipe: Recipe, vocabulary: int | None) -> SpecialTokens:
             size = tokenizer.describe(tokenizer.load(recipe.data.tokenizer), recipe.data.tokenizer).tokens.vocab_size
         except InputError as error:
             raise InputError(f"{error}; to describe the model without it, add --vocabulary and its size") from None
-    return SpecialTokens(mask_id=1, special_ids=frozenset(range(8)), vocab_size=size)
+    words = bytes([OPENS_WORD]) * size  # every token is a word
+    return SpecialTokens(mask_id=1, special_ids=frozenset(range(8)), vocab_size=size, word_edges=words)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -221,13 +263,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     parser.add_argument("--vocabulary", type=int, metavar="V", help="ids of the tokenizer, where it cannot be opened")
-    parser.add_argument("--max-tokens", type=int, default=65536, help="longest text of the second table")
+    parser.add_argument("--max-tokens", type=int, default=65536, help="longest text of the second table; 0: without it")
     parser.add_argument("--out", type=Path, help="also write both tables there: JSON, CSV, Markdown")
     options = parser.parse_args(argv)
     recipe = load_recipe(options.recipe, options.overrides)
     tokens = special_tokens(recipe, options.vocabulary)
     config = recipe.build_config(vocab_size=tokens.vocab_size, mask_token_id=tokens.mask_id)
-    config.iteration_sampling = "fixed"  # the average is described
     views = example_views(recipe, tokens)
     num_tokens = recipe.data.window * views[0][1].encoder.num_sequences
     parts = by_part(config, views, num_tokens, recipe.train.precision)

