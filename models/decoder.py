@@ -4,7 +4,6 @@ positions that are asked for are ever computed.
 B sequences, M rows of the decoder, C concepts, d model width.
 """
 
-import torch
 from torch import Tensor, nn
 
 from .config import ConceptConfig
