@@ -31,7 +31,8 @@ def of_objective(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "objective.parts", "some parts have hidden = 'drop' and some 'mask'; a model hides tokens in one way"
     shortest = min(window for _, window in recipe.stages())
     for field, part in parts:
-        if part.get("masking") == "span" and part["span"] == "uniform" and part["probability"] * shortest < SHORTEST_SPAN:
+        is_span = part.get("masking") == "span" and part["span"] == "uniform"
+        if is_span and part["probability"] * shortest < SHORTEST_SPAN:
             yield f"{field}.masking", (
                 f"span, but {part['probability']:g} of a window of {shortest} tokens is less than the shortest span, "
                 f"{SHORTEST_SPAN}; use longer windows, or masking = random"

@@ -149,7 +149,7 @@ def rotate(x: Tensor, angles: Angles | None) -> Tensor:
         return x
     cos, sin = (part.to(x.dtype) for part in angles)
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.cat((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)), dim=-1)
 
 
 def sinusoids(positions: Tensor, width: int) -> Tensor:

@@ -3,7 +3,7 @@
 The three are not multiplied out (8 x 10 x 14). An objective meets a layer kind in the encoder, a head meets both in the
 checkpoint that it starts from. So each of the 8 kinds is pretrained with all 10 objectives, and each of the 14 heads is
 trained from one of these checkpoints, in turn: all pairs of kind and objective, of kind and head occur, and each head
-meets 8 objectives. Compiling is slow: each tied kind does it, with another objective, and two heads.
+meets 8 objectives. Compiling is slow: each kind does it once, tied, two with an objective and two with a head.
 """
 
 import itertools
@@ -136,13 +136,13 @@ def test_it_trains_saves_and_loads(number, kind, tmp_path):
         check_saving(model, batch, tmp_path / "task")
 
 
-@pytest.mark.parametrize("number, kind", KINDS[1::2], ids=str)
-def test_it_is_one_graph(number, kind):
+@pytest.mark.parametrize("number, kind", KINDS[1:5:2], ids=str)
+def test_an_objective_is_one_graph(number, kind):
     objective, options = OBJECTIVES[number + 2]
     check_compiling(ConceptForMaskedLM(ConceptConfig(**{**SMALL, **kind, **options})), pretraining(objective))
 
 
-@pytest.mark.parametrize("number", [4, 9])
-def test_a_task_is_one_graph(number):
-    head, options = HEADS[number]
-    check_compiling(head(ConceptConfig(**{**SMALL, **options})), task(head, options))
+@pytest.mark.parametrize("number, kind", KINDS[5:9:2], ids=str)
+def test_a_task_is_one_graph(number, kind):
+    head, options = HEADS[number - 1]
+    check_compiling(head(ConceptConfig(**{**SMALL, **kind, **options})), task(head, options))

@@ -5,6 +5,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from conceptron.models.config import ConceptConfig
 from conceptron.models.decoder import ConceptDecoder
@@ -253,6 +255,33 @@ def test_no_rows_give_no_rows_and_no_gradient(kind):
         assert out.shape == (0, 32)
         out.sum().backward()
         assert concepts.grad is None or (concepts.grad == 0).all()
+
+
+class Written(TorchDispatchMode):
+    """How many elements all operators wrote, views and backward pass included."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.num_elements += sum(t.numel() for t in tree_flatten(out)[0] if isinstance(t, torch.Tensor))
+        return out
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_cost_is_linear_in_the_rows(kind):
+    """One text of M rows: from 2M to 4M twice as much is added as from M to 2M."""
+    model, written = decoder(num_decoder_layers=1, **kind).float(), []
+    for M in (256, 512, 1024):
+        batch = dict(
+            concepts=torch.randn(1, 6, 32, requires_grad=True), anchors=torch.arange(6.0)[None] * M / 6,
+            position_ids=torch.arange(M), cu_seqlens=torch.tensor([0, M], dtype=torch.int32), max_seqlen=M,
+            input_ids=torch.arange(M) % 60, timesteps=torch.tensor([0.5]),
+        )  # fmt: skip
+        with Written() as counter:
+            model(**batch).square().sum().backward()
+        written.append(counter.num_elements)
+    assert written[2] - written[1] == pytest.approx(2 * (written[1] - written[0]), rel=0.02)
 
 
 def test_times_look_different():
