@@ -45,7 +45,7 @@ from ..engine.recipe import (
     read_yaml,
 )  # fmt: skip
 from .harness import environment, markdown_table, refusal, write_json, write_results
-from .table import COLUMNS, plot, summarize
+from .table import COLUMNS, write_tables
 
 WAITING = "not started"
 
@@ -91,8 +91,8 @@ class Cell(NamedTuple):
 def read_table(path: Path) -> TableSection:
     """
     Raises:
-        InputError: the file cannot be read, a field is unknown or wrong, or a row has the name of another or stands on
-            one that does not come before it.
+        InputError: the file cannot be read, a field is unknown or wrong, or a row has the name of another or is
+            against one that does not come before it.
     """
     table = Checker(str(path), {}).check(TableSection, read_yaml(path))
     names: list[str] = []
@@ -233,7 +233,11 @@ def run_cells(
             except Exception as error:  # a failed cell is a result: the table says so, and the exit code
                 done[cell.name] = {"ended": refusal(error).reason}
             print(f"{cell.name}: {done[cell.name]['ended']}", flush=True)
-    return [{"row": cell.row.name, "seed": cell.seed, **done[cell.name]} for cell in cells]
+    return [
+        {"row": cell.row.name, "against": cell.row.against, "change": cell.row.change, "seed": cell.seed,
+         **done[cell.name]}
+        for cell in cells
+    ]  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
@@ -242,6 +246,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("table", help="a YAML file, such as recipes/ablation/defaults.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="change the base of all rows")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="S", help="instead of the file's")
     parser.add_argument("--workers", type=int, default=1, help="processes that train side by side; 0: only this one")
     parser.add_argument("--threads", type=int, help="of each worker; left out: torch decides")
     parser.add_argument("--minutes", type=float, help="instead of the file's")
@@ -253,19 +258,18 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"--rows: no row {min(unknown)!r}; there are {', '.join(row.name for row in table.rows)}")
     rows = write_recipes(table, options.overrides, options.out / "recipes")
     rows = [row for row in rows if not options.rows or row.name in options.rows]
-    cells = cells_of(rows, table.seeds, options.out)
+    seeds = options.seeds or table.seeds
+    cells = cells_of(rows, seeds, options.out)
     results = run_cells(
         cells, options.out, table.measure, workers=options.workers, threads=options.threads,
         minutes=table.minutes if options.minutes is None else options.minutes,
     )  # fmt: skip
     stamp = environment()
-    title = f"Ablation: {Path(options.table).stem}, {len(table.seeds)} seeds"
-    write_results(options.out, "cells", results, stamp, title=title)
-    summary = summarize(rows, results)
-    write_results(options.out, "ablation", summary, stamp, title=title)
-    for suffix in ("png", "svg"):
-        plot(options.out / f"ablation.{suffix}", rows, results, stamp)
-    print(markdown_table(summary, ["row", *(column.title for column in COLUMNS)]))
+    title = f"Ablation: {Path(options.table).stem}"
+    figures = [column.key for column in COLUMNS]
+    write_results(options.out, "cells", results, stamp, title=title, columns=["row", "seed", "ended", *figures])
+    lines = write_tables(options.out, results, stamp)
+    print(markdown_table(lines, ["row", *(column.title for column in COLUMNS)]))
     bad = [f"{row['row']} seed {row['seed']}: {row['ended']}" for row in results if row["ended"] != "measured"]
     print("\n".join([*bad, f"written to {options.out}"]))
     return 1 if bad else 0

@@ -24,6 +24,7 @@ from .charts import draw_kernels, draw_memory, draw_scaling
 from .exponents import write_tables
 from .harness import markdown_table, read_results, write_results, write_text
 from .kernels.best import COLUMNS, best_peers
+from .table import write_tables as write_ablation
 
 CHECKOUT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- numbers: (?P<path>\S+)(?P<columns>[^>]*?) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
@@ -123,6 +124,7 @@ def read_rows(path: Path) -> list[dict]:
 
 MEASURED = {  # result file -> its figures
     "kernels.json": ("speedup", "roofline"), "scaling.json": ("time", "memory", "speedup"), "memory.json": ("memory",),
+    "cells.json": ("ablation",),
 }  # fmt: skip
 
 
@@ -137,6 +139,8 @@ def derive(path: Path) -> None:
     elif path.name == "scaling.json":
         write_tables(path.parent, rows, environment)
         draw_scaling(path.parent)
+    elif path.name == "cells.json":
+        write_ablation(path.parent, rows, environment)
     else:
         draw_memory(path.parent)
 

@@ -4,11 +4,11 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from scipy import stats
 
-from .harness import device_of
+from .harness import device_of, write_results
 from .plot import BLUE, GREY, INK, canvas
 
 BETTER, WORSE = "▲", "▼"
@@ -39,38 +39,41 @@ COLUMNS = (
 SHOWN = ("heldout_nll", "accuracy_deleted", "retrieval_pooled", "rank_dynamic")  # of the plot
 
 
-class Named(Protocol):
-    """A row: its name, what it changes in words, and the name of the row it is held against."""
-
+class Row(NamedTuple):
     name: str
-    change: str
-    against: str | None
+    against: str | None  # the name of the row that it changes
+    change: str  # in words
 
 
-def values_of(results: Sequence[Mapping[str, Any]], row: str | None, key: str) -> list[float]:
+def rows_of(cells: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """The rows that the cells belong to, in their order."""
+    return list(dict.fromkeys(Row(cell["row"], cell["against"], cell["change"]) for cell in cells))
+
+
+def values_of(cells: Sequence[Mapping[str, Any]], row: str | None, key: str) -> list[float]:
     """A figure of every cell of a row that was measured."""
-    found = [result.get(key) for result in results if result["row"] == row]
+    found = [cell.get(key) for cell in cells if cell["row"] == row]
     return [value for value in found if isinstance(value, int | float) and math.isfinite(value)]
 
 
-def summarize(rows: Sequence[Named], results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One line a row: "mean ± standard deviation" of each column, marked where it differs from the row it stands on."""
+def summarize(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One line a row: "mean ± standard deviation" of each column, marked where it differs from the row against."""
     lines = []
-    for row in rows:
-        mine = [result for result in results if result["row"] == row.name]
+    for row in rows_of(cells):
+        mine = [cell for cell in cells if cell["row"] == row.name]
         line: dict[str, Any] = {
             "row": row.name, "against": row.against or "", "change": row.change,
-            "seeds": sum(result["ended"] == "measured" for result in mine),
+            "seeds": sum(cell["ended"] == "measured" for cell in mine),
         }  # fmt: skip
         marks: dict[str, list[str]] = {BETTER: [], WORSE: []}
         for column in COLUMNS:
-            values = values_of(results, row.name, column.key)
-            mark = verdict(values, values_of(results, row.against, column.key), column.sense)
+            values = values_of(cells, row.name, column.key)
+            mark = verdict(values, values_of(cells, row.against, column.key), column.sense)
             line[column.title] = text_of(values, column, mark)
             if mark:
                 marks[mark].append(column.title)
         line |= {"better": ", ".join(marks[BETTER]), "worse": ", ".join(marks[WORSE])}
-        failed = [f"seed {result['seed']}: {result['ended']}" for result in mine if result["ended"] != "measured"]
+        failed = [f"seed {cell['seed']}: {cell['ended']}" for cell in mine if cell["ended"] != "measured"]
         lines.append({**line, "missing": "; ".join(failed)})
     return lines
 
@@ -102,17 +105,36 @@ def verdict(values: Sequence[float], before: Sequence[float], sense: int) -> str
     return (BETTER if change * sense > 0 else WORSE) if differs else ""
 
 
-def plot(
-    path: Path, rows: Sequence[Named], results: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]
-) -> None:
+def write_tables(folder: Path, cells: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) -> list[dict]:
+    """``ablation`` as JSON, CSV, Markdown and a figure, from the cells; returns its lines."""
+    lines = summarize(cells)
+    title = f"One change at a time: {BETTER} better, {WORSE} worse than the row against; {floors(cells)}"
+    columns = ["row", "against", "change", "seeds", *(column.title for column in COLUMNS), "missing"]
+    write_results(folder, "ablation", lines, environment, title=title, columns=columns)
+    for suffix in ("png", "svg"):
+        plot(folder / f"ablation.{suffix}", cells, environment)
+    return lines
+
+
+def floors(cells: Sequence[Mapping[str, Any]]) -> str:
+    """What a guess without any model reaches; the held-out text is the same for all cells."""
+    measured = next((cell for cell in cells if cell["ended"] == "measured"), None)
+    if measured is None:
+        return "nothing measured"
+    guess = measured["chance"] and f", R@1 of a guess {100 * measured['chance']:.1f} %"
+    return f"unigram entropy {measured['unigram_entropy']:.3f}{guess or ''}"
+
+
+def plot(path: Path, cells: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) -> None:
     """Four figures side by side: every seed a dot, the mean a bar; rows from top to bottom."""
     columns = [column for column in COLUMNS if column.key in SHOWN]
-    note = f"every seed a dot, the mean a line; {device_of(environment)}"
+    rows = rows_of(cells)
+    note = f"every seed a dot, the mean a line; {floors(cells)}; {device_of(environment)}"
     size = (11.0, 1.5 + 0.34 * len(rows))
     with canvas(path, "One change at a time", note, size=size, columns=len(columns)) as panels:
         for axes, column in zip(panels, columns, strict=True):
             for place, row in enumerate(rows):
-                values = [value * column.scale for value in values_of(results, row.name, column.key)]
+                values = [value * column.scale for value in values_of(cells, row.name, column.key)]
                 axes.plot(values, [place] * len(values), "o", color=GREY, markersize=4)
                 if values:
                     axes.plot([statistics.mean(values)], [place], "|", color=BLUE, markersize=14, markeredgewidth=2.5)

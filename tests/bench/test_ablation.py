@@ -9,6 +9,7 @@ import yaml
 from conceptron.bench import ablation, yardsticks
 from conceptron.bench.ablation import Measure, cells_of, main, read_table, write_recipes
 from conceptron.bench.harness import read_results
+from conceptron.bench.numbers import derive
 from conceptron.bench.table import BETTER, COLUMNS, WORSE, summarize, verdict
 from conceptron.engine.data import tokenizer
 from conceptron.engine.errors import InputError
@@ -83,7 +84,7 @@ def test_every_cell_is_measured_and_the_table_written(table, half):
     summary, _ = read_results(half / "ablation.json")
     lines = [(line["row"], line["against"], line["seeds"]) for line in summary]
     assert lines == [("first", "", 2), ("second", "first", 2)]
-    assert "±" in summary[0]["hidden NLL"]
+    assert "±" in summary[0]["hidden NLL"] and "R@1 of a guess 12.5 %" in (half / "ablation.md").read_text()
     for name in ("cells.csv", "ablation.csv", "ablation.md", "ablation.png", "ablation.svg"):
         assert (half / name).stat().st_size > 0
     assert not list(half.glob("runs/*/checkpoints")) and len(list(half.glob("runs/*/model/config.json"))) == 4
@@ -175,19 +176,25 @@ def test_a_difference_is_marked_when_it_is_beyond_the_spread():
     assert verdict([0.5, 1.0, 1.5], [1.7, 2.2, 2.7], 1) == WORSE  # t = 2.939
 
 
-def test_the_summary_says_what_was_measured(tmp_path):
-    rows = [ablation.Row("a", "start", None, tmp_path), ablation.Row("b", "then", "a", tmp_path)]
-    results = [
-        {"row": "a", "seed": i, "ended": "measured", "heldout_nll": 5 + x, "accuracy_kept": 0.5, "num_parameters": 2e6}
-        for i, x in enumerate((-0.1, 0.0, 0.1))
-    ] + [
-        {"row": "b", "seed": i, "ended": "measured", "heldout_nll": 4 + x, "accuracy_kept": 0.4, "num_parameters": 3e6}
-        for i, x in enumerate((-0.1, 0.0, 0.1))
-    ]  # fmt: skip
-    first, second = summarize(rows, results)
+def cells(row, against, nll, accuracy):
+    made = {"row": row, "against": against, "change": "something", "ended": "measured", "num_parameters": 2e6}
+    return [{**made, "seed": i, "heldout_nll": nll + x, "accuracy_kept": accuracy}
+            for i, x in enumerate((-0.1, 0.0, 0.1))]  # fmt: skip
+
+
+def test_the_summary_says_what_was_measured():
+    first, second = summarize([*cells("a", None, 5, 0.5), *cells("b", "a", 4, 0.4)])
     assert first["hidden NLL"] == "5.000 ± 0.100" and second["hidden NLL"] == f"4.000 ± 0.100 {BETTER}"
-    assert second["kept right %"] == f"40.0 ± 0.0 {WORSE}" and second["M parameters"] == "3.00"
+    assert second["kept right %"] == f"40.0 ± 0.0 {WORSE}" and second["M parameters"] == "2.00"
     assert (second["better"], second["worse"], second["dynamic rank"]) == ("hidden NLL", "kept right %", None)
+
+
+def test_a_report_writes_the_table_anew_from_the_cells(half):
+    before = (half / "ablation.json").read_bytes()
+    for path in half.glob("ablation.*"):
+        path.unlink()
+    derive(half / "cells.json")
+    assert (half / "ablation.json").read_bytes() == before and (half / "ablation.png").stat().st_size > 0
 
 
 def test_a_cell_knows_what_it_was_made_with(table, tmp_path):
