@@ -127,9 +127,6 @@ def decoder(config: ConceptConfig) -> int:
     if is_weighted and config.decoder_mixing == "none":  # a branch that looks at no row needs no norm
         num_norms, chunks = num_norms - config.num_decoder_layers, chunks - 2  # but later ones have a gate
     norms = num_norms * d
-    if is_weighted and config.decoder_mixing == "none":  # no norm before what looks at no row, unless it has a gate
-        norms -= config.num_decoder_layers * d
-        chunks -= 2
     if config.timestep_conditioning:
         norms = chunks * (d * d + d) + TimestepEmbedding.NUM_FEATURES * d + d + d * d + d
     return total + d + config.num_decoder_layers * layer + norms

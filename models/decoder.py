@@ -31,8 +31,8 @@ class PositionQuery(nn.Module):
         self.embedding = nn.Embedding(1, config.hidden_size)
 
     def forward(self, position_ids: Tensor) -> Tensor:
-        # expanded, not looked up: the gradient is then one sum, not M additions to one row
-        return self.embedding.weight.expand(position_ids.shape[0], -1)
+        # looked up once and expanded: the gradient is then one sum, not M additions to one row
+        return self.embedding(position_ids.new_zeros(1)).expand(position_ids.shape[0], -1)
 
 
 class Exchange(nn.Module):

@@ -18,6 +18,7 @@ STILL = ["train.steps=2", "optim.lr=1e-9", "optim.weight_decay=0", "eval.every=0
 BACKBONE = [
     *STILL, "model.token_dim=24", "model.num_token_layers=2", "model.token_num_attention_heads=4",
     "model.token_num_key_value_heads=2", "model.token_intermediate_size=20", "model.token_window=48",
+    "model.normalize_tokens=false",
 ]  # fmt: skip
 
 
