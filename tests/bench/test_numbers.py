@@ -8,7 +8,7 @@ from conceptron.bench.kernels.best import best_peers
 from conceptron.bench.numbers import BLOCK, compare_folders, fill, report, slower
 
 ROOT = Path(__file__).parent.parent.parent
-DOCUMENTS = ("README.md", "docs/numbers.md")
+DOCUMENTS = ("README.md", "docs/numbers.md", "docs/log.md")
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
