@@ -203,6 +203,7 @@ TWO_PASS_DROPOUT = {
     **TWO_PASS,
     ("mma", False): ((128, 64, 8, 2), (32, 128, 8, 2)),
     ("mma", True): ((128, 32, 8, 2), (32, 64, 4, 2)),
+    ("fma", True): ((64, 16, 8, 2), (32, 16, 8, 2)),
 }
 FIELDS = ("BLOCK_R", "BLOCK_N", "num_warps", "num_stages")
 
