@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from conceptron.kernels.splits import ARCHS
 from conceptron.kernels.token_attention import backward, forward, fused, reference, token_attention
 
 # name: lengths, C, H, Hkv, D, dropout, scale
@@ -275,19 +274,9 @@ def test_dropout_seeds(backend, device):
 
 
 @pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
-def test_whatever_the_tables_choose_is_compiled(dropout):
+def test_whatever_the_tables_choose_is_compiled(dropout, compiled_by):
     """For any number of concepts, the tiles of every kernel are among the builds of the compile table."""
-    builds = [build for build in fused.builds() if ("seed_ptr" not in build.constants) == dropout]
-
-    def compiled(kernel, units, block_d, config):
-        launch = config["num_warps"], config["num_stages"]
-        tile = {name: value for name, value in config.items() if not name.startswith(("num_", "EVEN"))} | {"D": block_d}
-        return any(
-            (build.kernel, build.archs) == (kernel, ARCHS[units]) and (build.num_warps, build.num_stages) == launch
-            and tile.items() <= build.constants.items()
-            for build in builds
-        )  # fmt: skip
-
+    compiled = compiled_by([build for build in fused.builds() if ("seed_ptr" not in build.constants) == dropout])
     for units, wide in forward.WALK:
         block_d = 128 if wide else 64
         for num_concepts in (1, 17, 33, 65, 128, 129, 256, 2048):
