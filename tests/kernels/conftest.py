@@ -13,7 +13,8 @@ def compiled_by() -> Callable:
     def of(builds):
         def compiled(kernel, units, block_d, config):
             launch = config["num_warps"], config["num_stages"]
-            tile = {key: value for key, value in config.items() if not key.startswith(("num_", "EVEN"))} | {"D": block_d}
+            named = {key: value for key, value in config.items() if not key.startswith(("num_", "EVEN"))}
+            tile = named | {"D": block_d}
             return any(
                 (build.kernel, build.archs) == (kernel, ARCHS[units])
                 and (build.num_warps, build.num_stages) == launch
