@@ -11,10 +11,10 @@ from .kernels.concept_attention import concept_attention, merge_partials
 from .kernels.linear_cross_entropy import linear_cross_entropy
 from .kernels.slot_attention import slot_attention
 from .kernels.token_attention import token_attention
-from .models.heads import ConceptForMaskedLM as ConceptForMaskedLM  # registers the Auto classes, as do the next
-from .models.task_heads import ConceptForMultipleChoice as ConceptForMultipleChoice
-from .models.task_heads import ConceptForQuestionAnswering as ConceptForQuestionAnswering
-from .models.task_heads import ConceptForSequenceClassification as ConceptForSequenceClassification
+from .models.masked_lm import ConceptForMaskedLM as ConceptForMaskedLM  # registers the Auto classes, as do the next
+from .models.tasks.heads import ConceptForMultipleChoice as ConceptForMultipleChoice
+from .models.tasks.heads import ConceptForQuestionAnswering as ConceptForQuestionAnswering
+from .models.tasks.heads import ConceptForSequenceClassification as ConceptForSequenceClassification
 
 __version__ = "0.1.0"
 

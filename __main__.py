@@ -21,7 +21,7 @@ def generate(arguments: argparse.Namespace) -> int:
     from .engine.data.sources import read_text
     from .engine.errors import InputError
     from .engine.generate import generate
-    from .models.sampling import Sampling
+    from .models.generation.sampling import Sampling
 
     try:
         sampling = Sampling(
@@ -41,7 +41,7 @@ def generate(arguments: argparse.Namespace) -> int:
 
 
 def analyze(arguments: argparse.Namespace) -> int:
-    from .bench.report import analyze
+    from .bench.analyze import analyze
 
     analyze(arguments.path, arguments.text)
     return 0
@@ -75,9 +75,9 @@ def bench(arguments: argparse.Namespace) -> int:
         case "suite":
             from .bench.suite import main
         case "report":
-            from .bench.numbers import report_main as main
+            from .bench.report import main
         case "compare":
-            from .bench.numbers import compare_main as main
+            from .bench.compare import main
     return main(arguments.rest)
 
 

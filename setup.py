@@ -7,10 +7,11 @@ OPERATORS = [
 ]  # fmt: skip
 FOLDERS = [  # tests/test_house.py holds this list against the tree
     "kernels", *(f"kernels.{operator}" for operator in OPERATORS),
-    "models", "models.objectives",
-    "engine", "engine.data",
+    "models", "models.generation", "models.objectives", "models.start", "models.tasks",
+    "engine", "engine.data", "engine.recipe",
     "recipes", "recipes.ablation", "recipes.pretrain",
-    "bench", "bench.geometry", "bench.kernels",
+    "bench", "bench.analysis", "bench.analysis.geometry", "bench.documents", "bench.figures", "bench.kernels",
+    "bench.measure",
 ]  # fmt: skip
 
 setup(

@@ -32,20 +32,13 @@ import yaml
 from pydantic import Field
 
 from ..engine.errors import InputError
-from ..engine.recipe import (
-    Checker,
-    Count,
-    CountOrZero,
-    Recipe,
-    Section,
-    apply_override,
-    find_recipe,
-    flatten,
-    load_recipe,
-    read_yaml,
-)  # fmt: skip
-from .harness import environment, markdown_table, refusal, write_json, write_results
-from .table import COLUMNS, write_tables
+from ..engine.recipe.checker import Checker
+from ..engine.recipe.load import apply_override, find_recipe, load_recipe, read_yaml
+from ..engine.recipe.schema import Count, CountOrZero, Recipe, Section, flatten
+from .documents.table import COLUMNS, write_tables
+from .measure.environment import environment
+from .measure.results import markdown_table, write_json, write_results
+from .measure.timing import refusal
 
 WAITING = "not started"
 
@@ -148,9 +141,9 @@ def run_cell(cell: Cell, out: Path, measured_on: Measure, deadline: float, threa
     Returns a row: its figures, or under ``ended`` why there are none. ``deadline``: of ``time.time()``.
     """
     from ..engine.trainer import train
-    from . import yardsticks
-    from .findings import num_parameters, read_history, training_of
-    from .subject import open_subject
+    from .analysis import yardsticks
+    from .analysis.findings import num_parameters, read_history, training_of
+    from .analysis.subject import open_subject
 
     if time.time() > deadline:
         return {"ended": WAITING}

@@ -28,18 +28,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..engine.data import tokenizer
 from ..engine.errors import InputError
-from ..engine.recipe import Recipe, load_recipe
+from ..engine.recipe.load import load_recipe
+from ..engine.recipe.schema import Recipe
 from ..models.config import ConceptConfig
 from ..models.encoder import ConceptEncoder
-from ..models.heads import ConceptForMaskedLM
+from ..models.masked_lm import ConceptForMaskedLM
 from ..models.objectives import Mixed
 from ..models.objectives.view import OPENS_WORD, SampleKey, SpecialTokens, View
 from ..models.packing import Packed, pack
-from .flops import Sizes, encoder_flops, forward_flops, full_attention_flops, training_flops
-from .harness import environment, write_results
+from .measure.environment import environment
+from .measure.flops import Sizes, encoder_flops, forward_flops, full_attention_flops, training_flops
+from .measure.parameters import PARTS, parameters
+from .measure.peers import Shape, bert
+from .measure.results import write_results
 from .memory import saved_by_part
-from .parameters import PARTS, parameters
-from .peers import Shape, bert
 
 SHORTEST = 512  # of the second table
 FUSED = {"CONCEPTRON_BACKEND": "triton", "TRITON_INTERPRET": "1"}  # no kernel runs: the tensors have no content

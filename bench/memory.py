@@ -32,22 +32,18 @@ from torch import Tensor, nn
 
 from ..kernels.linear_cross_entropy.op import linear_cross_entropy
 from ..models.config import ConceptConfig
-from ..models.heads import ConceptForMaskedLM
+from ..models.masked_lm import ConceptForMaskedLM
 from ..models.objectives import OBJECTIVES
 from ..models.objectives.view import SampleKey, SpecialTokens, View
 from ..models.packing import pack
-from .allocator import allocator_peak
-from .charts import draw_memory
-from .harness import (
-    environment,
-    markdown_table,
-    refusal,
-    resident_peak,
-    rows_to_resume,
-    write_results,
-)
-from .nvml import watched
-from .peers import Shape, bert
+from .figures.charts import draw_memory
+from .measure.allocator import allocator_peak
+from .measure.environment import environment
+from .measure.nvml import watched
+from .measure.peers import Shape, bert
+from .measure.resident import resident_peak
+from .measure.results import markdown_table, rows_to_resume, write_results
+from .measure.timing import refusal
 
 GIB = 2**30
 GPU_FIGURES = ("memory_used_bytes", "power_w", "energy_j", "sm_clock_mhz", "sm_clock_min_mhz", "throttled",

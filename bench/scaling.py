@@ -33,10 +33,13 @@ from torch import Tensor, nn
 from ..models.config import ConceptConfig
 from ..models.encoder import ConceptEncoder
 from ..models.packing import pack_padded
-from .allocator import observe
-from .charts import draw_scaling
-from .clock import own_stream
-from .exponents import (
+from .figures.charts import draw_scaling
+from .measure.allocator import observe
+from .measure.clock import own_stream
+from .measure.environment import (
+    environment,
+)
+from .measure.exponents import (
     FULL,
     GROWING,
     LOCAL,
@@ -51,20 +54,21 @@ from .exponents import (
     verdicts,
     write_tables,
 )
-from .harness import (
-    Refusal,
-    Timing,
+from .measure.nvml import watched
+from .measure.peers import Perceiver, Shape, bert, modernbert
+from .measure.results import (
     cell,
-    compare,
-    environment,
     flatten,
     markdown_table,
-    refusal,
     rows_to_resume,
     write_results,
-)  # fmt: skip
-from .nvml import watched
-from .peers import Perceiver, Shape, bert, modernbert
+)
+from .measure.timing import (
+    Refusal,
+    Timing,
+    compare,
+    refusal,
+)
 
 NAMES = (OURS, GROWING, *PEERS)
 NUM_CONCEPTS = 128

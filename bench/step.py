@@ -31,16 +31,18 @@ from ..engine.data.loader import Loader
 from ..engine.data.windows import Part, Windows, cut
 from ..engine.launch import World
 from ..engine.optimizer import build_optimizer
-from ..engine.recipe import Recipe, load_recipe
+from ..engine.recipe.load import load_recipe
+from ..engine.recipe.schema import Recipe
 from ..engine.update import look_ahead
-from ..models.heads import ConceptForMaskedLM
+from ..models.masked_lm import ConceptForMaskedLM
 from ..models.objectives.view import SpecialTokens, View
 from ..models.pretraining import Pretraining, Totals
 from ..models.recursion import draw_iterations
-from .ceilings import matmul_flops, synchronize
-from .flops import Sizes, step_flops
-from .harness import environment, markdown_table, write_results
-from .nvml import monitor_of
+from .measure.ceilings import matmul_flops, synchronize
+from .measure.environment import environment
+from .measure.flops import Sizes, step_flops
+from .measure.nvml import monitor_of
+from .measure.results import markdown_table, write_results
 
 PARTS = {"encoder": "encoder", "decoder": "decoder", "head": "lm_head"}  # part -> module of ConceptForMaskedLM
 SYNTHETIC_VOCABULARY = 50368

@@ -27,9 +27,10 @@ from typing import NamedTuple
 
 import torch
 
-from .harness import environment, markdown_table, read_results, write_json
 from .kernels.best import BEST_COLUMNS, best_peers
-from .numbers import report
+from .measure.environment import environment
+from .measure.results import markdown_table, read_results, write_json
+from .report import report
 
 CHECKOUT = Path(__file__).parent.parent
 DONE, CUT, FAILED, WAITING = "done", "cut by the time limit", "failed", "not started"

@@ -3,11 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
-from ..models.generation import blank_canvas, fill, given_text
-from ..models.heads import ConceptForMaskedLM
+from ..models.generation.canvas import blank_canvas, fill, given_text
+from ..models.generation.sampling import Sampling
+from ..models.masked_lm import ConceptForMaskedLM
 from ..models.objectives.view import SpecialTokens
 from ..models.packing import Packed, pack
-from ..models.sampling import Sampling
 from .data.tokenizer import Vocabulary
 from .errors import InputError
 from .saved_model import load_model, load_vocabulary

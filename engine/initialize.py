@@ -9,12 +9,12 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..models.backbone import init_from_backbone
 from ..models.config import ConceptConfig
-from ..models.heads import ConceptForMaskedLM
-from ..models.task_model import LoadReport
-from ..models.warm_start import WarmStart, warm_start_tied
+from ..models.masked_lm import ConceptForMaskedLM
+from ..models.start.warm_start import WarmStart, warm_start_tied
+from ..models.tasks.model import LoadReport
 from .errors import InputError
 from .launch import World
-from .recipe import Init
+from .recipe.schema import Init
 from .saved_model import quiet
 
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # of a hub repository: no pickles, no code

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..models.encoder import ConceptQueries
-from .recipe import Optim
+from .recipe.schema import Optim
 
 NO_DECAY = (nn.Embedding, ConceptQueries)
 

@@ -12,7 +12,8 @@ from typing import Any
 from . import checkpoint
 from .errors import InputError
 from .launch import World
-from .recipe import Recipe, save_recipe
+from .recipe.load import save_recipe
+from .recipe.schema import Recipe
 from .telemetry import environment
 
 

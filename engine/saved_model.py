@@ -12,9 +12,9 @@ from transformers.utils import logging
 
 from ..models.config import ConceptConfig
 from ..models.encoder import ConceptEncoder
-from ..models.heads import ConceptForMaskedLM
+from ..models.masked_lm import ConceptForMaskedLM
 from ..models.objectives.view import SpecialTokens
-from ..models.task_heads import (
+from ..models.tasks.heads import (
     ConceptForMultipleChoice,
     ConceptForQuestionAnswering,
     ConceptForSequenceClassification,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..models.config import ConceptConfig
-from ..models.heads import ConceptForMaskedLM, smoothing_floor
+from ..models.masked_lm import ConceptForMaskedLM, smoothing_floor
 from ..models.objectives import Mixed
 from ..models.pretraining import Pretraining
 from . import checkpoint, compat, launch, zero
@@ -27,7 +27,8 @@ from .export import export
 from .initialize import initialize
 from .launch import StopRequest, World
 from .optimizer import build_optimizer
-from .recipe import Recipe, load_recipe
+from .recipe.load import load_recipe
+from .recipe.schema import Recipe
 from .run import RunFolder
 from .schedule import learning_rate
 from .telemetry import Clock, Telemetry, duration, peak_memory_bytes

@@ -9,7 +9,7 @@ from ..models.objectives.view import View
 from ..models.pretraining import Cached, Totals, cache
 from ..models.recursion import draw_iterations
 from .launch import StopRequest, World
-from .recipe import Recipe
+from .recipe.schema import Recipe
 
 
 def update(

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .recipe import Recipe
+from .recipe.schema import Recipe
 
 BUCKET_NUMEL = 48_000 * 1024  # elements reduced in one call; DeepSpeed's own default reserves 2 GB at 4 bytes each
 

@@ -118,7 +118,7 @@ def load(source: str) -> list[Build]:
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
     else:
-        module = importlib.import_module(f".{source}.fused", __package__)
+        module = importlib.import_module(f".{source}.library", __package__)
     return list(module.builds())
 
 

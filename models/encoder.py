@@ -21,7 +21,7 @@ from .packing import Packed, pack_padded
 from .positions import TokenPositions, anchors
 from .queries import ConceptQueries, NullConcepts, orthogonal_rows
 from .recursion import apply_layers
-from .resize import LoadsOtherSizes
+from .start.resize import LoadsOtherSizes
 from .token_layers import TokenLayers, TokenResidualLinear, WindowConv
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .heads import ConceptForMaskedLM, ConceptMaskedLMOutput
+from .masked_lm import ConceptForMaskedLM, ConceptMaskedLMOutput
 from .objectives.contrastive import Contrastive, Temperature
 from .objectives.view import Pair, View, check_option
 from .packing import Packed

@@ -20,23 +20,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..allocator import allocator_peak
-from ..ceilings import measure_ceilings
-from ..charts import draw_kernels
-from ..clock import num_cold_copies, own_stream
-from ..harness import (
-    Refusal,
-    Timing,
-    cell,
-    compare,
-    environment,
-    flatten,
-    markdown_table,
-    refusal,
-    rows_to_resume,
-    write_results,
-)
-from ..roofline import Ceilings, Floor, work_of
+from ..figures.charts import draw_kernels
+from ..measure.allocator import allocator_peak
+from ..measure.ceilings import measure_ceilings
+from ..measure.clock import num_cold_copies, own_stream
+from ..measure.environment import environment
+from ..measure.results import cell, flatten, markdown_table, rows_to_resume, write_results
+from ..measure.roofline import Ceilings, Floor, work_of
+from ..measure.timing import Refusal, Timing, compare, refusal
 from .best import COLUMNS, best_peers
 from .cases import OPERATORS, Case, Inputs, lengths_of, make_inputs, oracle
 from .matrix import MATRICES

@@ -9,10 +9,10 @@ from transformers import PreTrainedTokenizerFast
 
 from ...models.objectives.view import SpecialTokens
 from ..errors import InputError
+from ..recipe.data import DataRecipe, Source
 from . import tokenizer
 from .cache import built, cache_folder, fingerprint, say
 from .pydocs import open_pydocs
-from .recipe import DataRecipe, Source
 from .sources import Documents, Split, open_source
 from .store import FORMAT, Store, open_store
 from .tokenizer import Vocabulary

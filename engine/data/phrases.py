@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from ...models.objectives import pmi
+from ..recipe.data import DataRecipe
 from .cache import built, cache_folder, fingerprint, say
 from .corpus import open_corpus
 from .order import raw
-from .recipe import DataRecipe
 
 MOST_TOKENS = 20_000_000  # of the text that is counted; 3 GB of memory
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .recipe import DEFAULT_VALIDATION, Source
+from ..recipe.data import DEFAULT_VALIDATION, Source
 
 KNOWN = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.+-]+)?")

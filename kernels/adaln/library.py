@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import fused
+from .fused import builds as builds
 
 LIBRARY = torch.library.Library("conceptron", "FRAGMENT")
 LIBRARY.define(

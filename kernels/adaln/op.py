@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..backend import choose
 from ..checks import check_boundaries, check_float, check_like, check_size, check_tensor
-from .segments import torch_modulate, torch_residual_modulate
+from .eager import torch_modulate, torch_residual_modulate
 
 MAX_WIDTH = 8192  # of the Triton backend: a row must fit a program's registers
 

@@ -155,7 +155,7 @@ def forward_kernel(
 
 
 # {(units, D > 64): {BLOCK_C: (BLOCK_N, num_warps, num_stages)}}; units as splits.matrix_units. Chosen from the compile
-# table: the largest tiles that spill nothing and leave room for a second stage. More concepts: see fused.py.
+# table: the largest tiles that spill nothing and leave room for a second stage. More concepts: see library.py.
 TILES = {
     ("wgmma", False): {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 3), 128: (64, 8, 2)},
     ("wgmma", True): {16: (64, 4, 3), 32: (64, 4, 3), 64: (32, 4, 3), 128: (32, 8, 3)},

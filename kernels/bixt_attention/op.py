@@ -56,9 +56,9 @@ def bixt_attention(
     concept_qk, concept_v, token_qk, token_v = lower_precision(concept_qk, concept_v, token_qk, token_v)
     scale = _check(concept_qk, concept_v, token_qk, token_v, cu_seqlens, max_seqlen, scale)
     if choose(backend, token_qk) == "triton":
-        from . import fused  # not at the top: the torch backend works without triton
+        from . import library  # not at the top: the torch backend works without triton
 
-        return fused.bixt_attention(concept_qk, concept_v, token_qk, token_v, cu_seqlens, max_seqlen, scale)
+        return library.bixt_attention(concept_qk, concept_v, token_qk, token_v, cu_seqlens, max_seqlen, scale)
     return eager.bixt_attention(concept_qk, concept_v, token_qk, token_v, cu_seqlens, max_seqlen, scale)
 
 

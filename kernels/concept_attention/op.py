@@ -72,9 +72,9 @@ def concept_attention(
     chosen = choose(backend, q)
     seed_tensor = as_seed(seed, q.device) if dropout_p > 0 else None
     if chosen == "triton":
-        from . import fused
+        from . import library
 
-        out, lse = fused.concept_attention(q, k, v, cu_seqlens, max_seqlen, scale, dropout_p, seed_tensor)
+        out, lse = library.concept_attention(q, k, v, cu_seqlens, max_seqlen, scale, dropout_p, seed_tensor)
     else:
         out, lse = eager.concept_attention(q, k, v, cu_seqlens, max_seqlen, scale, dropout_p, seed_tensor, return_lse)
     return (out, lse) if return_lse else out

@@ -7,8 +7,9 @@ one that scatters rows, which a compiler would turn into atomic additions. Autog
 import torch
 from torch import Tensor
 
+from ..build import Build
 from ..checks import readable
-from . import chunked
+from . import eager
 
 LIBRARY = torch.library.Library("conceptron", "FRAGMENT")
 LIBRARY.define(
@@ -30,9 +31,9 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """nll [M], and the gradients of sum_i row_weight_i nll_i that are wanted: dx [M, d], dweight [V, d], dbias [V]."""
     _check_values(hidden, weight, targets, index, ignore_index)
-    implementation = chunked
+    implementation = eager
     if backend == "triton":
-        from . import fused as implementation
+        from . import modes as implementation
     # The products choose their own precision, and Triton launches on the current device.
     with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
         return implementation.forward(
@@ -163,3 +164,10 @@ def _scaled(grad: Tensor, upstream: Tensor | None, dtype: torch.dtype) -> Tensor
     if upstream is None:
         return grad.to(dtype)
     return torch.mul(grad, upstream, out=torch.empty_like(grad, dtype=dtype))
+
+
+def builds() -> list[Build]:
+    """Every configuration that the Triton backend ships."""
+    from . import modes  # not at the top: the torch backend works without triton
+
+    return modes.builds()

@@ -65,9 +65,9 @@ def slot_attention(
     q, k, v = lower_precision(q, k, v)
     scale = _check(q, k, v, cu_seqlens, max_seqlen, scale, normalize, eps)
     if choose(backend, k) == "triton":
-        from . import fused  # not at the top: the torch backend works without triton
+        from . import library  # not at the top: the torch backend works without triton
 
-        return fused.slot_attention(q, k, v, cu_seqlens, max_seqlen, scale, normalize, float(eps))
+        return library.slot_attention(q, k, v, cu_seqlens, max_seqlen, scale, normalize, float(eps))
     return eager.slot_attention(q, k, v, cu_seqlens, max_seqlen, scale, normalize, float(eps))
 
 

@@ -70,7 +70,7 @@ def token_attention(
     chosen = choose(backend, q)
     seed_tensor = as_seed(seed, q.device) if dropout_p > 0 else None
     if chosen == "triton":
-        from . import fused
+        from . import library
 
-        return fused.token_attention(q, k, v, cu_seqlens, max_seqlen, scale, dropout_p, seed_tensor)
+        return library.token_attention(q, k, v, cu_seqlens, max_seqlen, scale, dropout_p, seed_tensor)
     return eager.token_attention(q, k, v, cu_seqlens, max_seqlen, scale, dropout_p, seed_tensor)

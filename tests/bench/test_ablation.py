@@ -6,11 +6,12 @@ import math
 import pytest
 import yaml
 
-from conceptron.bench import ablation, yardsticks
+from conceptron.bench import ablation
 from conceptron.bench.ablation import Measure, cells_of, main, read_table, write_recipes
-from conceptron.bench.harness import read_results
-from conceptron.bench.numbers import derive
-from conceptron.bench.table import BETTER, COLUMNS, WORSE, summarize, verdict
+from conceptron.bench.analysis import yardsticks
+from conceptron.bench.documents.table import BETTER, COLUMNS, WORSE, summarize, verdict
+from conceptron.bench.measure.results import read_results
+from conceptron.bench.report import derive
 from conceptron.engine.data import tokenizer
 from conceptron.engine.errors import InputError
 

@@ -19,13 +19,13 @@ from conceptron.bench.describe import (
     main,
     short,
 )  # fmt: skip
+from conceptron.bench.measure.parameters import PARTS
+from conceptron.bench.measure.peers import Shape, bert
 from conceptron.bench.memory import saved_by_part
-from conceptron.bench.parameters import PARTS
-from conceptron.bench.peers import Shape, bert
-from conceptron.engine.recipe import load_recipe
+from conceptron.engine.recipe.load import load_recipe
 from conceptron.models.config import ConceptConfig
 from conceptron.models.encoder import ConceptEncoder
-from conceptron.models.heads import ConceptForMaskedLM
+from conceptron.models.masked_lm import ConceptForMaskedLM
 from conceptron.models.objectives import OBJECTIVES
 from conceptron.models.objectives.view import SampleKey, SpecialTokens
 from conceptron.models.packing import pack

@@ -6,13 +6,14 @@ import time
 import pytest
 import torch
 
-from conceptron.bench import charts
-from conceptron.bench.harness import Refusal, Timing, read_results
+from conceptron.bench.figures import charts
 from conceptron.bench.kernels import run
 from conceptron.bench.kernels.cases import OPERATORS, make_inputs
 from conceptron.bench.kernels.matrix import MATRICES
 from conceptron.bench.kernels.providers import PROVIDERS, Prepared, Unavailable, providers_of
-from conceptron.bench.roofline import Ceilings
+from conceptron.bench.measure.results import read_results
+from conceptron.bench.measure.roofline import Ceilings
+from conceptron.bench.measure.timing import Refusal, Timing
 
 CPU = torch.device("cpu")
 ADALN = next(case for case in MATRICES["small"]() if case.operator == "adaln")

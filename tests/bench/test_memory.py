@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from conceptron.bench import harness
+from conceptron.bench.measure import resident
+from conceptron.bench.measure.peers import Shape
 from conceptron.bench.memory import FULL, OURS, longest_that_fits, make_model, make_view, saved_by_part, training_case
-from conceptron.bench.peers import Shape
 
 TINY = Shape(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, vocab_size=256, max_tokens=512)
 
@@ -63,7 +63,7 @@ def test_a_case_that_fails_says_why_and_is_not_predicted_from(monkeypatch):
             raise RuntimeError(f"{target}: exit code -9")
         result = {"parameters": 10, "gradients": 10, "optimizer": 20, "activations: encoder": 5,
                   "allocator_peak": 50 + case["num_tokens"], "memory_used_bytes": 7, "throttled": "no"}  # fmt: skip
-        return harness.Memory(0, 99), result
+        return resident.Memory(0, 99), result
 
     monkeypatch.setattr(memory, "resident_peak", child)
     rows = [memory.run_case(OURS, TINY, n, 16, "cuda") for n in (512, 1024, 2048)]

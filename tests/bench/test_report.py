@@ -1,278 +1,125 @@
-"""Reports of a fabricated run and of bare checkpoints, whose figures are known."""
+import re
+from pathlib import Path
 
-import json
-import math
-import shutil
-
-import numpy as np
 import pytest
-import torch
 
-from conceptron.bench import heldout, report
-from conceptron.engine.data import tokenizer
-from conceptron.engine.data.windows import Part, Windows
-from conceptron.engine.errors import InputError
-from conceptron.engine.recipe import load_recipe, save_recipe
-from conceptron.models.config import ConceptConfig
-from conceptron.models.encoder import ConceptEncoder
-from conceptron.models.heads import ConceptForMaskedLM, smoothing_floor
-from conceptron.models.objectives import SpecialTokens
+from conceptron.bench.compare import compare_folders, slower
+from conceptron.bench.documents.paste import BLOCK, fill
+from conceptron.bench.figures import charts
+from conceptron.bench.kernels.best import best_peers
+from conceptron.bench.measure.results import read_results, write_results
+from conceptron.bench.measure.timing import Timing
+from conceptron.bench.report import report
 
-SENTENCES = (
-    "The reader opens a file and returns its lines one by one.",
-    "A matrix times a vector is a vector of the same height.",
-    "If the key is missing the default value is returned instead.",
-    "Every thread waits until the lock has been released.",
-    "The gradient of a constant function is zero everywhere.",
-    "Names that begin with an underscore are private to the module.",
-)
-SHAPE = dict(
-    hidden_size=32, num_concepts=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
-    num_decoder_layers=1,
-)  # fmt: skip
-RECIPE = """
-run: {{name: small, folder: {folder}}}
-model: {shape}
-data: {{source: {folder}/text, tokenizer: {folder}/words, window: 64, cache: {folder}/cache}}
-objective: {objective}
-train: {{steps: 30, label_smoothing: {smoothing}}}
-eval: {{tokens: 1500}}
-"""
+ROOT = Path(__file__).parent.parent.parent
+DOCUMENTS = ("README.md", "docs/numbers.md", "docs/log.md")
 
 
-def documents(seed: int, count: int) -> list[str]:
-    generator = np.random.default_rng(seed)
-    return [" ".join(SENTENCES[i] for i in generator.integers(len(SENTENCES), size=12)) for _ in range(count)]
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_pasted_tables_equal_the_committed_results(name):
+    text = (ROOT / name).read_text()
+    assert BLOCK.search(text), f"{name} has no table of measured numbers"
+    assert fill(text, ROOT) == text, f"{name}: run conceptron bench report bench/results/cpu --paste {name}"
 
 
-def make_run(folder, *, objective="{name: mlm}", smoothing=0.0, uniform=True):
-    """A run folder as the trainer leaves it, with an untrained model; ``uniform``: one whose every guess is 1 / V."""
-    (folder / "text").mkdir(parents=True)
-    for name, count in (("train", 60), ("validation", 30)):
-        lines = [json.dumps({"text": text}) for text in documents(count, count)]
-        (folder / "text" / f"{name}.jsonl").write_text("\n".join(lines))
-    words = tokenizer.train(documents(0, 50), 400)
-    words.save_pretrained(folder / "words")
-    shape = SHAPE | {"timestep_conditioning": "diffusion" in objective}
-    text = RECIPE.format(shape=shape, folder=folder, objective=objective, smoothing=smoothing)
-    (folder / "recipe.in").write_text(text)
-    recipe = load_recipe(folder / "recipe.in")
-    run = folder / "small"
-    run.mkdir()
-    save_recipe(recipe, run / "recipe.yaml")
-    tokens = tokenizer.describe(words, "words").tokens
-    torch.manual_seed(0)
-    config = ConceptConfig(**shape, vocab_size=tokens.vocab_size, mask_token_id=tokens.mask_id, pad_token_id=0)
-    model = ConceptForMaskedLM(config)
-    if uniform:
-        torch.nn.init.zeros_(model.lm_head.weight)
-        torch.nn.init.zeros_(model.lm_head.bias)
-    model.save_pretrained(run / "model")
-    words.save_pretrained(run / "model")
-    history = [
-        {"kind": "train", "step": i, "loss": 6 - i / 20, "tokens": 100 * i, "tokens_per_s": 50.0, "elapsed_s": 2.0 * i}
-        for i in range(1, 31)
-    ]
-    history += [{"kind": "eval", "step": i, "nll_unseen": 6 - i / 25, "nll_seen": None} for i in (15, 30)]
-    history.append({
-        "kind": "end", "step": 30, "train_seconds": 61.5, "tokens": 3000, "tokens_per_s": 49.0,
-        "peak_memory_bytes": 3 * 2**20,
-    })  # fmt: skip
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
-    (run / "environment.json").write_text(json.dumps({"device": "cpu", "num_threads": 2, "packages": {"torch": "x"}}))
-    return run
+def test_fill_writes_the_columns_that_the_marker_names(tmp_path):
+    rows = [{"encoder": "a", "of time": 1.5, "hidden": 3}]
+    write_results(tmp_path, "x", rows, {"cpu": "some cpu", "date": "today"})
+    text = "before\n<!-- numbers: x.json encoder of_time -->\nstale\n<!-- end -->\nafter\n"
+    filled = fill(text, tmp_path)
+    assert "| a | 1.5 |" in filled and "cpu some cpu; date today" in filled
+    assert "stale" not in filled and "hidden" not in filled and filled.endswith("after\n")
+    assert fill(filled, tmp_path) == filled
+    with pytest.raises(ValueError, match="no column 'nonsense'"):
+        fill(text.replace("of_time", "nonsense"), tmp_path)
+    missing = fill(text.replace("x.json", "y.json"), tmp_path)
+    assert "\nNot measured.\n" in missing and "stale" not in missing
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("runs"))
-
-
-def read(folder):
-    return json.loads((folder / "summary.json").read_text())
-
-
-def is_figure(path) -> bool:
-    return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
-
-
-def test_report_of_a_run(run, capsys):
-    folder = report.analyze(str(run))
-    assert folder == run / "report"
-    summary = read(folder)
-    vocab_size = ConceptConfig.from_pretrained(run / "model").vocab_size
-    assert summary["heldout_nll"] == pytest.approx(math.log(vocab_size), rel=1e-5)  # every guess is 1 / V
-    assert summary["losses"]["nll_of_other_concepts"] == pytest.approx(math.log(vocab_size), rel=1e-5)
-    assert 2 < summary["unigram_entropy"] < math.log(vocab_size)
-    # the frequencies of other text of the same kind cannot beat those of the text itself
-    assert summary["unigram_entropy"] < summary["losses"]["train_unigram"] < summary["unigram_entropy"] + 0.2
-    assert 1 <= summary["effective_rank"] <= 8
-    assert summary["train_seconds"] == 61.5
-    assert set(summary["losses"]["nll_by_view"]) == {"mask=0.15", "mask=0.30", "mask=0.50"}
-    assert summary["losses"]["num_unseen"] == summary["losses"]["num_targets"] > 0
-    assert {gate["verdict"] for gate in summary["gates"]} >= {"PASS", "FAIL", "not measured"}
-    assert all(is_figure(folder / f"{name}.png") for name in ("loss", "nll", "similarity", "spectrum"))
-    text = (folder / "report.md").read_text()
-    for name in ("loss", "nll", "similarity", "spectrum"):
-        assert f"]({name}.png)" in text
-    assert "| **training time**, s | 61.5 | 30 steps, 3,000 tokens |" in text
-    assert "unigram entropy" in text
-    printed = capsys.readouterr().out
-    assert "ABOVE the unigram entropy" in printed
-    assert str(folder / "report.md") in printed
-    assert str(folder / "summary.json") in printed
-
-
-def test_report_agrees_with_the_engine(run):
-    # the held-out figures are those that training writes into metrics.jsonl, by the same function on the same text
-    from conceptron.engine.data.corpus import open_corpus
-    from conceptron.engine.data.loader import Loader
-    from conceptron.engine.evaluation import evaluate
-    from conceptron.engine.launch import World
-
-    recipe = load_recipe(run / "recipe.yaml")
-    corpus = open_corpus(recipe.data)
-    sizes = dict(seed=5, tokens_per_step=recipe.batch.tokens, micro_tokens=recipe.batch.micro_tokens)
-    loader = Loader(corpus.validation, recipe.build_objective(), corpus.tokens, **sizes)
-    model = ConceptForMaskedLM.from_pretrained(run / "model")
-    torch.nn.init.normal_(model.lm_head.weight, std=0.3)
-    trained = evaluate(model, loader, recipe.eval.tokens, World(0, 0, 1, torch.device("cpu")))
-    subject = report.open_subject(run)
-    subject.model.load_state_dict(model.state_dict())
-    found = heldout.losses(subject.model, subject.loader, None, subject.num_tokens)
-    assert found.heldout_nll == pytest.approx(trained["nll_unseen"], rel=1e-5)
-    assert found.nll_by_view == pytest.approx(trained["nll_by_t"], rel=1e-5)
-    assert found.num_targets == trained["num_targets"]
-    assert not subject.model.training
-
-
-def test_seen_targets_are_never_held_against_an_entropy(tmp_path, capsys):
-    objective = "{name: diffusion, encoder_view: clean}"
-    folder = report.analyze(make_run(tmp_path, objective=objective, smoothing=0.1))
-    summary = read(folder)
-    assert summary["heldout_nll"] is None
-    assert summary["losses"]["heldout_nll_seen"] > 0
-    text = (folder / "report.md").read_text()
-    assert "**saw**: copying" in text
-    assert "smoothed by 0.1" in text
-    assert f"{smoothing_floor(0.1, summary_vocab(tmp_path)):.4f}" in text
-    printed = capsys.readouterr().out
-    assert "SAW (copying)" in printed
-    assert "below" not in printed.lower().split("gates")[0]
-
-
-def summary_vocab(folder) -> int:
-    return ConceptConfig.from_pretrained(folder / "small" / "model").vocab_size
-
-
-def test_bare_checkpoint_reads_given_text(run, tmp_path, capsys):
-    checkpoint = shutil.copytree(run / "model", tmp_path / "checkpoint")
-    (tmp_path / "some.txt").write_text(" ".join(documents(7, 20)))
-    folder = report.analyze(checkpoint, [str(tmp_path / "some.txt")])
-    summary = read(folder)
-    assert summary["heldout_nll"] == pytest.approx(math.log(summary_vocab(run.parent)), rel=1e-5)
-    assert summary["train_seconds"] is None
-    assert summary["losses"]["train_unigram"] is None
-    assert "some.txt" in summary["text"]
-    assert not (folder / "loss.png").exists()
-    assert (folder / "nll.png").exists()
-    assert "checkpoint" in capsys.readouterr().out
-
-
-def test_encoder_without_decoder_has_concepts_only(run, tmp_path):
-    encoder = ConceptEncoder.from_pretrained(run / "model")
-    checkpoint = tmp_path / "encoder"
-    encoder.save_pretrained(checkpoint)
-    for file in (run / "model").glob("token*"):
-        shutil.copy(file, checkpoint)
-    (tmp_path / "a.txt").write_text(" ".join(documents(3, 20)))
-    folder = report.analyze(checkpoint, [str(tmp_path / "a.txt")])
-    summary = read(folder)
-    assert summary["heldout_nll"] is None
-    assert summary["losses"] is None
-    assert summary["samples"] == []
-    whole = report.analyze(shutil.copytree(run / "model", tmp_path / "whole"), [str(tmp_path / "a.txt")])
-    assert summary["geometry"] == pytest.approx(read(whole)["geometry"])
-    assert not (folder / "nll.png").exists()
-    assert "no loss to measure" in (folder / "report.md").read_text()
+def measured(ms: float, spread: float, provider: str = "conceptron") -> dict:
+    quantiles = {"ms": ms, "ms_p20": ms * (1 - spread / 2), "ms_p80": ms * (1 + spread / 2), "ms_samples": 9}
+    return {"operator": "o", "case": "c", "mode": "both", "provider": provider, **quantiles}
 
 
 @pytest.mark.parametrize(
-    ("break_it", "message"),
-    [
-        (lambda run: shutil.rmtree(run), "no such folder"),
-        (lambda run: shutil.rmtree(run / "model"), "has not finished.*resume=auto"),
-        (lambda run: (run / "recipe.yaml").unlink(), "neither a run folder"),
-        (lambda run: (run / "metrics.jsonl").write_text('{"kind": "tr'), "metrics.jsonl: not a file of JSON lines"),
-        (lambda run: (run / "report").write_text(""), "report: cannot be made"),
-        (lambda run: (run / "model" / "model.safetensors").write_bytes(b"0123456789"), "not the weights of a Concept"),
-        (lambda run: edit(run, "num_hidden_layers", 2), "weights are missing, encoder.layers.1"),
-        (lambda run: edit(run, "num_concepts", 9), "not the weights of a ConceptForMaskedLM"),
-        (lambda run: edit(run, "model_type", "bert"), "expected model_type 'conceptron', got 'bert'"),
-    ],
-)  # fmt: skip
-def test_bad_input_is_one_line(run, tmp_path, break_it, message):
-    copy = shutil.copytree(run, tmp_path / "copy", ignore=shutil.ignore_patterns("report"))
-    break_it(copy)
-    with pytest.raises(InputError, match=message) as caught:
-        report.analyze(copy)
-    assert "\n" not in str(caught.value)
+    ("now", "spread", "found"),
+    [(1.04, 0.0, False), (1.06, 0.0, True), (1.25, 0.2, False), (1.5, 0.2, True), (0.5, 0.0, False)],
+)
+def test_slower_means_beyond_the_noise(now, spread, found):
+    assert bool(slower([measured(1.0, spread)], [measured(now, spread)])) == found
 
 
-def edit(run, field, value):
-    path = run / "model" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+def test_one_sample_does_not_know_its_noise():
+    """A call that was made once has p20 = p80; its noise is taken from the rows that have some."""
+    single = {**measured(1.0, 0.0, "once"), "ms_samples": 1}
+    old, new = [measured(1.0, 0.3), single], [measured(1.0, 0.3), {**single, "ms": 1.5, "ms_p20": 1.5, "ms_p80": 1.5}]
+    assert slower(old, new) == []
+    (row,) = slower([single], [{**single, "ms": 1.5}])  # nothing knows of any noise
+    assert (row["what"], row["slower by"], row["noise"]) == ("o c both once", "50 %", "0 %")
 
 
-def test_foreign_tokenizer_is_refused(run, tmp_path):
-    checkpoint = shutil.copytree(run / "model", tmp_path / "c")
-    longer = [*documents(0, 50), "other words make more entries in the vocabulary " * 3]
-    tokenizer.train(longer, 600).save_pretrained(checkpoint)
-    (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(InputError, match="do not belong together"):
-        report.analyze(checkpoint, [str(tmp_path / "a.txt")])
+def test_the_worst_comes_first():
+    old, new = ([measured(ms, 0.0, name) for name, ms in pairs] for pairs in (
+        (("a", 1.0), ("b", 1.0), ("c", 1.0)), (("a", 1.2), ("b", 3.0), ("c", 1.0)),
+    ))  # fmt: skip
+    assert [row["what"].split()[-1] for row in slower(old, new)] == ["b", "a"]
 
 
-def test_samples_hide_words_and_change_nothing_else(run):
-    subject = report.open_subject(run)
-    torch.nn.init.normal_(subject.model.lm_head.weight, std=0.3)
-    samples = heldout.samples(subject.model, subject.loader, subject.tokenizer, from_concepts=False)
-    assert len(samples) == 3
-    for sample in samples:
-        plain = sample.source.replace("«", "").replace("»", "")
-        assert plain in " ".join(SENTENCES * 5) or all(word in " ".join(SENTENCES) for word in plain.split()[1:-1])
-        assert sample.hidden.count("__") == sample.num_hidden > 4
-        assert 0 <= sample.num_right <= sample.num_hidden
-        assert outside(sample.source) == outside(sample.filled)
-        assert sample.source != sample.filled  # an untrained model does not guess ten words
-        assert "[MASK]" not in sample.filled
-    again = heldout.samples(subject.model, subject.loader, subject.tokenizer, from_concepts=False)
-    assert again == samples
-    copied = heldout.samples(subject.model, subject.loader, subject.tokenizer, from_concepts=True)[0]
-    assert set(copied.hidden.split()) == {"__"}
-    assert "from its concepts alone" in copied.how
+def test_compare_folders(tmp_path):
+    for folder, ms in (("old", 1.0), ("new", 2.0)):
+        rows = [{"operator": "o", "case": "c", "mode": "both", "provider": "p", "ms": Timing(ms, ms, ms, 5, "clock")}]
+        write_results(tmp_path / folder / "kernels", "kernels", rows, {})
+    found, count = compare_folders(tmp_path / "old", tmp_path / "new")
+    assert count == 1 and found[0]["slower by"] == "100 %"
+    with pytest.raises(FileNotFoundError, match="no result"):
+        compare_folders(tmp_path / "old", tmp_path)
 
 
-def outside(text: str) -> list[str]:
-    return [part.split("»")[-1].strip() for part in text.split("«")]
+def test_best_peer_must_be_accurate():
+    rows = [
+        {**measured(2.0, 0), "accurate": True, "share_of_floor": 0.5},
+        {**measured(1.0, 0, "wrong"), "accurate": False},
+        {**measured(3.0, 0, "right"), "accurate": True},
+        {**measured(9.0, 0, "slow"), "accurate": True},
+        {"operator": "o", "case": "c", "mode": "both", "provider": "absent", "ms": "not installed"},
+    ]
+    (line,) = best_peers(rows)
+    assert (line["best peer"], line["ours is faster by"]) == ("right", 1.5)
 
 
-def test_hidden_words_are_whole():
-    pieces = ["The", " re", "ader", " opens", "\n", " a", " file", "\n\n", " one", " by", " one", ".", " End"]
-    shown = [0, 4, 7]  # the first has no space before it, the others are line ends
-    for seed in range(20):
-        is_hidden = heldout.hidden_words(pieces, np.random.Generator(np.random.Philox(seed)))
-        assert is_hidden.any()
-        assert is_hidden[1] == is_hidden[2], "a word is hidden whole or not at all"
-        assert not is_hidden[shown].any()
-    assert heldout.hidden_words(["a"] * 60, np.random.Generator(np.random.Philox(0))).sum() in (10, 11)
+def test_report_of_an_empty_folder_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no result files"):
+        report(tmp_path)
 
 
-def test_unigram_cross_entropy_by_hand():
-    tokens = SpecialTokens(mask_id=0, special_ids=frozenset({0}), vocab_size=4)
-    text = np.array([1, 1, 2, 0, 1, 3], dtype=np.int64)
-    windows = Windows([Part(text, np.array([0, 3]), np.array([3, 3], dtype=np.int32))])
-    train, held_out = Windows([Part(text, np.array([0]), np.array([3], dtype=np.int32))]), windows
-    # counts with one added: token 1: 3, token 2: 2, token 3: 1, of 6; the held-out text has 1 three times, 2 and 3 once
-    expected = -(3 * math.log(3 / 6) + math.log(2 / 6) + math.log(1 / 6)) / 5
-    assert heldout.unigram_cross_entropy(train, held_out, [0, 1], tokens) == pytest.approx(expected)
+RESULTS = sorted(path for path in (ROOT / "bench" / "results").rglob("*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: str(path.relative_to(ROOT / "bench" / "results")))
+def test_every_committed_result_says_where_it_comes_from(path):
+    rows, environment = read_results(path)
+    assert rows
+    for name in ("commit", "date", "command", "torch", "triton", "cpu", "threads"):
+        assert environment[name] is not None, f"{name} is not stamped"
+    assert environment["dirty"] is False, "measured on code that no commit holds"
+    assert environment["command"].startswith("conceptron bench ")
+    assert not re.search(r"[ =][/~]", environment["command"]), "a path of one machine; a shipped recipe has its name"
+    if environment["gpu"]:
+        assert environment["driver"] and environment["cudnn"] and environment["ptxas"]
+
+
+def test_a_report_of_what_a_time_limit_left(tmp_path, monkeypatch):
+    """One row of each, or only rows that say why nothing was measured."""
+    monkeypatch.setattr(charts, "SUFFIXES", ("png",))
+    case = {"encoder": "concept", "phase": "forward", "N": 512, "C": 128}
+    memory = {"parameters": 4, "gradients": 4, "optimizer": 8, "activations: encoder": 2048, "temporary": 1,
+              "allocator_peak": 2**20, "resident_peak": 2**21}  # fmt: skip
+    ran = {"scaling": [{**case, "time_ms": 3.0, "peak_bytes": 2**20}], "memory": [{**case, **memory}]}
+    not_run = {"scaling": [{**case, "time_ms": "not run: why", "peak_bytes": None}],
+               "memory": [{**case, "failed": "RuntimeError: why"}]}  # fmt: skip
+    for folder, results in (("ran", ran), ("not run", not_run)):
+        for name, rows in results.items():
+            write_results(tmp_path / folder / name, name, rows, {"gpu": "some gpu"})
+        text = report(tmp_path / folder).read_text()
+        assert "## scaling/scaling" in text and ("why" in text) == (folder == "not run")
+    assert (tmp_path / "ran" / "memory" / "memory.png").exists()

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from conceptron.bench.allocator import allocator_peak
-from conceptron.bench.peers import Perceiver, Shape, bert, modernbert
+from conceptron.bench.measure.allocator import allocator_peak
+from conceptron.bench.measure.peers import Perceiver, Shape, bert, modernbert
 from conceptron.bench.scaling import (
     FULL,
     GROWING,

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from conceptron.bench import step
-from conceptron.engine.recipe import load_recipe
+from conceptron.engine.recipe.load import load_recipe
 
 TINY = ("model.hidden_size=32", "model.num_attention_heads=2", "model.intermediate_size=32", "model.num_concepts=16",
         "data.window=64", "batch.tokens=512", "batch.micro_tokens=256", "train.precision=fp32")  # fmt: skip

@@ -80,7 +80,7 @@ def test_every_stage_is_a_command_that_its_benchmark_accepts(size, tmp_path, mon
     """The options are parsed by the benchmarks themselves, which are stopped before they measure."""
     from conceptron.bench import memory, scaling, step
     from conceptron.bench.kernels import run
-    from conceptron.engine.recipe import load_recipe
+    from conceptron.engine.recipe.load import load_recipe
 
     class Parsed(Exception):
         pass
@@ -111,7 +111,8 @@ def test_every_stage_is_a_command_that_its_benchmark_accepts(size, tmp_path, mon
 
 
 def test_the_last_table_has_stages_crossovers_and_winners(tmp_path):
-    from conceptron.bench.harness import Timing, write_results
+    from conceptron.bench.measure.results import write_results
+    from conceptron.bench.measure.timing import Timing
 
     rows = [
         {"operator": "o", "case": "c", "mode": "both", "provider": name, "ms": Timing(ms, ms, ms, 9, "graph"),

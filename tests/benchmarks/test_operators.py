@@ -10,11 +10,11 @@ small matrix, and each case runs once, as a check that it still runs and is accu
 import pytest
 import torch
 
-from conceptron.bench.harness import Refusal
 from conceptron.bench.kernels.cases import make_inputs
 from conceptron.bench.kernels.matrix import MATRICES
 from conceptron.bench.kernels.providers import PROVIDERS, providers_of
 from conceptron.bench.kernels.run import allowed_error, calls_of, check, modes_of, truth_of
+from conceptron.bench.measure.timing import Refusal
 
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE = (torch.device("cuda"), torch.bfloat16) if ON_GPU else (torch.device("cpu"), torch.float32)

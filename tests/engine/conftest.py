@@ -14,9 +14,9 @@ from conceptron.engine import checkpoint, launch, zero
 from conceptron.engine.data import tokenizer
 from conceptron.engine.launch import World
 from conceptron.engine.optimizer import build_optimizer
-from conceptron.engine.recipe import Recipe
+from conceptron.engine.recipe.schema import Recipe
 from conceptron.models.config import ConceptConfig
-from conceptron.models.heads import ConceptForMaskedLM
+from conceptron.models.masked_lm import ConceptForMaskedLM
 from conceptron.models.objectives import OBJECTIVES, SampleKey, SpecialTokens, View
 from conceptron.models.packing import pack
 

@@ -13,7 +13,7 @@ from conceptron.engine.checkpoint import Progress
 from conceptron.engine.errors import InputError
 from conceptron.engine.launch import World
 from conceptron.models.config import ConceptConfig
-from conceptron.models.heads import ConceptForMaskedLM
+from conceptron.models.masked_lm import ConceptForMaskedLM
 
 STAGES = pytest.mark.parametrize("stage, precision", [(1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
 

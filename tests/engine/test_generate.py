@@ -6,8 +6,8 @@ from conceptron.engine.data.tokenizer import describe, train
 from conceptron.engine.errors import InputError
 from conceptron.engine.generate import canvas_of, generate, read
 from conceptron.models.config import ConceptConfig
-from conceptron.models.heads import ConceptForMaskedLM
-from conceptron.models.sampling import Sampling
+from conceptron.models.generation.sampling import Sampling
+from conceptron.models.masked_lm import ConceptForMaskedLM
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. "
 

@@ -3,9 +3,9 @@
 import torch
 
 from conceptron.engine.optimizer import build_optimizer, parameter_groups
-from conceptron.engine.recipe import Optim
+from conceptron.engine.recipe.schema import Optim
 from conceptron.models.config import ConceptConfig
-from conceptron.models.heads import ConceptForMaskedLM
+from conceptron.models.masked_lm import ConceptForMaskedLM
 
 
 def model(**fields) -> ConceptForMaskedLM:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from conceptron.engine import checkpoint
 from conceptron.engine.data.corpus import open_corpus
 from conceptron.engine.data.loader import Loader
-from conceptron.engine.recipe import load_recipe
+from conceptron.engine.recipe.load import load_recipe
 from conceptron.engine.telemetry import numbers
 from conceptron.engine.trainer import train
 

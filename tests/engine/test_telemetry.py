@@ -7,7 +7,7 @@ import torch
 
 from conceptron.engine.launch import World
 from conceptron.engine.telemetry import UNCOUNTED_STEPS, Clock, Telemetry, duration, forget_after
-from conceptron.models.heads import smoothing_floor
+from conceptron.models.masked_lm import smoothing_floor
 
 
 @pytest.fixture

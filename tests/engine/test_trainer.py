@@ -23,7 +23,7 @@ from conceptron.engine.errors import InputError
 from conceptron.engine.telemetry import Telemetry
 from conceptron.engine.trainer import train
 from conceptron.models.config import ConceptConfig
-from conceptron.models.heads import ConceptForMaskedLM
+from conceptron.models.masked_lm import ConceptForMaskedLM
 from conceptron.models.pretraining import Pretraining
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conceptron.engine.recipe import Recipe
+from conceptron.engine.recipe.schema import Recipe
 from conceptron.engine.zero import BUCKET_NUMEL, deepspeed_config
 
 

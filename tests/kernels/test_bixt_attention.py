@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from conceptron.kernels.bixt_attention import backward, bixt_attention, eager, forward, fused
+from conceptron.kernels.bixt_attention import backward, bixt_attention, eager, forward, library
 from conceptron.kernels.bixt_attention.reference import reference_bixt_attention
 
 NAMES = "concept_out", "token_out", "dconcept_qk", "dconcept_v", "dtoken_qk", "dtoken_v"
@@ -360,12 +360,12 @@ def test_refusals(message, monkeypatch, device):
 
 
 def test_builds_cover_the_tables():
-    names = [build.name for build in fused.builds()]
+    names = [build.name for build in library.builds()]
     assert len(names) == len(set(names))
     for direction, tiles in (("forward", forward.TILES), ("backward", backward.TILES)):
         assert tiles.keys() == forward.TILES.keys()
         for (units, wide), table in tiles.items():
-            assert table.keys() == backward.TILES[units, wide].keys()  # backward decides what is fused
+            assert table.keys() == backward.TILES[units, wide].keys()  # backward decides what is library
             for block_c, (block_n, *_) in table.items():
                 shape = f"C{block_c}xN{block_n}xD{128 if wide else 64}"
                 assert any(f"/{direction}/{units}/" in name and shape in name for name in names), (units, shape)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conceptron.kernels.concept_attention import backward, concept_attention, forward, fused, reference
+from conceptron.kernels.concept_attention import backward, concept_attention, forward, library, reference
 from conceptron.kernels.splits import choose_chunk
 
 # name: lengths, C, H, Hkv, D, q shared by the batch, dropout, scale
@@ -335,7 +335,7 @@ def test_dropout_keeps_the_mean(device):
 @pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
 def test_whatever_the_tables_choose_is_compiled(dropout, compiled_by):
     """For any number of rows, the tiles of every kernel are among the builds of the compile table."""
-    compiled = compiled_by([build for build in fused.builds() if ("seed_ptr" not in build.constants) == dropout])
+    compiled = compiled_by([build for build in library.builds() if ("seed_ptr" not in build.constants) == dropout])
     for units, wide in forward.TILES:
         block_d = 128 if wide else 64
         for num_rows in (1, 17, 33, 65, 128, 129, 256, 257, 2048):

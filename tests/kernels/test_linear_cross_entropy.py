@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conceptron.kernels.linear_cross_entropy import chunked, library, linear_cross_entropy
+from conceptron.kernels.linear_cross_entropy import eager as torch_backend
+from conceptron.kernels.linear_cross_entropy import library, linear_cross_entropy
 from conceptron.kernels.linear_cross_entropy.reference import linear_cross_entropy as reference
 
 BUDGETS = {"torch": "0.01", "chunks": "0.01", "streamed": "0"}  # MB: small enough that every mode takes several chunks
@@ -299,13 +300,13 @@ def test_budget_only_changes_rounding(device, monkeypatch):
 
 def test_no_gradient_where_none_can_be_wanted(device, monkeypatch):
     asked = []
-    forward = chunked.forward
+    forward = torch_backend.forward
 
     def spy(*arguments):
         asked.append(arguments[-1])
         return forward(*arguments)
 
-    monkeypatch.setattr(chunked, "forward", spy)
+    monkeypatch.setattr(torch_backend, "forward", spy)
     *leaves, targets, _, _ = problem(device, 5, 5, 16, 50)
     with torch.no_grad():
         linear_cross_entropy(*leaves[:2], targets, bias=leaves[2], backend="torch")

@@ -110,7 +110,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("mode", ["torch", "chunks", "streamed"])
 @pytest.mark.parametrize("wanted", [True, False])
 def test_never_holds_the_logits(mode, wanted, device, monkeypatch):
-    from conceptron.kernels.linear_cross_entropy import chunked, fused
+    from conceptron.kernels.linear_cross_entropy import eager, modes
 
     num_rows, num_words, width = 300, 320, 16
     logits_bytes = num_rows * num_words * 4
@@ -118,7 +118,7 @@ def test_never_holds_the_logits(mode, wanted, device, monkeypatch):
     monkeypatch.setenv("CONCEPTRON_LCE_CHUNK_MB", str(budget))
     hidden, weight, targets = inputs(num_rows, width, num_words, device=device)
     ones = torch.ones(num_rows, device=device)
-    forward = chunked.forward if mode == "torch" else fused.forward
+    forward = eager.forward if mode == "torch" else modes.forward
     with torch.no_grad(), Largest() as seen:
         forward(hidden, weight, targets, ones, None, weight[:, 0], 0.1, -100, (wanted,) * 3)
     few_splits = 2 * num_rows * width * 4
@@ -231,9 +231,9 @@ def test_backward_twice_with_a_kept_graph():
 
 
 def test_every_build_is_complete():
-    from conceptron.kernels.linear_cross_entropy import fused
+    from conceptron.kernels.linear_cross_entropy import modes
 
-    builds = fused.builds()
+    builds = modes.builds()
     names = [(build.name, build.archs) for build in builds]
     assert len(set(names)) == len(names)
     for build in builds:

@@ -8,7 +8,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from conceptron.kernels.bixt_attention import eager as layouts
-from conceptron.kernels.slot_attention import backward, forward, fused, slot_attention
+from conceptron.kernels.slot_attention import backward, forward, library, slot_attention
 from conceptron.kernels.slot_attention.reference import reference_slot_attention
 
 NAMES = "out", "mass", "dq", "dk", "dv"
@@ -365,7 +365,7 @@ def test_refusals(message, monkeypatch, device):
 
 
 def test_builds_cover_the_tables():
-    names = [build.name for build in fused.builds()]
+    names = [build.name for build in library.builds()]
     assert len(names) == len(set(names))
     for direction, tiles in (("forward", forward.TILES), ("backward", backward.TILES)):
         for (units, wide), table in tiles.items():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conceptron.kernels.token_attention import backward, forward, fused, reference, token_attention
+from conceptron.kernels.token_attention import backward, forward, library, reference, token_attention
 
 # name: lengths, C, H, Hkv, D, dropout, scale
 CASES = {
@@ -276,7 +276,7 @@ def test_dropout_seeds(backend, device):
 @pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
 def test_whatever_the_tables_choose_is_compiled(dropout, compiled_by):
     """For any number of concepts, the tiles of every kernel are among the builds of the compile table."""
-    compiled = compiled_by([build for build in fused.builds() if ("seed_ptr" not in build.constants) == dropout])
+    compiled = compiled_by([build for build in library.builds() if ("seed_ptr" not in build.constants) == dropout])
     for units, wide in forward.WALK:
         block_d = 128 if wide else 64
         for num_concepts in (1, 17, 33, 65, 128, 129, 256, 2048):

@@ -19,7 +19,7 @@ from transformers import (
 from conceptron.models.backbone import backbone_config, init_from_backbone
 from conceptron.models.config import ConceptConfig
 from conceptron.models.encoder import ConceptEncoder
-from conceptron.models.heads import ConceptForMaskedLM
+from conceptron.models.masked_lm import ConceptForMaskedLM
 from conceptron.models.packing import pack
 
 SIZES = dict(

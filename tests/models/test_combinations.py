@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from conceptron.models.config import ConceptConfig
-from conceptron.models.heads import ConceptForMaskedLM
+from conceptron.models.masked_lm import ConceptForMaskedLM
 from conceptron.models.objectives import TSDAE, Diffusion, MaskedLM, PrefixDiffusion, SampleKey, SpecialTokens
 from conceptron.models.packing import pack
-from conceptron.models.task_heads import (
+from conceptron.models.tasks.heads import (
     ConceptForMultipleChoice,
     ConceptForQuestionAnswering,
     ConceptForSequenceClassification,

@@ -7,7 +7,7 @@ from scipy.stats import qmc
 
 from conceptron.models.config import ConceptConfig
 from conceptron.models.exposure import Exposure, nested_order
-from conceptron.models.heads import ConceptForMaskedLM
+from conceptron.models.masked_lm import ConceptForMaskedLM
 from conceptron.models.objectives import Diffusion, SampleKey, SpecialTokens
 from conceptron.models.packing import pack
 

@@ -6,11 +6,11 @@ from torch.overrides import TorchFunctionMode
 
 from conceptron.models.config import ConceptConfig
 from conceptron.models.encoder import ConceptEncoder
-from conceptron.models.heads import ConceptForMaskedLM
 from conceptron.models.layers import BranchNorm, RowNorm
+from conceptron.models.masked_lm import ConceptForMaskedLM
 from conceptron.models.objectives import Diffusion, SampleKey, SpecialTokens
 from conceptron.models.packing import pack
-from conceptron.models.task_heads import ConceptForSequenceClassification
+from conceptron.models.tasks.heads import ConceptForSequenceClassification
 
 SMALL = dict(
     vocab_size=60, hidden_size=32, num_concepts=6, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,

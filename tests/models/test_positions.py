@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from conceptron.models.config import CHOICES, ConceptConfig
 from conceptron.models.decoder import ConceptDecoder
 from conceptron.models.encoder import ConceptEncoder
-from conceptron.models.heads import ConceptForMaskedLM
+from conceptron.models.masked_lm import ConceptForMaskedLM
 from conceptron.models.packing import Packed, pack
 from conceptron.models.positions import (
     TokenPositions,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from conceptron.models.config import ConceptConfig
-from conceptron.models.heads import ConceptForMaskedLM
+from conceptron.models.masked_lm import ConceptForMaskedLM
 from conceptron.models.objectives import TSDAE, MaskedLM, NoTask, SampleKey, SpecialTokens, View
 from conceptron.models.packing import Packed, join, pack
 from conceptron.models.pretraining import Compared, ContrastiveTerm, Pretraining, Totals, cache

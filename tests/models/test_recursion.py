@@ -9,12 +9,12 @@ import torch
 from conceptron.models.config import ConceptConfig
 from conceptron.models.encoder import ConceptEncoder
 from conceptron.models.encoder_layers import ConceptAngles
-from conceptron.models.heads import ConceptForMaskedLM
+from conceptron.models.masked_lm import ConceptForMaskedLM
 from conceptron.models.objectives import MaskedLM, SampleKey, SpecialTokens
 from conceptron.models.packing import pack
 from conceptron.models.positions import rotary_angles
 from conceptron.models.recursion import draw_iterations
-from conceptron.models.warm_start import warm_start_tied
+from conceptron.models.start.warm_start import warm_start_tied
 
 SMALL = dict(
     vocab_size=60, hidden_size=32, num_concepts=6, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,

@@ -6,8 +6,8 @@ from torch import nn
 
 from conceptron.models.config import ConceptConfig
 from conceptron.models.encoder import ConceptEncoder
-from conceptron.models.heads import ConceptForMaskedLM
 from conceptron.models.layers import widening
+from conceptron.models.masked_lm import ConceptForMaskedLM
 
 V, d, e = 60, 32, 8
 SMALL = dict(

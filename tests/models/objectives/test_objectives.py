@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from conceptron.models.config import ConceptConfig
-from conceptron.models.heads import ConceptForMaskedLM
+from conceptron.models.masked_lm import ConceptForMaskedLM
 from conceptron.models.objectives import OBJECTIVES, Diffusion, MaskedLM, SampleKey, SpecialTokens, View
 from conceptron.models.objectives.view import low_discrepancy_t
 from conceptron.models.packing import Packed, pack

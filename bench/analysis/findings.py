@@ -1,0 +1,132 @@
+"""All that is known about a subject when its report is written, and how it is put in words."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ...engine.errors import InputError
+from ...engine.telemetry import duration
+from ..measure import environment
+from . import heldout
+from .geometry import gates, metrics
+from .subject import Subject
+
+NATS = "nats per token"
+
+
+class Training(NamedTuple):
+    """What metrics.jsonl says about a run; None where it says nothing."""
+
+    steps: int
+    tokens: int | None
+    train_seconds: float | None
+    tokens_per_s: float | None
+    peak_memory_bytes: int | None
+
+
+class Findings(NamedTuple):
+    """All that a report tells."""
+
+    subject: Subject
+    history: list[dict[str, Any]]  # the lines of metrics.jsonl; empty for a bare checkpoint
+    training: Training | None
+    losses: heldout.Losses | None  # None for an encoder without a decoder
+    concepts: heldout.Concepts
+    geometry: dict[str, float]
+    verdicts: list[gates.Verdict]
+    samples: list[heldout.Sample]
+    environment: dict[str, Any]  # in which the report was made
+
+
+def find(subject: Subject) -> Findings:
+    history = read_history(subject.folder / "metrics.jsonl")
+    concepts = heldout.concepts(subject.encoder, subject.loader)
+    losses, samples = None, []
+    if subject.can_predict:
+        losses = heldout.losses(subject.model, subject.loader, subject.train, subject.num_tokens)
+        samples = heldout.samples(subject.model, subject.loader, subject.tokenizer, from_concepts=losses.is_seen)
+    geometry = metrics.geometry(concepts.values)
+    return Findings(
+        subject=subject,
+        history=history,
+        training=training_of(history),
+        losses=losses,
+        concepts=concepts,
+        geometry=geometry,
+        verdicts=gates.judge(geometry, int(geometry["num_concepts"])),
+        samples=samples,
+        environment=environment.environment(subject.seed),
+    )
+
+
+def read_history(metrics_file: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; none when there is no such file."""
+    if not metrics_file.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except ValueError as error:
+        raise InputError(f"{metrics_file}: not a file of JSON lines ({error}); restore it or move it away") from error
+
+
+def training_of(history: Sequence[Mapping[str, Any]]) -> Training | None:
+    steps = [line for line in history if line["kind"] == "train"]
+    if not steps:
+        return None
+    last = steps[-1]
+    end = next((line for line in reversed(history) if line["kind"] == "end"), {})
+    return Training(
+        steps=last["step"],
+        tokens=end.get("tokens", last.get("tokens")),
+        train_seconds=end.get("train_seconds", last.get("elapsed_s")),
+        tokens_per_s=end.get("tokens_per_s"),
+        peak_memory_bytes=end.get("peak_memory_bytes"),
+    )
+
+
+# --- in words ---------------------------------------------------------------------------------------------------------
+
+
+def objective_name(subject: Subject) -> str:
+    return subject.recipe.objective["name"] if subject.recipe else type(subject.loader.objective).__name__.lower()
+
+
+def training_line(findings: Findings) -> str:
+    training, subject = findings.training, findings.subject
+    parts = [objective_name(subject), f"{num_parameters(subject) / 1e6:.1f} M parameters", f"{training.steps:,} steps"]
+    if training.tokens:
+        parts.append(f"{training.tokens / 1e6:.1f} M tokens")
+    if training.train_seconds:
+        parts.append(f"{duration(training.train_seconds)} on {device_name(findings)}")
+    return ", ".join(parts)
+
+
+def targets_line(losses: heldout.Losses) -> str:
+    if losses.is_seen:
+        return f"{losses.num_targets:,} tokens that the encoder SAW: copying, not to be held against an entropy"
+    return f"{losses.num_unseen:,} tokens that the encoder did not see"
+
+
+def num_parameters(subject: Subject) -> int:
+    return sum(parameter.numel() for parameter in subject.model.parameters())
+
+
+def device_name(findings: Findings) -> str:
+    environment = run_environment(findings.subject.folder) or findings.environment
+    name, threads = environment.get("device", "cpu"), environment.get("num_threads", environment.get("threads"))
+    return name if name != "cpu" else f"{threads} CPU thread{'s' * (threads != 1)}"
+
+
+def run_environment(folder: Path) -> dict[str, Any]:
+    """environment.json of a run: where it was trained, which need not be where the report is made."""
+    path = folder / "environment.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def label_smoothing(subject: Subject) -> float:
+    return subject.recipe.train.label_smoothing if subject.recipe else 0.0
+
+
+def vocab_size(subject: Subject) -> int:
+    return subject.model.config.vocab_size

@@ -1,0 +1,158 @@
+"""report.md: the findings of a report as a page of Markdown."""
+
+import math
+import textwrap
+from typing import Any
+
+from ...models.masked_lm import smoothing_floor
+from ..analysis.findings import (
+    NATS,
+    Findings,
+    label_smoothing,
+    num_parameters,
+    run_environment,
+    vocab_size,
+)
+from ..analysis.geometry import gates
+from ..measure import results
+
+
+def markdown(findings: Findings) -> str:
+    sections = [overview(findings), heldout_section(findings), concepts_section(findings), gates_section(findings)]
+    sections += [samples_section(findings), environment_section(findings)]
+    return "\n".join(section for section in sections if section)
+
+
+def overview(findings: Findings) -> str:
+    subject, training, losses = findings.subject, findings.training, findings.losses
+    rows: list[tuple[str, Any, str]] = []
+    if losses and not losses.is_seen:
+        rows.append((f"**held-out NLL**, {NATS}", losses.heldout_nll, "of tokens that the encoder did not see"))
+    if losses and losses.heldout_nll_seen is not None:
+        rows.append((f"held-out NLL, {NATS}", losses.heldout_nll_seen, "of tokens that the encoder **saw**: copying"))
+    if losses:
+        note = "of the same held-out text" + (", to which copying does not compare" if losses.is_seen else "")
+        rows.append((f"**unigram entropy**, {NATS}", losses.unigram_entropy, note))
+    rank, count = findings.geometry["effective_rank"], findings.geometry["num_concepts"]
+    rows.append(("**effective rank** of the concepts", rank, f"of {count}; of their mean over texts, sum S / max S"))
+    if training:
+        read = f"{training.steps:,} steps, {training.tokens:,} tokens"
+        rows.append(("**training time**, s", training.train_seconds, read))
+        rows.append(("speed, tokens/s", training.tokens_per_s, "without evaluation, checkpoints and the first steps"))
+        peak = training.peak_memory_bytes
+        rows.append(("peak memory, MiB", peak / 2**20 if peak else None, "of the training process"))
+    rows.append(("parameters", num_parameters(subject), type(subject.model).__name__))
+    table = "| | | |\n|---|---:|---|\n" + "".join(f"| {a} | {results.cell(b)} | {c} |\n" for a, b, c in rows)
+    figure = "\n![Training](loss.png)\n" if training else ""
+    return f"# Report: {subject.name}\n\n{table}{figure}{smoothing_note(findings)}"
+
+
+def smoothing_note(findings: Findings) -> str:
+    smoothing = label_smoothing(findings.subject)
+    if smoothing == 0:
+        return ""
+    floor = smoothing_floor(smoothing, vocab_size(findings.subject))
+    return (
+        f"\nThe training loss is smoothed by {smoothing:g}: a perfect predictor would have a loss of {floor:.4f}, "
+        "not 0. Held-out figures are not smoothed.\n"
+    )
+
+
+def heldout_section(findings: Findings) -> str:
+    losses, subject = findings.losses, findings.subject
+    if losses is None:
+        return "## Held-out text\n\nThis checkpoint is an encoder without a decoder; it has no loss to measure.\n"
+    kind = "seen" if losses.is_seen else "unseen"
+    rows = [{"hidden": name, "targets": kind, NATS: value} for name, value in losses.nll_by_view.items()]
+    guesses = [
+        ("this model, all of the above", losses.heldout_nll_seen if losses.is_seen else losses.heldout_nll),
+        ("this model, each text decoded from the concepts of another", losses.nll_of_other_concepts),
+        ("unigram entropy: the best guess without context, fitted to this very text", losses.unigram_entropy),
+        ("the same guess, fitted to the training text", losses.train_unigram),
+        ("every token as likely as any other", math.log(vocab_size(subject))),
+    ]
+    guesses = guesses[:2] if losses.is_seen else guesses
+    comparison = results.markdown_table([{"predictor": a, NATS: b} for a, b in guesses], ["predictor", NATS])
+    warning = (
+        "The encoder saw every token that is asked for. This measures copying through the concepts; it is no "
+        "prediction and says nothing against an entropy.\n\n"
+        if losses.is_seen else ""
+    )  # fmt: skip
+    return (
+        f"## Held-out text\n\nRead: {losses.num_tokens:,} tokens in {losses.num_windows:,} windows ({subject.text}); "
+        f"{losses.num_targets:,} targets in all, {losses.num_unseen:,} of them unseen by the encoder. Fixed text, "
+        f"fixed corruption, no label smoothing.\n\n{warning}"
+        f"{results.markdown_table(rows, ['hidden', 'targets', NATS])}\n{comparison}\n![NLL](nll.png)\n"
+    )
+
+
+NAMES = (
+    ("effective_rank", "effective rank of the mean concepts: sum S / max S"),
+    ("rank_mean", "entropy rank of the mean concepts"),
+    ("rank_mean_centered", "the same, the concepts' common direction removed"),
+    ("rank_text", "entropy rank of one text's concepts"),
+    ("rank_text_centered", "the same, the concepts' common direction removed"),
+    ("rank_dynamic", "**entropy rank of what the text changes**"),
+    ("static_fraction", "share of energy that no text changes"),
+    ("dead_slots", "concepts that no text moves"),
+    ("similarity_mean", "mean absolute cosine of two concepts of a text"),
+    ("similarity_max", "largest cosine of two concepts of a text"),
+    ("duplicate_pairs", "pairs with a mean cosine above 0.95"),
+    ("dims_95", "directions with 95 % of the variance of the mean concepts"),
+    ("participation_ratio", "participation ratio of all concepts of all texts"),
+    ("dominance", "share of the largest singular value"),
+    ("isotropy", "isotropy, 0 by construction after a LayerNorm"),
+    ("twonn_pooled", "intrinsic dimension (TwoNN) of the mean over concepts"),
+    ("twonn_slots", "intrinsic dimension (TwoNN) of one concept"),
+)
+
+
+def concepts_section(findings: Findings) -> str:
+    geometry, concepts = findings.geometry, findings.concepts
+    rows = [{"metric": text, "value": geometry[key]} for key, text in NAMES]
+    return (
+        f"## Concepts\n\n{geometry['num_concepts']} concepts of width {geometry['width']}, of "
+        f"{geometry['num_texts']} held-out texts of {concepts.shortest} to {concepts.longest} tokens with nothing "
+        "hidden.\n\n"
+        f"{results.markdown_table(rows, ['metric', 'value'])}\n"
+        "![Similarity of the concepts](similarity.png)\n\n![Spectrum of the concepts](spectrum.png)\n"
+    )
+
+
+def gates_section(findings: Findings) -> str:
+    measured = [verdict for verdict in findings.verdicts if verdict.verdict != "not measured"]
+    rows = [
+        {
+            "metric": f"`{verdict.gate.key}`", "value": verdict.value,
+            "wanted": f"{verdict.gate.sense} {verdict.threshold:g}", "verdict": verdict.verdict,
+            "source": verdict.gate.source, "reason, next": verdict.reason,
+        }
+        for verdict in measured
+    ]  # fmt: skip
+    rest = sorted({verdict.gate.key for verdict in findings.verdicts if verdict.verdict == "not measured"})
+    notes = "".join(f"- {line}\n" for line in gates.contradictions(int(findings.geometry["num_concepts"])))
+    table = results.markdown_table(rows, ["metric", "value", "wanted", "verdict", "source", "reason, next"])
+    return (
+        "## Gates\n\nThresholds that count concepts were written for 128 and are scaled to this model. They come from "
+        f"documents of different ages:\n\n{notes}\n{table}\nNot measured here: {', '.join(rest)}.\n"
+    )
+
+
+def samples_section(findings: Findings) -> str:
+    parts = []
+    for number, sample in enumerate(findings.samples, start=1):
+        parts.append(f"### {number}. {sample.num_right} of {sample.num_hidden} tokens as in the source\n")
+        for name in ("source", "filled") if sample.num_hidden == sample.num_tokens else ("source", "hidden", "filled"):
+            parts.append(f"{name}\n\n~~~text\n{wrapped(getattr(sample, name))}\n~~~\n")
+    return "## Samples\n\n" + findings.samples[0].how + "\n\n" + "\n".join(parts) if parts else ""
+
+
+def wrapped(text: str) -> str:
+    lines = [textwrap.wrap(line, 100, break_long_words=False) or [""] for line in text.strip("\n").splitlines()]
+    return "\n".join(line for part in lines for line in part).replace("~~~", "~ ~ ~")
+
+
+def environment_section(findings: Findings) -> str:
+    run = run_environment(findings.subject.folder)
+    trained = f"## Trained in\n\n{results.environment_lines(run)}\n" if run else ""
+    return f"{trained}## This report was made in\n\n{results.environment_lines(findings.environment)}"

@@ -1,0 +1,142 @@
+"""Result files: JSON, CSV and Markdown of the same rows, each written whole or not at all."""
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .resident import Memory
+from .timing import Refusal, Timing
+
+
+def write_results(
+    folder: Path, name: str, rows: Sequence[Mapping[str, Any]], environment: Mapping[str, Any], *, title: str = "",
+    columns: Sequence[str] | None = None,
+) -> Path:  # fmt: skip
+    """``name``.json (environment and rows), ``name``.csv (rows) and ``name``.md (a table); returns the JSON's path.
+
+    A row maps columns to text, numbers, None (not measured), a ``Timing``, a ``Memory`` or a ``Refusal``. ``columns``
+    picks and orders those of the Markdown table; the other two files have all.
+    """
+    flat = [flatten(row) for row in rows]
+    every = list(dict.fromkeys(column for row in flat for column in row))
+    folder.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, every, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    write_text(folder / f"{name}.csv", text.getvalue())
+    heading = f"# {title}\n\n" if title else ""
+    table = markdown_table(flat, columns or every)
+    write_text(folder / f"{name}.md", f"{heading}{table}\n{environment_lines(environment)}")
+    path = folder / f"{name}.json"
+    write_json(path, {"environment": dict(environment), "rows": flat})
+    return path
+
+
+def read_results(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """(rows, environment) of a file that ``write_results`` wrote."""
+    content = json.loads(Path(path).read_text())
+    return content["rows"], content["environment"]
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a result file; none of a JSON file of another kind."""
+    content = json.loads(path.read_text())
+    return content["rows"] if isinstance(content, dict) and "rows" in content else []
+
+
+SAME = ("commit", "gpu", "cpu", "threads", "torch", "triton", "dtype")  # of two results in one table
+
+
+def rows_to_resume(path: Path, stamp: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows that an interrupted run left in ``path``; none when it left no file.
+
+    Raises:
+        ValueError: they were measured with other code or elsewhere, so they do not belong in the table of ``stamp``.
+    """
+    if not path.exists():
+        return []
+    rows, before = read_results(path)
+    for name in SAME:
+        if before.get(name) != stamp.get(name):
+            raise ValueError(f"{path} was measured with {name} {before.get(name)}, this is {stamp.get(name)}; "
+                             "choose another --out")  # fmt: skip
+    return rows
+
+
+def flatten(row: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for column, value in row.items():
+        if isinstance(value, Timing):
+            flat |= {column: value.median_ms, f"{column}_p20": value.p20_ms, f"{column}_p80": value.p80_ms}
+            flat |= {f"{column}_samples": value.num_samples, f"{column}_method": value.method}
+        elif isinstance(value, Memory):
+            flat |= {column: value.peak_bytes, f"{column}_extra": value.extra_bytes}
+        elif isinstance(value, Refusal):
+            flat[column] = value.reason
+        else:
+            flat[column] = value
+    return flat
+
+
+def markdown_table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """A Markdown table, numbers to the right; a missing value or None reads "not measured"."""
+    rows = list(rows)
+    numeric = [all(isinstance(row.get(c), (int, float, type(None))) for row in rows) for c in columns]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "|".join("---:" if n else "---" for n in numeric) + "|"]
+    lines += ["| " + " | ".join(cell(row.get(column)) for column in columns) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def cell(value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "not measured"
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def environment_lines(environment: Mapping[str, Any]) -> str:
+    known = {name: in_words(value) for name, value in environment.items() if value is not None}
+    return "".join(f"- {name}: {text}\n" for name, text in known.items() if text)
+
+
+def in_words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {item}" for name, item in value.items() if item is not None)
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """JSON with NaN and infinities as null, written atomically."""
+    write_text(path, json.dumps(finite(content), indent=2) + "\n")
+
+
+def finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomic: a reader finds the old file or the new one, never a part."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

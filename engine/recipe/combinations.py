@@ -1,0 +1,109 @@
+"""What does not fit together in a recipe, although each field by itself is right."""
+
+from collections.abc import Iterator
+
+from ...models.regularizers import WITHIN_TEXT
+from ..errors import InputError
+from .schema import Recipe
+
+SHORTEST_SPAN = 3  # tokens, of the uniform ones
+TIMED = ("diffusion", "prefix_diffusion")  # objectives that have a time
+
+
+def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """(dotted field, what is wrong with it and what to do) of each conflict."""
+    yield from of_objective(recipe)
+    yield from of_contrastive(recipe)
+    yield from of_regularization(recipe)
+    yield from of_stages(recipe)
+    yield from of_model(recipe)
+
+
+def of_objective(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    model, parts = recipe.model, recipe.parts()
+    mixing = model.get("decoder_mixing", "none")
+    if len({part["hidden"] for _, part in parts if "hidden" in part}) > 1:
+        yield "objective.parts", "some parts have hidden = 'drop' and some 'mask'; a model hides tokens in one way"
+    shortest = min(window for _, window in recipe.stages())
+    for field, part in parts:
+        is_span = part.get("masking") == "span" and part["span"] == "uniform"
+        if is_span and part["probability"] * shortest < SHORTEST_SPAN:
+            yield f"{field}.masking", (
+                f"span, but {part['probability']:g} of a window of {shortest} tokens is less than the shortest span, "
+                f"{SHORTEST_SPAN}; use longer windows, or masking = random"
+            )
+        name, hidden = part["name"], part.get("hidden")
+        if hidden and model.get("hidden_tokens", hidden) != hidden:
+            found = model["hidden_tokens"]
+            problem = f"{found!r} does not fit {field}.hidden, which is {hidden!r}; leave it out, and it follows"
+            yield "model.hidden_tokens", problem
+        if model.get("timestep_conditioning") and name not in TIMED:
+            yield "model.timestep_conditioning", f"objective {name} has no timesteps; set it to false"
+        if part.get("context", mixing != "none") != (mixing != "none"):
+            expected, why = "true", "what is known must take part in training as it does in use"
+            if mixing == "none":
+                expected, why = "false", "no row would see it"
+            yield f"{field}.context", f"expected {expected} with model.decoder_mixing = {mixing}: {why}"
+    if not recipe.has_task and recipe.contrastive is None:
+        yield "objective.name", "none, and no contrastive section: there is nothing to train"
+
+
+def of_contrastive(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    term = recipe.build_contrastive()
+    if term is None:
+        return
+    if term.pairs == "dropout" and not recipe.model.get("dropout"):
+        yield "contrastive.pairs", "dropout, but model.dropout is 0: the two views would be the same; set model.dropout"
+    if term.start and not recipe.has_task:
+        yield "contrastive.start", f"expected 0 with objective none, got {term.start:g}: nothing else is trained"
+    field = "batch.tokens" if term.negatives == "step" else "batch.micro_tokens"
+    yield from room_for_two(recipe, field, "a contrastive loss")
+
+
+def of_regularization(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    terms = recipe.build_regularization()
+    if terms is None:
+        return
+    if recipe.model.get("num_concepts") == 1 and set(terms.terms) & set(WITHIN_TEXT):
+        yield "regularization.terms", "concepts of a text are compared with each other, but model.num_concepts is 1"
+    over_batch = [name for name in terms.terms if name not in WITHIN_TEXT]
+    if over_batch or terms.dynamic:
+        name = over_batch[0] if over_batch else "regularization.dynamic"
+        yield from room_for_two(recipe, "batch.micro_tokens", f"{name}, which looks at differences between texts")
+
+
+def room_for_two(recipe: Recipe, field: str, what: str) -> Iterator[tuple[str, str]]:
+    """A population of one says nothing."""
+    section, name = field.split(".")
+    given, needed = getattr(getattr(recipe, section), name), 2 * recipe.data.window
+    if given < needed:
+        yield field, f"expected at least {needed}, two windows of data.window, for {what}; got {given}"
+
+
+def of_stages(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    before, steps, window = recipe.train.stages, recipe.train.steps, recipe.data.window
+    starts = [0, *(stage.until for stage in before), steps]
+    windows = [*(stage.window for stage in before), window]
+    for i, stage in enumerate(before):
+        if not starts[i] < stage.until < steps:
+            yield f"train.stages.{i}.until", (
+                f"expected a step after {starts[i]} and before train.steps = {steps}, got {stage.until}"
+            )
+        if windows[i + 1] <= stage.window:
+            what = "the window of the next stage" if i + 1 < len(before) else "data.window, with which the run ends"
+            yield f"train.stages.{i}.window", f"expected less than {windows[i + 1]}, {what}, got {stage.window}"
+
+
+def of_model(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    try:
+        config = recipe.build_config()
+    except InputError as error:
+        field, _, problem = str(error).removeprefix("model: ").partition(": ")
+        yield f"model.{field}", problem
+        return
+    halvings, shortest = len(config.funnel or ()), min(window for _, window in recipe.stages())
+    if 2**halvings > shortest:
+        yield "model.funnel", f"{halvings} halvings leave no two tokens of a window of {shortest} apart; use fewer"
+    longest = config.max_position_embeddings
+    if config.token_positions == "learned" and recipe.data.window > longest:
+        yield "data.window", f"expected at most model.max_position_embeddings = {longest} with learned positions"

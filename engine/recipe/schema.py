@@ -1,0 +1,229 @@
+"""The schema of a recipe: one YAML file describes a run, every field has a type and a default.
+
+A mistake ends in one `InputError` that names the file (or the override), the dotted field, what is wrong and, for an
+unknown key, the nearest valid one.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, Strict
+
+from ...models.config import ConceptConfig
+from ...models.objectives import OBJECTIVES, Mixed, NoTask
+from ...models.pretraining import ContrastiveTerm
+from ...models.regularizers import Regularization
+from ..errors import InputError
+from .checker import one_line
+from .data import DataRecipe
+
+# Strict, because pydantic would otherwise read `true` as the number 1.
+Count = Annotated[int, Strict(), Field(ge=1)]
+CountOrZero = Annotated[int, Strict(), Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+# What may change between an interruption and its resumption: it moves no data and no weight, or only by rounding.
+FREE = (
+    "run.name", "run.folder", "run.timeout_s", "resume", "eval.", "checkpoint.", "zero.", "batch.micro_tokens",
+    "data.cache",
+)  # fmt: skip
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Run(Section):
+    """Where the run lives, and the seed of everything random in it."""
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
+    name: str = Field("", pattern=r"^[\w.+-]*$")  # the folder's name; empty: the recipe file's name
+    folder: str = "runs"
+    seed: CountOrZero = 0
+    timeout_s: Annotated[float, Field(gt=0)] = 1800.0  # how long a rank waits for the others before it gives up
+
+
+class Optim(Section):
+    """AdamW, a linear warm-up, then a cosine down to `min_lr_ratio * lr` at the last step."""
+
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip: Annotated[float, Field(ge=0)] = 1.0  # largest norm of the whole gradient; 0: no clipping
+    warmup_steps: CountOrZero = 0
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+
+
+class Batch(Section):
+    """Sizes in tokens. A step's batch does not depend on the number of ranks or on `micro_tokens`."""
+
+    tokens: Count = 65536  # of one optimizer step, all ranks together
+    micro_tokens: Count = 16384  # of one forward and backward pass on one rank
+
+
+class Stage(Section):
+    """Steps with shorter windows than `data.window`."""
+
+    until: Count  # the step, counted from 0, with which the next stage begins
+    window: Annotated[int, Strict(), Field(ge=8)]
+
+
+class Train(Section):
+    steps: Count
+    stages: list[Stage] = []  # what comes before the last stage, whose windows are `data.window`, as in evaluation
+    precision: Literal["fp32", "bf16"] = "bf16"  # bf16: autocast; weights, gradients and moments stay float32
+    label_smoothing: Fraction = 0.0
+    max_bad_steps: Count = 5  # consecutive steps with a non-finite gradient after which the run stops
+
+
+class Zero(Section):
+    stage: Literal[1, 2, 3] = 1  # 0 is not offered: DeepSpeed would not skip a NaN gradient there
+
+
+class Eval(Section):
+    every: CountOrZero = 500  # steps; 0: only after the last step
+    tokens: Count = 65536  # held-out tokens of one evaluation
+
+
+class Init(Section):
+    """Where the first weights come from, if they are not drawn. A resumed run has its own."""
+
+    source: str  # a folder or a hub id: a model of this package, or a Llama- or BERT-like one, the backbone
+    layers: Count | None = None  # of a backbone, which become layers of tokens; left out: as many as the model has
+    read_layer: CountOrZero | None = None  # of a backbone, from which on its layers become those that read tokens
+    layer: CountOrZero = 0  # of a model of this package, which becomes the tied one
+
+
+class Checkpoint(Section):
+    every: CountOrZero = 500  # steps; 0: only after the last step
+    keep: Count = 2
+
+
+class Recipe(Section):
+    """One run. `model`, `objective`, `contrastive` and `regularization` are checked against the options of what they
+    describe: `ConceptConfig`, the objective of that name, `ContrastiveTerm` and `Regularization`.
+
+    `objective` has the name of one in `OBJECTIVES` and its options; or `name: mixed` and `parts`, a list of such
+    sections with a `weight` each (1 if it is left out), of which every step takes one; or `name: none`.
+    """
+
+    run: Run = Run()
+    model: dict[str, Any] = {}
+    data: DataRecipe
+    objective: dict[str, Any]
+    contrastive: dict[str, Any] | None = None  # a section, which may be empty, adds it
+    regularization: dict[str, Any] | None = None
+    init: Init | None = None
+    optim: Optim = Optim()
+    batch: Batch = Batch()
+    train: Train
+    zero: Zero = Zero()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    resume: Literal["never", "auto"] = "never"
+
+    @property
+    def path(self) -> Path:
+        """The run's folder."""
+        return Path(self.run.folder) / self.run.name
+
+    @property
+    def has_task(self) -> bool:
+        return self.objective["name"] != "none"
+
+    def parts(self) -> list[tuple[str, dict[str, Any]]]:
+        """(dotted field, section) of each objective: one, or the parts of a mixture."""
+        if self.objective["name"] != "mixed":
+            return [("objective", self.objective)]
+        return [(f"objective.parts.{i}", part) for i, part in enumerate(self.objective["parts"])]
+
+    def build_objective(self) -> Any:
+        """One of the frozen dataclasses in `OBJECTIVES`, a `Mixed` of several, or `NoTask`."""
+        if not self.has_task:
+            return NoTask()
+        sections = [section for _, section in self.parts()]
+        if self.needs_phrases:
+            raise InputError("objective.phrases: they are counted when training begins; give the file of a list here")
+        objectives = [
+            OBJECTIVES[section["name"]](**{key: section[key] for key in section if key not in ("name", "weight")})
+            for section in sections
+        ]
+        if len(objectives) == 1:
+            return objectives[0]
+        names = [section["name"] for section in sections]
+        numbered = [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+        return Mixed(tuple(objectives), tuple(section["weight"] for section in sections), tuple(numbered))
+
+    @property
+    def needs_phrases(self) -> bool:
+        """Whether phrases are to be masked that are yet to be counted in the training text."""
+        return any(part.get("masking") == "pmi" and part["phrases"] is None for _, part in self.parts())
+
+    def with_phrases(self, file: Path) -> "Recipe":
+        def fill(section: dict[str, Any]) -> dict[str, Any]:
+            is_empty = section.get("masking") == "pmi" and section["phrases"] is None
+            return {**section, "phrases": str(file)} if is_empty else section
+
+        objective = fill(self.objective)
+        if "parts" in objective:
+            objective = {**objective, "parts": [fill(part) for part in objective["parts"]]}
+        return self.model_copy(update={"objective": objective})
+
+    def build_contrastive(self) -> ContrastiveTerm | None:
+        return None if self.contrastive is None else ContrastiveTerm(**self.contrastive)
+
+    def build_regularization(self) -> Regularization | None:
+        return None if self.regularization is None else Regularization(**self.regularization)
+
+    def stages(self) -> list[tuple[int, int]]:
+        """(first step, window) of each stage."""
+        before = self.train.stages
+        starts = [0, *(stage.until for stage in before)]
+        return list(zip(starts, [*(stage.window for stage in before), self.data.window], strict=True))
+
+    def populations(self, num_micro_batches: int) -> dict[str, int]:
+        """What else decides the loss sequence where a loss looks at one micro-batch as a whole.
+
+        Args:
+            num_micro_batches: of a step, over all ranks.
+        """
+        contrastive, regularization = self.build_contrastive(), self.build_regularization()
+        is_whole = contrastive is not None and (contrastive.negatives == "micro_batch" or not contrastive.across_ranks)
+        is_whole |= regularization is not None and regularization.depends_on_batch
+        return {"micro-batches of a step": num_micro_batches} if is_whole else {}
+
+    def build_config(self, **from_tokenizer: Any) -> ConceptConfig:
+        """The model's config; vocabulary size and special ids come from the tokenizer.
+
+        `hidden_tokens` follows `hidden` of the objective, so that the finished model hides tokens as it was taught.
+
+        Raises:
+            InputError: the fields do not fit together.
+        """
+        hidden = next((part["hidden"] for _, part in self.parts() if "hidden" in part), None)
+        hidden = hidden or self.model.get("hidden_tokens", "drop")
+        try:
+            return ConceptConfig(**{**self.model, "hidden_tokens": hidden}, **from_tokenizer)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"model: {one_line(error)}") from error
+
+    def resolved(self) -> dict[str, Any]:
+        """Every field with its value, as plain YAML types."""
+        return self.model_dump(mode="json")
+
+    def trajectory(self) -> dict[str, Any]:
+        """Dotted field -> value, of the fields that decide the loss sequence."""
+        flat = flatten(self.resolved())
+        return {key: value for key, value in flat.items() if not key.startswith(FREE)}
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

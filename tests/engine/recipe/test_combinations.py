@@ -1,0 +1,120 @@
+"""Fields that are right by themselves and do not fit together: refused when the recipe is read, with the reason."""
+
+import pytest
+import yaml
+
+from conceptron.engine.errors import InputError
+from conceptron.engine.recipe.load import load_recipe
+
+BASE = {
+    "data": {"source": "pydocs", "window": 64}, "objective": {"name": "mlm"}, "train": {"steps": 100},
+    "batch": {"tokens": 1024, "micro_tokens": 512},
+}  # fmt: skip
+PARTS = "objective={{name: mixed, parts: [{}]}}"
+
+
+@pytest.fixture
+def path(tmp_path):
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE))
+    return tmp_path / "base.yaml"
+
+
+def refusal(path, overrides) -> str:
+    with pytest.raises(InputError) as caught:
+        load_recipe(path, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("overrides, found", [
+    (["objective={name: none}"], "objective.name: none, and no contrastive section: there is nothing to train"),
+    (["objective={name: none}", "contrastive={start: 0.1}"], "contrastive.start: expected 0 with objective none"),
+    (["model.timestep_conditioning=true"], "model.timestep_conditioning: objective mlm has no timesteps"),
+    (["model.timestep_conditioning=true", PARTS.format("{name: diffusion}, {name: tsdae}")],
+     "model.timestep_conditioning: objective tsdae has no timesteps"),
+    ([PARTS.format("{name: mlm, hidden: mask}, {name: diffusion}")],
+     "objective.parts: some parts have hidden = 'drop' and some 'mask'"),
+    ([PARTS.format("{name: tsdae}, {name: mlm, hidden: mask}"), "model.hidden_tokens=drop"],
+     "model.hidden_tokens: 'drop' does not fit objective.parts.1.hidden, which is 'mask'"),
+    ([PARTS.format("{name: mlm}")], "objective.parts: expected at least two sections, got 1"),
+    ([PARTS.format("{name: mlm}, {name: mixed, parts: []}")], "objective.parts.1.name: expected one of mlm, diffusion"),
+    ([PARTS.format("{name: mlm}, {name: tsdae, weight: 0}")], "objective.parts.1.weight: expected greater than 0"),
+    ([PARTS.format("{name: mlm}, {name: tsdae, units: line}")], "objective.parts.1.units: expected 'token' or 'word'"),
+    ([PARTS.format("{name: mlm, masks: 3}, {name: tsdae}")], "objective.parts.0.masks: unknown key"),
+    (["objective={name: prefix_diffusion}", "model.decoder_mixing=local"],
+     "objective.context: expected true with model.decoder_mixing = local"),
+    (["objective={name: prefix_diffusion, context: true}"],
+     "objective.context: expected false with model.decoder_mixing = none"),
+    (["objective={name: diffusion, eps: 0}"], "objective.eps: expected a number in (0, 1), got 0.0"),
+    (["objective={name: diffusion, t_floor: 1.5}"], "objective.t_floor: expected a number in (0, 1], got 1.5"),
+    (["contrastive.pairs=dropout"], "contrastive.pairs: dropout, but model.dropout is 0"),
+    (["contrastive.weigth=1"], "contrastive.weigth: unknown key; did you mean contrastive.weight?"),
+    (["contrastive.weight=0"], "contrastive.weight: expected a number above 0, got 0.0"),
+    (["contrastive.temperature=hot"], "contrastive.temperature: expected a number, got 'hot' (text)"),
+    (["contrastive={}", "data.window=1024", "batch.micro_tokens=1024"],
+     "batch.tokens: expected at least 2048, two windows of data.window, for a contrastive loss; got 1024"),
+    (["contrastive={negatives: micro_batch}", "data.window=512"], "batch.micro_tokens: expected at least 1024"),
+    (["regularization={terms: [vicreg]}", "data.window=512"],
+     "batch.micro_tokens: expected at least 1024, two windows of data.window, for vicreg"),
+    (["regularization={dynamic: true}", "data.window=512"], "for regularization.dynamic"),
+    (["regularization={terms: [t_regs]}", "model.num_concepts=1"],
+     "regularization.terms: concepts of a text are compared with each other, but model.num_concepts is 1"),
+    (["regularization={terms: [mst]}"], "regularization.terms: expected one or several of orthogonality"),
+    (["regularization={weighting: kendall_gal, weight: 2}"], "regularization.weight: expected at most 1"),
+    (["train.stages=[{until: 100, window: 32}]"],
+     "train.stages.0.until: expected a step after 0 and before train.steps = 100, got 100"),
+    (["train.stages=[{until: 50, window: 16}, {until: 50, window: 32}]"],
+     "train.stages.1.until: expected a step after 50"),
+    (["train.stages=[{until: 50, window: 64}]"],
+     "train.stages.0.window: expected less than 64, data.window, with which the run ends, got 64"),
+    (["train.stages=[{until: 20, window: 32}, {until: 50, window: 16}]"],
+     "train.stages.0.window: expected less than 16, the window of the next stage, got 32"),
+    (["train.stages=[{untill: 20, window: 32}]"], "train.stages.0.untill: unknown key; did you mean"),
+    (["model.token_positions=learned", "model.max_position_embeddings=32"],
+     "data.window: expected at most model.max_position_embeddings = 32 with learned positions"),
+    (["objective={name: mlm, masking: span}", "data.window=8"],
+     "objective.masking: span, but 0.3 of a window of 8 tokens is less than the shortest span, 3"),
+    (["objective={name: mlm, masking: span}", "train.stages=[{until: 9, window: 8}]"], "a window of 8 tokens"),
+    (["model.num_token_layers=4", "model.funnel=[0, 1, 2, 3]", "data.window=8"],
+     "model.funnel: 4 halvings leave no two tokens of a window of 8 apart; use fewer"),
+    (["model.num_iterations=3"], "model.num_iterations: expected None without tie_layers = true"),
+])  # fmt: skip
+def test_refusals(path, overrides, found):
+    assert found in refusal(path, overrides)
+
+
+@pytest.mark.parametrize("overrides", [
+    ["objective={name: none}", "contrastive={}"],
+    ["contrastive={pairs: dropout}", "model.dropout=0.1"],
+    ["contrastive={learnable_temperature: true, negatives: micro_batch}", "regularization={}"],
+    [PARTS.format("{name: tsdae}, {name: tsdae, probability: 0.9, weight: 3}, {name: mlm, hidden: mask}")],
+    ["objective={name: prefix_diffusion, context: true}", "model.decoder_mixing=local"],
+    ["train.stages=[{until: 50, window: 16}, {until: 60, window: 32}]"],
+    ["regularization={terms: [vicreg, t_regs], gradient_ratio: null}"],
+])  # fmt: skip
+def test_what_fits_is_accepted_and_reads_back(path, overrides, tmp_path):
+    recipe = load_recipe(path, overrides)
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(recipe.resolved()))
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+
+
+def test_sections_become_what_they_say(path):
+    recipe = load_recipe(path, [
+        "contrastive.weight=0.3", "regularization.terms=[vicreg]", "regularization.gradient_ratio=null",
+        "train.stages=[{until: 50, window: 16}]", PARTS.format("{name: tsdae}, {name: tsdae, weight: 3}"),
+    ])  # fmt: skip
+    assert recipe.build_contrastive().weight == 0.3 and recipe.build_contrastive().negatives == "step"
+    assert recipe.build_regularization().gradient_ratio is None
+    assert recipe.stages() == [(0, 16), (50, 64)]
+    assert recipe.build_objective().names == ("tsdae-0", "tsdae-1")
+    assert recipe.build_objective().weights == (1.0, 3.0)
+    assert load_recipe(path, ["contrastive={}", "contrastive=null"]).build_contrastive() is None
+
+
+def test_how_a_step_is_cut_decides_only_where_a_loss_looks_at_a_micro_batch(path):
+    for overrides, depends in (
+        ([], False), (["contrastive={}"], False), (["contrastive={negatives: micro_batch}"], True),
+        (["regularization={}"], True), (["regularization={gradient_ratio: null}"], False),
+        (["regularization={terms: [variance], gradient_ratio: null}"], True),
+    ):  # fmt: skip
+        assert load_recipe(path, overrides).populations(4) == ({"micro-batches of a step": 4} if depends else {})
