@@ -8,7 +8,8 @@ utilisation (``flops.py`` over the matmul rate measured in the same run), time o
 of each part of the model, and what padding would have cost. A contrastive loss and regularisers are in the times, but
 not in the FLOPs. Data loading is also timed alone: a loader that is slower than the rest of a step starves the device.
 On a GPU, NVML's power, clocks, throttling and energy per million tokens.
-``--synthetic`` reads random tokens in windows of full length, so that no corpus is needed.
+``--synthetic`` reads random tokens in windows of full length, so that no corpus is needed; of the tokenizer only its
+size is asked, which ``--vocabulary`` gives where it cannot be opened. What is timed is the trainer's own ``update``.
 
 RECIPE is a file, a shipped recipe such as ``pretrain/mlm.yaml``, or one of the presets ``PRESETS``: the configurations
 of the seeds' runs.
@@ -19,6 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,18 +28,19 @@ import torch
 from torch import nn
 
 from ..engine import launch, zero
-from ..engine.data.corpus import open_corpus
-from ..engine.data.loader import Loader
+from ..engine.data.corpus import Corpus
+from ..engine.data.stages import Stages
 from ..engine.data.windows import Part, Windows, cut
-from ..engine.launch import World
+from ..engine.jobs.pretraining import PretrainingJob, counted
+from ..engine.launch import StopRequest
 from ..engine.optimizer import build_optimizer
 from ..engine.recipe.load import load_recipe
 from ..engine.recipe.schema import Recipe
-from ..engine.update import look_ahead
-from ..models.masked_lm import ConceptForMaskedLM
-from ..models.objectives.view import SpecialTokens, View
-from ..models.pretraining import Pretraining, Totals
+from ..engine.schedule import learning_rate
+from ..engine.update import update
+from ..models.objectives.view import View
 from ..models.recursion import draw_iterations
+from .describe import special_tokens
 from .measure.ceilings import matmul_flops, synchronize
 from .measure.environment import environment
 from .measure.flops import Sizes, step_flops
@@ -45,7 +48,7 @@ from .measure.nvml import monitor_of
 from .measure.results import markdown_table, write_results
 
 PARTS = {"encoder": "encoder", "decoder": "decoder", "head": "lm_head"}  # part -> module of ConceptForMaskedLM
-SYNTHETIC_VOCABULARY = 50368
+SEEDS_VOCABULARY = 50368  # of the tokenizer that the presets name, so that it need not be fetched
 AS_THE_SEEDS = ("objective.encoder_view=clean", "objective.weighting=selfnorm", "train.label_smoothing=0.1")
 SIX_LAYERS = ("model.num_hidden_layers=6", "model.intermediate_size=2048", "batch.tokens=262144")
 PRESETS: dict[str, tuple[str, ...]] = {  # name -> recipe and what the seeds' run changes in it
@@ -56,12 +59,12 @@ PRESETS: dict[str, tuple[str, ...]] = {  # name -> recipe and what the seeds' ru
 }
 
 
-def synthetic(recipe: Recipe) -> tuple[Windows, SpecialTokens]:
-    """A million random tokens in windows of full length; as many ids as the seeds' tokenizer has."""
-    tokens = np.random.default_rng(0).integers(8, SYNTHETIC_VOCABULARY, 1 << 20).astype(np.uint16)
-    starts, lengths = cut(np.array([0, len(tokens)]), np.array([0]), recipe.data.window)
-    special = SpecialTokens(mask_id=1, special_ids=frozenset(range(8)), vocab_size=SYNTHETIC_VOCABULARY)
-    return Windows([Part(tokens, starts, lengths)]), special
+def synthetic(recipe: Recipe, vocabulary: int | None, window: int) -> Corpus:
+    """A million random tokens in windows of full length; as many ids as the recipe's tokenizer has."""
+    special = special_tokens(recipe, vocabulary)
+    tokens = np.random.default_rng(0).integers(8, special.vocab_size, 1 << 20).astype(np.uint32)
+    windows = Windows([Part(tokens, *cut(np.array([0, len(tokens)]), np.array([0]), window))])
+    return Corpus(windows, windows, SimpleNamespace(pad_token_id=None), special, {})
 
 
 def part_times(
@@ -126,63 +129,52 @@ class Stopwatch:
         self.mark = now
 
 
-def train_step(engine: Any, world: World, recipe: Recipe, step: int, views: list[View], watch: Stopwatch) -> None:
-    """One step as the trainer takes it, with its phases timed."""
-    totals, num_iterations = Totals.of(views), draw_iterations(engine.module.model.config, (recipe.run.seed, step))
-    ahead = look_ahead(engine, world, recipe, step, views, totals, num_iterations)
-    for i, view in enumerate(views):
-        engine.set_gradient_accumulation_boundary(i == len(views) - 1)
-        loss = engine(view=view, totals=totals, step=step, num_iterations=num_iterations, cached=ahead[i]).loss
-        watch.lap("forward")
-        engine.backward(loss)
-        watch.lap("backward")
-    engine.step()
-    watch.lap("optimizer")
-
-
-def padding_waste(loader: Loader, steps: Sequence[int]) -> float:
+def padding_waste(loader: Stages, steps: Sequence[int]) -> float:
     """Share of rows that would be padding if each step's windows were padded to its longest."""
-    lengths = [loader.windows.lengths[loader.samples(step).windows] for step in steps]
+    lengths = [loader.at(step).windows.lengths[loader.windows(step)] for step in steps]
     return 1 - sum(int(n.sum()) for n in lengths) / sum(int(n.max()) * len(n) for n in lengths)
 
 
-def run(recipe: Recipe, num_steps: int, warm_up: int, use_synthetic: bool) -> dict[str, Any]:
-    """Every figure of one recipe on this device, as a flat row."""
+def run(
+    recipe: Recipe, num_steps: int, warm_up: int, use_synthetic: bool, vocabulary: int | None = None
+) -> dict[str, Any]:
+    """Every figure of one recipe on this device, as a flat row. ``vocabulary``: of synthetic tokens, see above."""
     with launch.world() as world:
+        corpora = None
         if use_synthetic:
-            windows, tokens = synthetic(recipe)
+            corpora = [synthetic(recipe, vocabulary, window) for _, window in recipe.stages()]
         else:
-            corpus = open_corpus(recipe.data)
-            windows, tokens = corpus.train, corpus.tokens
-        loader = Loader(
-            windows, recipe.build_objective(), tokens, seed=recipe.run.seed, tokens_per_step=recipe.batch.tokens,
-            micro_tokens=recipe.batch.micro_tokens, contrastive=recipe.build_contrastive(),
-        )  # fmt: skip
-        config = recipe.build_config(vocab_size=tokens.vocab_size, mask_token_id=tokens.mask_id)
+            recipe = counted(recipe, world)
+        job = PretrainingJob(recipe, world, corpora)
+        loader = job.loader
         torch.manual_seed(recipe.run.seed)
-        model = ConceptForMaskedLM(config).to(world.device).train()
-        whole = Pretraining(model, recipe.build_contrastive(), recipe.build_regularization(), recipe.has_task)
-        engine = zero.initialize(whole.to(world.device), build_optimizer(whole, recipe.optim), recipe)
+        whole = job.build(is_new=True).to(world.device).train()
+        model, config = whole.model, whole.model.config
+        engine = zero.initialize(whole, build_optimizer(whole, recipe.optim), recipe)
         steps = range(warm_up, warm_up + num_steps)
 
         start = time.perf_counter()
         batches = [loader.step(step) for step in steps]
         alone_s = time.perf_counter() - start
         flops = sum(step_flops(config, Sizes.of(view)) for views in batches for view in views)
-        num_tokens = sum(int(loader.windows.lengths[loader.samples(step).windows].sum()) for step in steps)
+        num_tokens = sum(job.num_tokens(step) for step in steps)
         del batches
 
+        watch, monitor, stop = Stopwatch(world.device), monitor_of(world.device), StopRequest()
+
+        def take(step: int, views: list[View]) -> None:
+            optim = recipe.optim
+            lr = learning_rate(step, lr=optim.lr, warmup_steps=optim.warmup_steps, total_steps=recipe.train.steps,
+                               min_lr_ratio=optim.min_lr_ratio)  # fmt: skip
+            update(engine, world, job, step, views, lr=lr, seed=recipe.run.seed, stop=stop, lap=watch.lap)
+
         for step in range(warm_up):
-            on_device = [view.to(world.device) for view in loader.step(step)]
-            train_step(engine, world, recipe, step, on_device, Stopwatch(world.device))
-        watch = Stopwatch(world.device)
-        monitor = monitor_of(world.device)
+            take(step, loader.step(step))
+        watch.seconds.clear()
         with monitor:
             watch.begin()
-            for step, views in zip(steps, loader.prefetch(steps.start, steps.stop), strict=True):
-                on_device = [view.to(world.device, non_blocking=True) for view in views]
-                watch.lap("data")
-                train_step(engine, world, recipe, step, on_device, watch)
+            for step, views in zip(steps, job.batches(steps.start, steps.stop), strict=True):
+                take(step, views)
         total_s = sum(watch.seconds.values())
         view = replace(loader.step(steps.start)[0].to(world.device), pair=None)
         draw = draw_iterations(config, (recipe.run.seed, steps.start))
@@ -197,7 +189,7 @@ def run(recipe: Recipe, num_steps: int, warm_up: int, use_synthetic: bool) -> di
         "data_alone_ms": alone_s / num_steps * 1e3, "data_alone_tokens_per_s": num_tokens / alone_s,
         "starved": watch.seconds["data"] > 0.05 * total_s,
         "tflops": flops / total_s / 1e12, "matmul_tflops": rate / 1e12, "mfu": flops / total_s / rate,
-        "padding_avoided": padding_waste(loader, steps), "batch_filled": loader.efficiency,
+        "padding_avoided": padding_waste(loader, steps), "batch_filled": loader.at(steps.start).efficiency,
         **parts,
         **monitor.summary(num_tokens),
     }  # fmt: skip
@@ -209,6 +201,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("recipe", help=f"a recipe, or a preset: {', '.join(PRESETS)}")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     parser.add_argument("--synthetic", action="store_true", help="random tokens instead of the recipe's data")
+    parser.add_argument("--vocabulary", type=int, metavar="V", help="ids of synthetic text, if the tokenizer is away")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/bench/step"))
@@ -216,7 +209,8 @@ def main(argv: Sequence[str]) -> int:
     source, *preset = PRESETS.get(options.recipe, (options.recipe,))
     recipe = load_recipe(source, [*preset, *options.overrides])
     stamp = environment(recipe.run.seed)
-    row = run(recipe, options.steps, options.warm_up, options.synthetic)
+    vocabulary = options.vocabulary or (SEEDS_VOCABULARY if options.recipe in PRESETS else None)
+    row = run(recipe, options.steps, options.warm_up, options.synthetic, vocabulary)
     name = Path(options.recipe).stem
     rows = [{"recipe": options.recipe, **row}]
     write_results(options.out, name, rows, stamp, title=f"Training step: {name}")

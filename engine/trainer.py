@@ -1,7 +1,6 @@
 """The training loop."""
 
 import errno
-import hashlib
 import math
 import signal
 from collections.abc import Sequence
@@ -11,20 +10,10 @@ from typing import Any
 
 import torch
 
-from ..models.config import ConceptConfig
-from ..models.masked_lm import ConceptForMaskedLM, smoothing_floor
-from ..models.objectives import Mixed
-from ..models.pretraining import Pretraining
 from . import checkpoint, compat, launch, zero
-from .data.corpus import Corpus, open_corpus
-from .data.loader import Loader
-from .data.phrases import open_phrases
-from .data.stages import Stages
-from .data.windows import Windows
 from .errors import InputError
-from .evaluation import evaluate
-from .export import export
-from .initialize import initialize
+from .jobs.job import Job
+from .jobs.pretraining import PretrainingJob, counted
 from .launch import StopRequest, World
 from .optimizer import build_optimizer
 from .recipe.load import load_recipe
@@ -57,7 +46,7 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
             if world.is_first:
                 print(f"{run.path}: finished already ({run.progress.step} steps); the model is in {run.model}")
             return run.path
-        trainer = Trainer(recipe, world, stop, run)
+        trainer = Trainer(recipe, world, stop, run, PretrainingJob(recipe, world))
         try:
             with stop:
                 trainer.fit(notes)
@@ -68,89 +57,55 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     return run.path
 
 
-def counted(recipe: Recipe, world: World) -> Recipe:
-    """The recipe, with the phrases of its text if it asks for them. Collective."""
-    if not recipe.needs_phrases:
-        return recipe
-    return recipe.with_phrases(world.first_then_others(lambda: open_phrases(recipe.data)))
-
-
 class Trainer:
-    """Everything a run needs, built and checked before its folder is touched."""
+    """How a job is trained: steps, checkpoints, the record. All is built and checked before its folder is touched."""
 
-    def __init__(self, recipe: Recipe, world: World, stop: StopRequest, run: RunFolder) -> None:
+    def __init__(self, recipe: Recipe, world: World, stop: StopRequest, run: RunFolder, job: Job) -> None:
         self.recipe, self.world, self.stop, self.run, self.progress = recipe, world, stop, run, run.progress
-        self.objective, self.contrastive = recipe.build_objective(), recipe.build_contrastive()
-        *shorter, self.corpus = (self.open(window) for _, window in recipe.stages())
-        self.loader = Stages([
-            self.read(corpus.train, first_step)
-            for corpus, (first_step, _) in zip([*shorter, self.corpus], recipe.stages(), strict=True)
-        ])  # fmt: skip
-        self.held_out = self.read(self.corpus.validation)
+        self.job = job
         self.identity = {
             "trajectory": recipe.trajectory(),
-            "text": text_identity(self.corpus),
             "topology": {"ranks": world.size, "stage": recipe.zero.stage, "micro_tokens": recipe.batch.micro_tokens},
-            "populations": recipe.populations(self.held_out.num_micro_batches * world.size),
+            **job.identity(),
         }
-        for name in ("text", "populations"):
+        for name in job.identity():
             run.compare(name, self.identity[name])
         torch.manual_seed(recipe.run.seed)  # the same initial weights on every rank
-        bare, self.beginning = ConceptForMaskedLM(self.build_config()), ""
-        if recipe.init and not run.found:
-            self.beginning = initialize(bare, recipe.init, self.corpus.tokenizer, world)
-        model = Pretraining(bare, self.contrastive, recipe.build_regularization(), recipe.has_task)
+        module = job.build(is_new=not run.found)
         if run.found:
-            checkpoint.load_weights(run.found, model)
-        model.to(world.device).train()
-        self.engine = zero.initialize(model, build_optimizer(model, recipe.optim), recipe)
+            checkpoint.load_weights(run.found, module)
+        module.to(world.device).train()
+        self.engine = zero.initialize(module, build_optimizer(module, recipe.optim), recipe)
         if run.found:
             checkpoint.load_moments(run.found, self.engine, self.progress.optimizer_steps)
         compat.set_timeouts(recipe.run.timeout_s)
         self.clock, self.bad_steps, self.failed_saves = Clock(), 0, 0
 
-    def open(self, window: int) -> Corpus:
-        data = self.recipe.data.model_copy(update={"window": window})
-        return self.world.first_then_others(lambda: open_corpus(data))
-
-    def read(self, windows: Windows, first_step: int = 0) -> Loader:
-        recipe, contrastive = self.recipe, self.contrastive
-        return Loader(
-            windows, self.objective, self.corpus.tokens, seed=recipe.run.seed, tokens_per_step=recipe.batch.tokens,
-            micro_tokens=recipe.batch.micro_tokens, rank=self.world.rank, world_size=self.world.size,
-            first_step=first_step, contrastive=contrastive,
-            contrastive_from=math.ceil(contrastive.start * recipe.train.steps) if contrastive else 0,
-        )  # fmt: skip
-
-    def build_config(self) -> ConceptConfig:
-        tokens = self.corpus.tokens
-        return self.recipe.build_config(
-            vocab_size=tokens.vocab_size, mask_token_id=tokens.mask_id, pad_token_id=self.corpus.tokenizer.pad_token_id
-        )
-
     def fit(self, notes: Sequence[str]) -> None:
         """The loop, in the order in which things happen."""
-        recipe, progress, clock, total = self.recipe, self.progress, self.clock, self.recipe.train.steps
+        recipe, job, progress, clock, total = self.recipe, self.job, self.progress, self.clock, self.recipe.train.steps
         self.run.create()
-        floor = smoothing_floor(recipe.train.label_smoothing, self.corpus.tokens.vocab_size)
+        floor = job.loss_floor
         self.telemetry = telemetry = Telemetry(self.run.path, self.world, progress.step, total, floor)
         self.announce(notes)
         progress.identity = self.identity
         steps = range(progress.step, total)
-        for step, views in zip(steps, self.loader.prefetch(steps.start, steps.stop), strict=True):
+        for step, batches in zip(steps, job.batches(steps.start, steps.stop), strict=True):
             lr = learning_rate(
                 step, lr=recipe.optim.lr, warmup_steps=recipe.optim.warmup_steps, total_steps=total,
                 min_lr_ratio=recipe.optim.min_lr_ratio,
             )  # fmt: skip
-            figures, stopping = update(self.engine, self.world, recipe, step, views, lr, self.stop)
+            figures, stopping = update(
+                self.engine, self.world, job, step, batches, lr=lr, seed=recipe.run.seed, stop=self.stop
+            )
             applied = self.engine.was_step_applied()
 
-            tokens = self.loader.num_tokens(step)
+            tokens = job.num_tokens(step)
             speed = clock.step(tokens)
             progress.step, progress.tokens = step + 1, progress.tokens + tokens
             progress.optimizer_steps += applied
             telemetry.record(
-                "train", progress.step, **as_tree(figures), **self.part(step), lr=lr,
+                "train", progress.step, **as_tree(figures), **job.labels(step), lr=lr,
                 grad_norm=finite(self.engine.get_global_grad_norm()), tokens=progress.tokens, tokens_per_s=speed,
                 elapsed_s=progress.elapsed_s + clock.elapsed_s, **({"smoothing_floor": floor} if floor else {}),
             )  # fmt: skip
@@ -159,8 +114,7 @@ class Trainer:
 
             is_last = progress.step == total
             if is_last or due(progress.step, recipe.eval.every):
-                figures = evaluate(self.engine, self.held_out, recipe.eval.tokens, self.world)
-                telemetry.evaluation(progress.step, figures)
+                telemetry.evaluation(progress.step, job.evaluate(self.engine))
             if is_last or stopping or due(progress.step, recipe.checkpoint.every):
                 self.save(must_succeed=is_last or stopping)
             if stopping and not is_last:
@@ -168,23 +122,19 @@ class Trainer:
             clock.restart()
         self.finish()
 
-    def part(self, step: int) -> dict[str, str]:
-        """Which part of a mixture a step belongs to."""
-        mixed = self.objective
-        return {"objective": mixed.names[mixed.place(step)]} if isinstance(mixed, Mixed) else {}
-
     def check_applied(self, step: int, applied: bool) -> None:
         """Counts steps that DeepSpeed skipped, on every rank alike, because a gradient was not finite."""
         self.bad_steps = 0 if applied else self.bad_steps + 1
         if applied:
             return
-        windows = self.loader.windows(step)
-        self.telemetry.record("bad_step", step + 1, in_a_row=self.bad_steps, windows=windows)
-        self.telemetry.say(f"step {step + 1}: a gradient is not finite; the step was skipped, its windows are recorded")
+        contents = self.job.contents(step)
+        named = " and ".join(contents)
+        self.telemetry.record("bad_step", step + 1, in_a_row=self.bad_steps, **contents)
+        self.telemetry.say(f"step {step + 1}: a gradient is not finite; the step was skipped, its {named} are recorded")
         if self.bad_steps >= self.recipe.train.max_bad_steps:
             raise InputError(
                 f"{self.run.path}: {self.bad_steps} steps in a row had a gradient that is not finite, stopped at step "
-                f"{step + 1}; lower optim.lr or look at the windows listed in metrics.jsonl, and start another run.name"
+                f"{step + 1}; lower optim.lr or look at the {named} listed in metrics.jsonl, and start another run.name"
             )
 
     def save(self, must_succeed: bool) -> None:
@@ -213,7 +163,7 @@ class Trainer:
 
     def finish(self) -> None:
         try:
-            model = export(self.world, self.engine.module.model, self.corpus.tokenizer, self.run.model)
+            model = self.job.export(self.engine.module, self.run.model)
         except OSError as error:
             raise InputError(f"{self.run.model}: could not be written: {error}; {self.way_back()}") from error
         seconds = self.progress.elapsed_s + self.clock.elapsed_s
@@ -230,14 +180,14 @@ class Trainer:
             say(note)
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
         say(
-            f"{self.run.path}: {parameters / 1e6:.1f} M parameters, {self.corpus.train.num_tokens / 1e6:.2f} M tokens "
-            f"of training text ({self.loader.at(0).steps_per_epoch} steps an epoch), "
+            f"{self.run.path}: {parameters / 1e6:.1f} M parameters, {self.job.describe()}, "
             f"{world.size} x {world.device.type}, {self.recipe.train.precision}, ZeRO {self.recipe.zero.stage}"
         )
-        if self.beginning:
-            say(f"from {self.recipe.init.source}: {self.beginning}")
+        if self.job.beginning:
+            source, report = self.job.beginning
+            say(f"from {source}: {report}")
             if world.is_first:
-                (self.run.path / "initialization.txt").write_text(self.beginning + "\n", encoding="utf-8")
+                (self.run.path / "initialization.txt").write_text(report + "\n", encoding="utf-8")
         if self.run.found:
             same = self.progress.identity["topology"] == self.identity["topology"]
             say(
@@ -262,13 +212,3 @@ def as_tree(figures: dict[str, float]) -> dict[str, Any]:
         section, _, figure = name.rpartition("/")
         (tree.setdefault(section, {}) if section else tree)[figure] = finite(value)
     return tree
-
-
-def text_identity(corpus: Corpus) -> dict[str, Any]:
-    """What must be the same for a resumed run to read the same text in the same words."""
-    return {
-        "vocabulary size": corpus.tokens.vocab_size,
-        "tokenizer": corpus.description["tokenizer"]["id"],
-        "tokens of training text": corpus.train.num_tokens,
-        "training text": hashlib.sha256(corpus.train.lengths.tobytes()).hexdigest()[:16],  # lengths stand for the text
-    }

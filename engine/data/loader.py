@@ -22,8 +22,8 @@ from .windows import Windows
 EVALUATION_SEED = 0
 
 
-class Loader:
-    """Turns windows into the micro-batches of each step.
+class Batches:
+    """Deals windows to the micro-batches of each step; a subclass says in `batch` what a micro-batch is.
 
     A step holds at most ``tokens_per_step`` tokens over all ranks, and every window of a source is in exactly one step
     of each of its epochs. Windows are dealt to steps like cards, longest first, so all steps of all epochs have nearly
@@ -35,21 +35,17 @@ class Loader:
     """
 
     def __init__(
-        self, windows: Windows, objective: Any, tokens: SpecialTokens, *,
-        seed: int, tokens_per_step: int, micro_tokens: int, rank: int = 0, world_size: int = 1, first_step: int = 0,
-        contrastive: Contrastive | None = None, contrastive_from: int = 0,
+        self, windows: Windows, *, seed: int, tokens_per_step: int, micro_tokens: int, rank: int = 0,
+        world_size: int = 1, first_step: int = 0,
     ) -> None:  # fmt: skip
         """
         Args:
             windows: what to read.
-            objective: makes a `View` of a packed batch, see models/objectives; `Mixed` makes one a step.
-            tokens: the special tokens of the windows' tokenizer.
-            seed: decides the order, and with it everything random in the views.
+            seed: decides the order, and with it everything random in the batches.
             tokens_per_step: budget of one optimizer step, all ranks together.
             micro_tokens: budget of one forward and backward pass on one rank.
             rank, world_size: this process among those that share the step.
             first_step: of the run in which the order of these windows begins.
-            contrastive: adds a pair to each view, from step `contrastive_from` on.
 
         Raises:
             InputError: a budget is smaller than the longest window.
@@ -61,20 +57,23 @@ class Loader:
                     f"{field}: expected room for the longest window, {longest} tokens, got {budget}; "
                     f"raise {field} or lower data.window"
                 )
-        self.windows, self.objective, self.tokens = windows, objective, tokens
-        self.seed, self.tokens_per_step, self.micro_tokens = seed, tokens_per_step, micro_tokens
+        self.windows, self.seed = windows, seed
+        self.tokens_per_step, self.micro_tokens = tokens_per_step, micro_tokens
         self.rank, self.world_size, self.first_step = rank, world_size, first_step
-        self.contrastive, self.contrastive_from = contrastive, contrastive_from
         self.num_micro_batches = -(-tokens_per_step // (world_size * micro_tokens))  # of one rank, in every step
 
-    def step(self, step: int) -> list[View]:
+    def batch(self, step: int, samples: Samples) -> Any:
+        """The micro-batch of these windows, on the CPU."""
+        raise NotImplementedError
+
+    def step(self, step: int) -> list[Any]:
         """This rank's micro-batches of a step of the run (counted from 0), in any order of asking."""
         samples = self.samples(step)
         bins, _ = deal(self.windows.lengths[samples.windows], self.num_micro_batches * self.world_size)
         mine = [np.flatnonzero(bins == i * self.world_size + self.rank) for i in range(self.num_micro_batches)]
-        return [self._view(step, samples.take(rows)) for rows in mine]
+        return [self.batch(step, samples.take(rows)) for rows in mine]
 
-    def prefetch(self, start: int, stop: int) -> Iterator[list[View]]:
+    def prefetch(self, start: int, stop: int) -> Iterator[list[Any]]:
         """``step(start)``, ..., ``step(stop - 1)``, made ahead by a thread."""
         return prefetch(self.step, start, stop)
 
@@ -95,18 +94,6 @@ class Loader:
         full = [stream.lengths.sum() / (stream.num_bins * stream.capacity) for stream in self._streams]
         return float(np.dot(self._schedule.shares, full))
 
-    def evaluation(self, max_tokens: int) -> Iterator[dict[str, View]]:
-        """This rank's evaluation views of ``evaluation_rows(max_tokens)``, as many on every rank."""
-        for batch, keys, _ in self._evaluation_batches(max_tokens):
-            yield self.objective.evaluation_views(batch, keys, self.tokens)
-
-    def evaluation_pairs(self, max_tokens: int) -> Iterator[Pair]:
-        """The same texts in pairs. Where dropout alone would tell two views apart, adjacent spans take their place."""
-        is_blind = self.contrastive.pairs == "dropout"
-        contrastive = replace(self.contrastive, pairs="adjacent") if is_blind else self.contrastive
-        for batch, keys, rows in self._evaluation_batches(max_tokens):
-            yield contrastive.pair(batch, keys, self.tokens, self.windows.documents(rows))
-
     def evaluation_rows(self, max_tokens: int) -> np.ndarray:
         """The windows an evaluation reads: the first of a fixed shuffle, up to ``max_tokens``, at least one.
 
@@ -116,8 +103,8 @@ class Loader:
         count = int(np.searchsorted(np.cumsum(self.windows.lengths[order], dtype=np.int64), max_tokens, side="right"))
         return order[: max(1, count)]
 
-    def _evaluation_batches(self, max_tokens: int) -> Iterator[tuple[Packed, list[SampleKey], np.ndarray]]:
-        """This rank's batches, their keys and the numbers of their windows; as many batches on every rank."""
+    def evaluation_bins(self, max_tokens: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """This rank's batches of ``evaluation_rows``, as many on every rank: places in that order, and windows."""
         rows = self.evaluation_rows(max_tokens)
         lengths = self.windows.lengths[rows]
         num_bins = fewest_bins(lengths, self.micro_tokens)
@@ -125,8 +112,7 @@ class Loader:
         bins, _ = deal(lengths, num_bins)
         for mine in range(self.rank, num_bins, self.world_size):
             members = np.flatnonzero(bins == mine)
-            batch = pack([self.windows[row] for row in rows[members]])
-            yield batch, [SampleKey(EVALUATION_SEED, 0, i) for i in members.tolist()], rows[members]
+            yield members, rows[members]
 
     @cached_property
     def _schedule(self) -> Schedule:
@@ -139,7 +125,27 @@ class Loader:
         parts = range(len(self.windows.parts))
         return [Stream(self.windows, part, capacity, self.seed) for part in parts]
 
-    def _view(self, step: int, samples: Samples) -> View:
+
+class Loader(Batches):
+    """Micro-batches of text as an objective's views."""
+
+    def __init__(
+        self, windows: Windows, objective: Any, tokens: SpecialTokens, *, contrastive: Contrastive | None = None,
+        contrastive_from: int = 0, **order: Any,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            windows: what to read.
+            objective: makes a `View` of a packed batch, see models/objectives; `Mixed` makes one a step.
+            tokens: the special tokens of the windows' tokenizer.
+            contrastive: adds a pair to each view, from step `contrastive_from` on.
+            order: what `Batches` asks for.
+        """
+        super().__init__(windows, **order)
+        self.objective, self.tokens = objective, tokens
+        self.contrastive, self.contrastive_from = contrastive, contrastive_from
+
+    def batch(self, step: int, samples: Samples) -> View:
         batch = pack([self.windows[index] for index in samples.windows])
         places = zip(samples.epochs.tolist(), samples.places.tolist(), strict=True)
         keys = [SampleKey(self.seed, *place) for place in places]
@@ -150,8 +156,26 @@ class Loader:
         documents = self.windows.documents(samples.windows)
         return replace(view, pair=self.contrastive.pair(batch, keys, self.tokens, documents, objective))
 
+    def evaluation(self, max_tokens: int) -> Iterator[dict[str, View]]:
+        """This rank's evaluation views of ``evaluation_rows(max_tokens)``, as many on every rank."""
+        for batch, keys, _ in self._evaluation_batches(max_tokens):
+            yield self.objective.evaluation_views(batch, keys, self.tokens)
 
-def prefetch(make: Callable[[int], list[View]], start: int, stop: int, depth: int = 2) -> Iterator[list[View]]:
+    def evaluation_pairs(self, max_tokens: int) -> Iterator[Pair]:
+        """The same texts in pairs. Where dropout alone would tell two views apart, adjacent spans take their place."""
+        is_blind = self.contrastive.pairs == "dropout"
+        contrastive = replace(self.contrastive, pairs="adjacent") if is_blind else self.contrastive
+        for batch, keys, rows in self._evaluation_batches(max_tokens):
+            yield contrastive.pair(batch, keys, self.tokens, self.windows.documents(rows))
+
+    def _evaluation_batches(self, max_tokens: int) -> Iterator[tuple[Packed, list[SampleKey], np.ndarray]]:
+        """This rank's batches, their keys and the numbers of their windows; as many batches on every rank."""
+        for members, rows in self.evaluation_bins(max_tokens):
+            batch = pack([self.windows[row] for row in rows])
+            yield batch, [SampleKey(EVALUATION_SEED, 0, i) for i in members.tolist()], rows
+
+
+def prefetch(make: Callable[[int], list[Any]], start: int, stop: int, depth: int = 2) -> Iterator[list[Any]]:
     """``make(start)``, ..., ``make(stop - 1)``, made up to ``depth`` steps ahead by a thread."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as thread:
         ahead = [thread.submit(make, step) for step in range(start, min(start + depth, stop))]

@@ -1,9 +1,9 @@
 """Longer and longer windows: the steps of a run, each from the loader of its stage."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-from ...models.objectives.view import View
-from .loader import Loader, prefetch
+from .loader import Batches, prefetch
 
 
 class Stages:
@@ -12,17 +12,17 @@ class Stages:
     Each stage begins to read its windows anew, in an order of its own.
     """
 
-    def __init__(self, loaders: Sequence[Loader]) -> None:
+    def __init__(self, loaders: Sequence[Batches]) -> None:
         """``loaders``: by rising ``first_step``, which is 0 in the first."""
         self.loaders = tuple(loaders)
 
-    def at(self, step: int) -> Loader:
+    def at(self, step: int) -> Batches:
         return next(loader for loader in reversed(self.loaders) if loader.first_step <= step)
 
-    def step(self, step: int) -> list[View]:
+    def step(self, step: int) -> list[Any]:
         return self.at(step).step(step)
 
-    def prefetch(self, start: int, stop: int) -> Iterator[list[View]]:
+    def prefetch(self, start: int, stop: int) -> Iterator[list[Any]]:
         return prefetch(self.step, start, stop)
 
     def windows(self, step: int) -> list[int]:

@@ -128,7 +128,7 @@ def test_report_agrees_with_the_engine(run):
     # the held-out figures are those that training writes into metrics.jsonl, by the same function on the same text
     from conceptron.engine.data.corpus import open_corpus
     from conceptron.engine.data.loader import Loader
-    from conceptron.engine.evaluation import evaluate
+    from conceptron.engine.jobs.evaluation import evaluate
     from conceptron.engine.launch import World
 
     recipe = load_recipe(run / "recipe.yaml")

@@ -3,7 +3,9 @@ import torch
 from torch import nn
 
 from conceptron.bench import step
+from conceptron.engine.errors import InputError
 from conceptron.engine.recipe.load import load_recipe
+from conceptron.models.masked_lm import ConceptForMaskedLM
 
 TINY = ("model.hidden_size=32", "model.num_attention_heads=2", "model.intermediate_size=32", "model.num_concepts=16",
         "data.window=64", "batch.tokens=512", "batch.micro_tokens=256", "train.precision=fp32")  # fmt: skip
@@ -21,10 +23,10 @@ def test_presets_are_the_seeds_configurations():
 
 
 def test_a_step_tells_speed_parts_loading_and_padding(monkeypatch):
-    monkeypatch.setattr(step, "SYNTHETIC_VOCABULARY", 256)
     monkeypatch.setattr(step, "matmul_flops", lambda device, dtype: 1e12)
     source, *options = step.PRESETS["seeds-diffusion-l2"]
-    row = step.run(load_recipe(source, [*options, *TINY]), num_steps=2, warm_up=1, use_synthetic=True)
+    row = step.run(load_recipe(source, [*options, *TINY]), num_steps=2, warm_up=1, use_synthetic=True,
+                   vocabulary=256)  # fmt: skip
     phases = sum(row[f"{name}_ms"] for name in ("data", "forward", "backward", "optimizer"))
     assert row["step_ms"] == pytest.approx(phases)
     assert row["tokens_per_step"] == 512 and row["tokens_per_s"] == pytest.approx(512 / row["step_ms"] * 1e3)
@@ -42,21 +44,42 @@ def test_a_step_tells_speed_parts_loading_and_padding(monkeypatch):
     ["objective={name: mixed, parts: [{name: mlm}, {name: tsdae}]}"],
 ])  # fmt: skip
 def test_a_step_has_all_that_the_recipe_adds(monkeypatch, more):
-    monkeypatch.setattr(step, "SYNTHETIC_VOCABULARY", 256)
     monkeypatch.setattr(step, "matmul_flops", lambda device, dtype: 1e12)
     encoded = []
-    encode = step.ConceptForMaskedLM.encode
-    monkeypatch.setattr(step.ConceptForMaskedLM, "encode", lambda *given: encoded.append(1) or encode(*given))
-    row = step.run(load_recipe("pretrain/mlm.yaml", [*TINY, *more]), num_steps=1, warm_up=1, use_synthetic=True)
+    encode = ConceptForMaskedLM.encode
+    monkeypatch.setattr(ConceptForMaskedLM, "encode", lambda *given: encoded.append(1) or encode(*given))
+    row = step.run(load_recipe("pretrain/mlm.yaml", [*TINY, *more]), 1, 1, use_synthetic=True, vocabulary=256)
     assert row["step_ms"] > 0 and bool(encoded) == ("encoder_forward_ms" in row) == ("none" not in more[0])
+
+
+def test_synthetic_text_has_the_words_of_the_recipe(tmp_path):
+    recipe = load_recipe("demo.yaml", [])
+    assert step.synthetic(recipe, None, 16).tokens.vocab_size == recipe.data.vocab_size
+    recipe = load_recipe("demo.yaml", [f"data.tokenizer={tmp_path}/none"])
+    with pytest.raises(InputError, match="--vocabulary"):
+        step.synthetic(recipe, None, 16)
+    assert step.synthetic(recipe, 300, 16).train[0].max() < 300
+
+
+def test_what_is_timed_is_the_trainers_update(monkeypatch):
+    """Label smoothing, the learning rate and dropout's seeds are those of training: the losses are the same."""
+    monkeypatch.setattr(step, "matmul_flops", lambda device, dtype: 1e12)
+    seen = []
+    update = step.update
+    monkeypatch.setattr(step, "update", lambda *given, **named: seen.append((given[3], named["lr"])) or
+                        update(*given, **named))  # fmt: skip
+    recipe = load_recipe("demo.yaml", [*TINY, "optim.lr=1e-2", "optim.warmup_steps=10", "train.steps=20"])
+    step.run(recipe, 1, 1, use_synthetic=True)
+    assert seen == [(0, pytest.approx(1e-3)), (1, pytest.approx(2e-3))]
 
 
 def test_padding_waste_by_hand():
     class Reader:
-        windows = type("W", (), {"lengths": torch.tensor([4, 2, 6, 6])})
+        def at(self, index):
+            return type("L", (), {"windows": type("W", (), {"lengths": torch.tensor([4, 2, 6, 6])})})
 
-        def samples(self, index):
-            return type("S", (), {"windows": [[0, 1], [2, 3]][index]})
+        def windows(self, index):
+            return [[0, 1], [2, 3]][index]
 
     # 4 + 2 of 2 x 4 rows, 6 + 6 of 2 x 6
     assert step.padding_waste(Reader(), [0, 1]) == pytest.approx(1 - 18 / 20)

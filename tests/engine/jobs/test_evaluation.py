@@ -8,7 +8,7 @@ import torch
 
 from conceptron.engine.data.loader import Loader
 from conceptron.engine.data.windows import Part, Windows
-from conceptron.engine.evaluation import evaluate
+from conceptron.engine.jobs.evaluation import evaluate
 from conceptron.models.objectives import OBJECTIVES
 
 

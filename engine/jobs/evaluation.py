@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from ..models.objectives import Mixed
-from .data.loader import Loader
-from .launch import World
+from ...models.objectives import Mixed
+from ..data.loader import Loader
+from ..launch import World
 
 # sums kept for each view of the grid
 LOSS, DIVISOR, NLL_SEEN, NUM_SEEN, NLL_UNSEEN, NUM_UNSEEN = range(6)

@@ -1,0 +1,146 @@
+"""Pre-training on text: the objective of a recipe, with what is added to it."""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...models.config import ConceptConfig
+from ...models.masked_lm import ConceptForMaskedLM, smoothing_floor
+from ...models.objectives import Mixed, View
+from ...models.pretraining import Cached, Pretraining, Totals, cache
+from ...models.recursion import draw_iterations
+from ..data.corpus import Corpus, open_corpus
+from ..data.loader import Loader
+from ..data.phrases import open_phrases
+from ..data.stages import Stages
+from ..data.windows import Windows
+from ..export import export
+from ..initialize import initialize
+from ..launch import World
+from ..recipe.schema import Recipe
+from .evaluation import evaluate
+from .job import Loss
+
+
+def counted(recipe: Recipe, world: World) -> Recipe:
+    """The recipe, with the phrases of its text if it asks for them. Collective."""
+    if not recipe.needs_phrases:
+        return recipe
+    return recipe.with_phrases(world.first_then_others(lambda: open_phrases(recipe.data)))
+
+
+class PretrainingJob:
+    """See `Job`."""
+
+    def __init__(self, recipe: Recipe, world: World, corpora: Sequence[Corpus] | None = None) -> None:
+        """``corpora``: what to read in each stage of length; left out: what the recipe names."""
+        self.recipe, self.world, self.beginning = recipe, world, None
+        self.objective, self.contrastive = recipe.build_objective(), recipe.build_contrastive()
+        *shorter, self.corpus = corpora or [self.open(window) for _, window in recipe.stages()]
+        self.loader = Stages([
+            self.read(corpus.train, first_step)
+            for corpus, (first_step, _) in zip([*shorter, self.corpus], recipe.stages(), strict=True)
+        ])  # fmt: skip
+        self.held_out = self.read(self.corpus.validation)
+        self.loss_floor = smoothing_floor(recipe.train.label_smoothing, self.corpus.tokens.vocab_size)
+
+    def open(self, window: int) -> Corpus:
+        data = self.recipe.data.model_copy(update={"window": window})
+        return self.world.first_then_others(lambda: open_corpus(data))
+
+    def read(self, windows: Windows, first_step: int = 0) -> Loader:
+        recipe, contrastive = self.recipe, self.contrastive
+        return Loader(
+            windows, self.objective, self.corpus.tokens, seed=recipe.run.seed, tokens_per_step=recipe.batch.tokens,
+            micro_tokens=recipe.batch.micro_tokens, rank=self.world.rank, world_size=self.world.size,
+            first_step=first_step, contrastive=contrastive,
+            contrastive_from=math.ceil(contrastive.start * recipe.train.steps) if contrastive else 0,
+        )  # fmt: skip
+
+    def identity(self) -> dict[str, dict[str, Any]]:
+        num_micro_batches = self.held_out.num_micro_batches * self.world.size
+        return {"text": text_identity(self.corpus), "populations": self.recipe.populations(num_micro_batches)}
+
+    def describe(self) -> str:
+        millions = self.corpus.train.num_tokens / 1e6
+        return f"{millions:.2f} M tokens of training text ({self.loader.at(0).steps_per_epoch} steps an epoch)"
+
+    def build_config(self) -> ConceptConfig:
+        tokens = self.corpus.tokens
+        return self.recipe.build_config(
+            vocab_size=tokens.vocab_size, mask_token_id=tokens.mask_id, pad_token_id=self.corpus.tokenizer.pad_token_id
+        )
+
+    def build(self, is_new: bool) -> Pretraining:
+        recipe = self.recipe
+        bare = ConceptForMaskedLM(self.build_config())
+        if recipe.init and is_new:
+            report = initialize(bare, recipe.init, self.corpus.tokenizer, self.world)
+            self.beginning = recipe.init.source, report
+        return Pretraining(bare, self.contrastive, recipe.build_regularization(), recipe.has_task)
+
+    def batches(self, start: int, stop: int) -> Iterator[list[View]]:
+        return self.loader.prefetch(start, stop)
+
+    def num_tokens(self, step: int) -> int:
+        return self.loader.num_tokens(step)
+
+    def contents(self, step: int) -> dict[str, Any]:
+        return {"windows": self.loader.windows(step)}
+
+    def labels(self, step: int) -> dict[str, str]:
+        """Which part of a mixture a step belongs to."""
+        mixed = self.objective
+        return {"objective": mixed.names[mixed.place(step)]} if isinstance(mixed, Mixed) else {}
+
+    def prepare(self, engine: Any, step: int, batches: Sequence[View], seeds: Sequence[int]) -> list[dict[str, Any]]:
+        totals = Totals.of(batches, self.world.sum, self.world.size)
+        num_iterations = draw_iterations(engine.module.model.config, (self.recipe.run.seed, step))
+        ahead = look_ahead(engine, batches, seeds, totals, num_iterations)
+        shared = {"totals": totals, "step": step, "num_iterations": num_iterations,
+                  "label_smoothing": self.recipe.train.label_smoothing}  # fmt: skip
+        return [{"view": view, "cached": cached, **shared} for view, cached in zip(batches, ahead, strict=True)]
+
+    def loss(self, engine: Any, given: dict[str, Any]) -> Loss:
+        return Loss(*engine(**given))
+
+    def after_backward(self, engine: Any, num_batches: int) -> dict[str, Tensor]:
+        scale = engine.module.cap_scale
+        return {} if scale is None else {"cap_scale": scale / num_batches}
+
+    def evaluate(self, engine: Any) -> dict[str, Any]:
+        return evaluate(engine, self.held_out, self.recipe.eval.tokens, self.world)
+
+    def export(self, module: nn.Module, folder: Path) -> Path:
+        return export(self.world, module.model, self.corpus.tokenizer, folder)
+
+
+def look_ahead(
+    engine: Any, views: Sequence[View], seeds: Sequence[int], totals: Totals, num_iterations: int | None
+) -> list[Cached | None]:
+    """The gradient of a contrastive loss over all micro-batches, for each, if there are several. Collective."""
+    contrastive = engine.module.contrastive
+    pairs = [view.pair for view in views]
+    if contrastive is None or contrastive.negatives != "step" or len(views) == 1 or pairs[0] is None:
+        return [None] * len(views)
+    compared = []
+    with torch.no_grad():
+        for view, seed in zip(views, seeds, strict=True):
+            torch.manual_seed(seed)
+            compared.append(engine(pair=view.pair, encoder=view.encoder, num_iterations=num_iterations))
+    return cache(compared, [pair.ids for pair in pairs], contrastive, totals)
+
+
+def text_identity(corpus: Corpus) -> dict[str, Any]:
+    """What must be the same for a resumed run to read the same text in the same words."""
+    return {
+        "vocabulary size": corpus.tokens.vocab_size,
+        "tokenizer": corpus.description["tokenizer"]["id"],
+        "tokens of training text": corpus.train.num_tokens,
+        "training text": hashlib.sha256(corpus.train.lengths.tobytes()).hexdigest()[:16],  # lengths stand for the text
+    }
