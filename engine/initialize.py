@@ -17,7 +17,7 @@ from .launch import World
 from .recipe.schema import Init
 from .saved_model import quiet
 
-FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # of a hub repository: no pickles, no code
+FILES = ("*.json", "*/config.json", "*.safetensors", "*.txt", "*.model")  # of a hub repository: no pickles, no code
 
 
 def initialize(model: ConceptForMaskedLM, init: Init, tokenizer: Any, world: World) -> str:
@@ -67,8 +67,8 @@ def from_ours(model: ConceptForMaskedLM, folder: Path, config: ConceptConfig, in
     return LoadReport(tuple(loaded), tuple(new), tuple(sorted(info["unexpected_keys"])))
 
 
-def find(source: str) -> Path:
-    """The folder itself, or what the hub has under this name."""
+def find(source: str, field: str = "init.source") -> Path:
+    """The folder itself, or what the hub has under this name. ``field``: of the recipe, for the error."""
     folder = Path(source).expanduser()
     if folder.exists():
         return folder
@@ -76,7 +76,7 @@ def find(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=list(FILES)))
     except Exception as error:  # huggingface_hub has dozens of kinds
         raise InputError(
-            f"init.source: {source}: no such folder here, and it cannot be fetched from the hub "
+            f"{field}: {source}: no such folder here, and it cannot be fetched from the hub "
             f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); give a folder with config.json and "
             "safetensors, or a hub id"
         ) from error

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .masked_lm import ConceptForMaskedLM, ConceptMaskedLMOutput
 from .objectives.contrastive import Contrastive, Temperature
+from .objectives.distill import Distillation, Lesson, num_heard
 from .objectives.view import Pair, View, check_option
 from .packing import Packed
 from .regularizers import Regularization, Regularizer
@@ -62,6 +63,7 @@ class Totals(NamedTuple):
     divisor: Tensor  # of the task
     num_pairs: Tensor  # texts in the contrastive loss
     num_texts: Tensor
+    num_stretches: Tensor  # of texts that a teacher speaks of
 
     @classmethod
     def of(
@@ -72,7 +74,8 @@ class Totals(NamedTuple):
         ids = [view.pair.ids for view in views if view.pair is not None]
         num_pairs = (torch.cat(ids) >= 0).sum() if ids else torch.zeros_like(divisor)
         num_texts = torch.full_like(divisor, sum(view.encoder.num_sequences for view in views))
-        sums = sum_of_ranks(torch.stack([divisor, num_pairs.to(divisor), num_texts]))
+        num_stretches = num_heard(views) if views[0].lesson is not None else torch.zeros_like(divisor)
+        sums = sum_of_ranks(torch.stack([divisor, num_pairs.to(divisor), num_texts, num_stretches.to(divisor)]))
         return cls(*(torch.where(sums > 0, sums, 1.0) / num_ranks))
 
 
@@ -97,18 +100,20 @@ class PretrainingOutput(NamedTuple):
 
 
 class Pretraining(nn.Module):
-    """loss = task + weight * contrastive + regularisation, where the last two are asked for.
+    """loss = task + weight * contrastive + weight * distill + regularisation, where the last three are asked for.
 
-    The regularisers see the concepts from which the task is answered (without a task: the first view of each pair),
-    with their gradient capped. Their population is the micro-batch: a term over the batch depends on its size. Only
-    ``model`` is what training is for; the parameters of temperature and weighting stay behind.
+    The regularisers see the concepts from which the task is answered (without a task: those of the whole text if there
+    is a teacher, else the first view of each pair), with their gradient capped. Their population is the micro-batch: a
+    term over the batch depends on its size. Only ``model`` is what training is for; the parameters of temperature,
+    weighting and a teacher's maps stay behind.
     """
 
     def __init__(
         self, model: ConceptForMaskedLM, contrastive: ContrastiveTerm | None = None,
-        regularization: Regularization | None = None, has_task: bool = True,
+        regularization: Regularization | None = None, has_task: bool = True, distillation: Distillation | None = None,
     ):  # fmt: skip
         super().__init__()
+        self.distillation = distillation
         self.model, self.contrastive, self.has_task = model, contrastive, has_task
         learns = contrastive is not None and contrastive.learnable_temperature
         self.temperature = Temperature(contrastive.temperature, contrastive.temperature_floor) if learns else None
@@ -116,13 +121,13 @@ class Pretraining(nn.Module):
         if not has_task:  # weight decay alone must not move a decoder
             of_encoder = {id(parameter) for parameter in model.encoder.parameters()}
             for parameter in model.parameters():
-                parameter.requires_grad_(id(parameter) in of_encoder)
+                parameter.requires_grad_(parameter.requires_grad and id(parameter) in of_encoder)
 
     def forward(
         self, view: View | None = None, *, totals: Totals | None = None, step: int = 0, label_smoothing: float = 0.0,
         num_iterations: int | None = None, cached: Cached | None = None, pair: Pair | None = None,
-        encoder: Packed | None = None, return_nll: bool = False,
-    ) -> PretrainingOutput | ConceptMaskedLMOutput | Compared:  # fmt: skip
+        encoder: Packed | None = None, return_nll: bool = False, lesson: Lesson | None = None,
+    ) -> PretrainingOutput | ConceptMaskedLMOutput | Compared | Tensor:  # fmt: skip
         """
         Args:
             view: a micro-batch, with ``totals`` of its step; left out: it is all of it. Steps are counted from 0.
@@ -131,6 +136,7 @@ class Pretraining(nn.Module):
             return_nll: instead, the loss of each target of the view, for evaluation.
             pair: instead of a view, what is to be compared, with the ``encoder`` batch that it may share. The random
                 numbers that dropout draws for it are those that a pass with the view draws from the same state.
+            lesson: instead of a view, how far the concepts of its texts agree with it, see ``Distillation.agreement``.
         """
         if return_nll:
             return self.model(view=view, return_nll=True)
@@ -138,11 +144,17 @@ class Pretraining(nn.Module):
             texts_BCd = self.encode(pair.texts, num_iterations)
             first_BCd = self.encode(encoder, num_iterations) if pair.shares_encoder else None
             return self.compared(pair, texts_BCd, first_BCd)
+        if lesson is not None:
+            return self.distillation.agreement(self.encode(lesson.texts, num_iterations), lesson)
         totals = Totals.of([view]) if totals is None else totals
         pair, figures, loss = view.pair, {}, 0.0
         texts_BCd = None if pair is None else self.encode(pair.texts, num_iterations)  # first, see ``pair`` above
         encoded = self.model.encode(view.encoder, num_iterations) if self.has_task else None
-        z_BCd = encoded.last_hidden_state if self.has_task else texts_BCd.chunk(2)[0]
+        if self.has_task:
+            z_BCd = encoded.last_hidden_state
+        else:
+            is_taught = view.lesson is not None
+            z_BCd = self.encode(view.encoder, num_iterations) if is_taught else texts_BCd.chunk(2)[0]
         z_BCd, for_terms_BCd = (z_BCd, None) if self.regularizer is None else self.regularizer.cap(z_BCd)
         if self.has_task:
             encoded.last_hidden_state = z_BCd
@@ -152,12 +164,18 @@ class Pretraining(nn.Module):
             if encoded.convergence is not None:  # of the last iteration, averaged over texts
                 figures["convergence"] = encoded.convergence[-1].sum() / totals.num_texts
         if pair is not None:
-            is_first = pair.shares_encoder or not self.has_task
+            is_first = pair.shares_encoder or not (self.has_task or view.lesson)
             compared = self.compared(pair, texts_BCd, z_BCd if is_first else None)
             contrast = self.contrast(compared, pair.ids, totals, cached)
             loss = loss + self.contrastive.weight * contrast
             share = (pair.ids >= 0).sum() / totals.num_pairs
             figures |= {"contrastive": contrast.detach(), "temperature": share * compared.temperature.detach()}
+        if view.lesson is not None:
+            texts = view.lesson.texts
+            taught_BCd = z_BCd if texts is None else self.encode(texts, num_iterations)
+            distill, parts = self.distillation(taught_BCd, view.lesson, totals.num_texts, totals.num_stretches)
+            loss = loss + self.distillation.options.weight * distill
+            figures |= {"distill/loss": distill.detach(), **parts}
         if self.regularizer is not None:
             added, share = self.regularizer(for_terms_BCd, step), len(z_BCd) / totals.num_texts
             loss = loss + share * added.loss

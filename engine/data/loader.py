@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from ...models.objectives import Contrastive, Mixed, Pair, SampleKey, SpecialTokens, View
+from ...models.objectives import Contrastive, Lesson, Mixed, Pair, SampleKey, SpecialTokens, View
 from ...models.packing import Packed, pack
 from ..errors import InputError
+from .lessons import Lessons
 from .mixture import Schedule
 from .order import Samples, Stream, deal, fewest_bins, raw
 from .windows import Windows
@@ -131,7 +132,7 @@ class Loader(Batches):
 
     def __init__(
         self, windows: Windows, objective: Any, tokens: SpecialTokens, *, contrastive: Contrastive | None = None,
-        contrastive_from: int = 0, **order: Any,
+        contrastive_from: int = 0, lessons: Lessons | None = None, **order: Any,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -139,11 +140,12 @@ class Loader(Batches):
             objective: makes a `View` of a packed batch, see models/objectives; `Mixed` makes one a step.
             tokens: the special tokens of the windows' tokenizer.
             contrastive: adds a pair to each view, from step `contrastive_from` on.
+            lessons: adds to each view what a teacher says of its texts.
             order: what `Batches` asks for.
         """
         super().__init__(windows, **order)
         self.objective, self.tokens = objective, tokens
-        self.contrastive, self.contrastive_from = contrastive, contrastive_from
+        self.contrastive, self.contrastive_from, self.lessons = contrastive, contrastive_from, lessons
 
     def batch(self, step: int, samples: Samples) -> View:
         batch = pack([self.windows[index] for index in samples.windows])
@@ -151,6 +153,9 @@ class Loader(Batches):
         keys = [SampleKey(self.seed, *place) for place in places]
         objective = self.objective.at(step) if isinstance(self.objective, Mixed) else self.objective
         view = objective.view(batch, keys, self.tokens)
+        if self.lessons is not None:
+            texts = None if view.encoder is batch else batch
+            view = replace(view, lesson=self.lessons.lesson(samples.windows, texts))
         if self.contrastive is None or step < self.contrastive_from:
             return view
         documents = self.windows.documents(samples.windows)
@@ -167,6 +172,11 @@ class Loader(Batches):
         contrastive = replace(self.contrastive, pairs="adjacent") if is_blind else self.contrastive
         for batch, keys, rows in self._evaluation_batches(max_tokens):
             yield contrastive.pair(batch, keys, self.tokens, self.windows.documents(rows))
+
+    def evaluation_lessons(self, max_tokens: int) -> Iterator[Lesson]:
+        """What the teacher says of the same texts."""
+        for batch, _, rows in self._evaluation_batches(max_tokens):
+            yield self.lessons.lesson(rows, batch)
 
     def _evaluation_batches(self, max_tokens: int) -> Iterator[tuple[Packed, list[SampleKey], np.ndarray]]:
         """This rank's batches, their keys and the numbers of their windows; as many batches on every rank."""

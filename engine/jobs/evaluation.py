@@ -32,12 +32,17 @@ def evaluate(engine: Any, loader: Loader, max_tokens: int, world: World) -> dict
     and with a contrastive loss:
         contrastive: the loss of each text among all the others.
         retrieval: the share of texts whose other view is the most similar of all; chance is 1 / num_pairs.
+    and with a teacher:
+        alignment, alignment_of_stretches: mean cosine with the teacher's vectors of whole texts, and of stretches (None
+            where none is asked for or long enough).
     """
     was_training = engine.training
     engine.eval()
     figures = _of_targets(engine, loader, max_tokens, world)
     if loader.contrastive is not None:
         figures |= _of_pairs(engine, loader, max_tokens, world)
+    if loader.lessons is not None:
+        figures |= _of_lessons(engine, loader, max_tokens, world)
     engine.train(was_training)
     return figures
 
@@ -76,6 +81,13 @@ def _of_pairs(engine: Any, loader: Loader, max_tokens: int, world: World) -> dic
     of_rank = loader.contrastive.loss_of(a, b, ids, compared[0].temperature).double() / world.size
     loss, num_texts, num_found = world.sum(torch.stack([of_rank, *loader.contrastive.num_found(a, b, ids)])).tolist()
     return {"contrastive": loss, "retrieval": num_found / max(num_texts, 1), "num_pairs": int(num_texts)}
+
+
+def _of_lessons(engine: Any, loader: Loader, max_tokens: int, world: World) -> dict[str, Any]:
+    sums = sum(engine(lesson=lesson.to(world.device)) for lesson in loader.evaluation_lessons(max_tokens))
+    whole, num_texts, stretches, num_stretches = world.sum(sums).tolist()
+    of_stretches = stretches / num_stretches if num_stretches else None
+    return {"alignment": whole / max(num_texts, 1), "alignment_of_stretches": of_stretches}
 
 
 def means(table: torch.Tensor) -> dict[str, float | None]:

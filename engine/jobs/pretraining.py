@@ -6,18 +6,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ...models.config import ConceptConfig
 from ...models.masked_lm import ConceptForMaskedLM, smoothing_floor
-from ...models.objectives import Mixed, View
+from ...models.objectives import Distillation, Mixed, View
 from ...models.pretraining import Cached, Pretraining, Totals, cache
 from ...models.recursion import draw_iterations
+from ..data.cache import cache_folder
 from ..data.corpus import Corpus, open_corpus
+from ..data.lessons import learn
 from ..data.loader import Loader
 from ..data.phrases import open_phrases
 from ..data.stages import Stages
+from ..data.teacher import Teacher
 from ..data.windows import Windows
 from ..export import export
 from ..initialize import initialize
@@ -47,6 +51,8 @@ class PretrainingJob:
             for corpus, (first_step, _) in zip([*shorter, self.corpus], recipe.stages(), strict=True)
         ])  # fmt: skip
         self.held_out = self.read(self.corpus.validation)
+        self.distill = recipe.build_distill()
+        self.teacher = self.take_lessons() if self.distill else {}
         self.loss_floor = smoothing_floor(recipe.train.label_smoothing, self.corpus.tokens.vocab_size)
 
     def open(self, window: int) -> Corpus:
@@ -62,13 +68,39 @@ class PretrainingJob:
             contrastive_from=math.ceil(contrastive.start * recipe.train.steps) if contrastive else 0,
         )  # fmt: skip
 
+    def take_lessons(self) -> dict[str, Any]:
+        """Gives every loader the teacher's vectors of what it will read, computed where they are missing. Collective.
+
+        Returns a record of the teacher.
+        """
+        recipe, world, tokenizer = self.recipe, self.world, self.corpus.tokenizer
+        tokenizer_id, cache = self.corpus.description["tokenizer"]["id"], cache_folder(recipe.data.cache)
+        teacher = world.first_then_others(lambda: Teacher(self.distill.teacher, world.device, recipe.train.precision))
+        wanted: dict[int, list[np.ndarray]] = {}
+        for step in range(recipe.train.steps):
+            loader = self.loader.at(step)
+            wanted.setdefault(loader.first_step, []).append(loader.samples(step).windows)
+        for loader in (*self.loader.loaders, self.held_out):
+            rows = self.held_out.evaluation_rows(recipe.eval.tokens)
+            if loader is not self.held_out:
+                rows = np.concatenate(wanted[loader.first_step])
+            loader.lessons = world.first_then_others(
+                lambda windows=loader.windows, rows=rows: learn(
+                    windows, rows, teacher, tokenizer, tokenizer_id, self.distill, cache
+                )
+            )
+        return teacher.record
+
     def identity(self) -> dict[str, dict[str, Any]]:
         num_micro_batches = self.held_out.num_micro_batches * self.world.size
-        return {"text": text_identity(self.corpus), "populations": self.recipe.populations(num_micro_batches)}
+        teacher = {"teacher": {"teacher's weights": self.teacher["fingerprint"]}} if self.teacher else {}
+        populations = self.recipe.populations(num_micro_batches)
+        return {"text": text_identity(self.corpus), "populations": populations, **teacher}
 
     def describe(self) -> str:
         millions = self.corpus.train.num_tokens / 1e6
-        return f"{millions:.2f} M tokens of training text ({self.loader.at(0).steps_per_epoch} steps an epoch)"
+        text = f"{millions:.2f} M tokens of training text ({self.loader.at(0).steps_per_epoch} steps an epoch)"
+        return f"{text}, distilled from {self.teacher['teacher']}" if self.teacher else text
 
     def build_config(self) -> ConceptConfig:
         tokens = self.corpus.tokens
@@ -82,7 +114,11 @@ class PretrainingJob:
         if recipe.init and is_new:
             report = initialize(bare, recipe.init, self.corpus.tokenizer, self.world)
             self.beginning = recipe.init.source, report
-        return Pretraining(bare, self.contrastive, recipe.build_regularization(), recipe.has_task)
+        distillation = None
+        if self.distill:
+            bare.config.distilled_from = self.teacher
+            distillation = Distillation(self.distill, bare.config.hidden_size, self.teacher["width"])
+        return Pretraining(bare, self.contrastive, recipe.build_regularization(), recipe.has_task, distillation)
 
     def batches(self, start: int, stop: int) -> Iterator[list[View]]:
         return self.loader.prefetch(start, stop)

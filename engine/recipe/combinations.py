@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from ...models.config import ConceptConfig
 from ...models.regularizers import WITHIN_TEXT
 from ..errors import InputError
 from .schema import Recipe
@@ -14,6 +15,7 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """(dotted field, what is wrong with it and what to do) of each conflict."""
     yield from of_objective(recipe)
     yield from of_contrastive(recipe)
+    yield from of_distill(recipe)
     yield from of_regularization(recipe)
     yield from of_stages(recipe)
     yield from of_model(recipe)
@@ -44,8 +46,8 @@ def of_objective(recipe: Recipe) -> Iterator[tuple[str, str]]:
             if mixing == "none":
                 expected, why = "false", "no row would see it"
             yield f"{field}.context", f"expected {expected} with model.decoder_mixing = {mixing}: {why}"
-    if not recipe.has_task and recipe.contrastive is None:
-        yield "objective.name", "none, and no contrastive section: there is nothing to train"
+    if not recipe.has_task and recipe.contrastive is None and recipe.distill is None:
+        yield "objective.name", "none, and no contrastive or distill section: there is nothing to train"
 
 
 def of_contrastive(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -58,6 +60,17 @@ def of_contrastive(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "contrastive.start", f"expected 0 with objective none, got {term.start:g}: nothing else is trained"
     field = "batch.tokens" if term.negatives == "step" else "batch.micro_tokens"
     yield from room_for_two(recipe, field, "a contrastive loss")
+
+
+def of_distill(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    options = recipe.build_distill()
+    if options is None:
+        return
+    num_concepts = recipe.model.get("num_concepts", ConceptConfig().num_concepts)
+    if options.num_stretches and num_concepts % options.num_stretches:
+        yield "distill.stretches", f"expected a divisor of model.num_concepts = {num_concepts}, got {options.stretches}"
+    if options.similarity > 0:
+        yield from room_for_two(recipe, "batch.micro_tokens", "distill.similarity, which compares texts")
 
 
 def of_regularization(recipe: Recipe) -> Iterator[tuple[str, str]]:

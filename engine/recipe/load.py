@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from ...models.objectives import Distill
 from ...models.pretraining import ContrastiveTerm
 from ...models.regularizers import Regularization
 from ..errors import InputError
@@ -52,7 +53,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         tree["run"]["name"] = Path(path).stem + ("-tiny" if size == "tiny" else "")
     recipe = checker.check(Recipe, tree)
     sections = {"objective": checker.check_objective(recipe.objective), "model": checker.check_model(recipe.model)}
-    for name, options in (("contrastive", ContrastiveTerm), ("regularization", Regularization)):
+    for name, options in (
+        ("contrastive", ContrastiveTerm), ("distill", Distill), ("regularization", Regularization)
+    ):
         section = getattr(recipe, name)
         sections[name] = None if section is None else checker.check_options(options, section, name)
     recipe = recipe.model_copy(update=sections)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, Strict
 
 from ...models.config import ConceptConfig
-from ...models.objectives import OBJECTIVES, Mixed, NoTask
+from ...models.objectives import OBJECTIVES, Distill, Mixed, NoTask
 from ...models.pretraining import ContrastiveTerm
 from ...models.regularizers import Regularization
 from ..errors import InputError
@@ -25,7 +25,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 # What may change between an interruption and its resumption: it moves no data and no weight, or only by rounding.
 FREE = (
     "run.name", "run.folder", "run.timeout_s", "resume", "eval.", "checkpoint.", "zero.", "batch.micro_tokens",
-    "data.cache",
+    "data.cache", "distill.max_gib",
 )  # fmt: skip
 
 
@@ -102,8 +102,8 @@ class Checkpoint(Section):
 
 
 class Recipe(Section):
-    """One run. `model`, `objective`, `contrastive` and `regularization` are checked against the options of what they
-    describe: `ConceptConfig`, the objective of that name, `ContrastiveTerm` and `Regularization`.
+    """One run. `model`, `objective`, `contrastive`, `distill` and `regularization` are checked against the options of
+    what they describe: `ConceptConfig`, the objective of that name, `ContrastiveTerm`, `Distill`, `Regularization`.
 
     `objective` has the name of one in `OBJECTIVES` and its options; or `name: mixed` and `parts`, a list of such
     sections with a `weight` each (1 if it is left out), of which every step takes one; or `name: none`.
@@ -114,6 +114,7 @@ class Recipe(Section):
     data: DataRecipe
     objective: dict[str, Any]
     contrastive: dict[str, Any] | None = None  # a section, which may be empty, adds it
+    distill: dict[str, Any] | None = None
     regularization: dict[str, Any] | None = None
     init: Init | None = None
     optim: Optim = Optim()
@@ -174,6 +175,9 @@ class Recipe(Section):
     def build_contrastive(self) -> ContrastiveTerm | None:
         return None if self.contrastive is None else ContrastiveTerm(**self.contrastive)
 
+    def build_distill(self) -> Distill | None:
+        return None if self.distill is None else Distill(**self.distill)
+
     def build_regularization(self) -> Regularization | None:
         return None if self.regularization is None else Regularization(**self.regularization)
 
@@ -191,6 +195,7 @@ class Recipe(Section):
         """
         contrastive, regularization = self.build_contrastive(), self.build_regularization()
         is_whole = contrastive is not None and (contrastive.negatives == "micro_batch" or not contrastive.across_ranks)
+        is_whole |= self.distill is not None and self.distill["similarity"] > 0
         is_whole |= regularization is not None and regularization.depends_on_batch
         return {"micro-batches of a step": num_micro_batches} if is_whole else {}
 

@@ -2,6 +2,7 @@
 
 from .contrastive import Contrastive
 from .diffusion import Diffusion
+from .distill import Distill, Distillation, Lesson
 from .mixed import Mixed, NoTask
 from .mlm import MaskedLM
 from .prefix import PrefixDiffusion
@@ -11,6 +12,6 @@ from .view import Pair, SampleKey, SpecialTokens, View
 OBJECTIVES = {"mlm": MaskedLM, "diffusion": Diffusion, "tsdae": TSDAE, "prefix_diffusion": PrefixDiffusion}
 
 __all__ = [
-    "OBJECTIVES", "TSDAE", "Contrastive", "Diffusion", "MaskedLM", "Mixed", "NoTask", "Pair", "PrefixDiffusion",
-    "SampleKey", "SpecialTokens", "View",
+    "OBJECTIVES", "TSDAE", "Contrastive", "Diffusion", "Distill", "Distillation", "Lesson", "MaskedLM", "Mixed",
+    "NoTask", "Pair", "PrefixDiffusion", "SampleKey", "SpecialTokens", "View",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ B sequences, T packed tokens the encoder reads, R rows of the decoder, M of them
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -74,6 +74,7 @@ class View:
     divisor: Tensor  # 0-d float32, what the weighted sum is divided by
     target_rows: Tensor | None = None  # [M] int64, the rows that are targets, in order; None: all, there is no context
     pair: Pair | None = None  # where a contrastive loss is added
+    lesson: Any = None  # a `Lesson`, where a teacher is followed
 
     @property
     def num_targets(self) -> int:
@@ -81,7 +82,7 @@ class View:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "View":
         def move(value):
-            is_moved = isinstance(value, Packed | Pair | Tensor)
+            is_moved = hasattr(value, "to")
             return value.to(device, non_blocking=non_blocking) if is_moved else value
 
         return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})

@@ -1,0 +1,216 @@
+"""Distillation from a fabricated sentence encoder: vectors, their store, the run, what the model says of it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, BertConfig, BertModel
+
+from conceptron.engine.data import lessons as stored
+from conceptron.engine.data.lessons import Lessons
+from conceptron.engine.data.teacher import Teacher
+from conceptron.engine.errors import InputError
+from conceptron.engine.trainer import train
+from conceptron.models.objectives.distill import stretch_bounds
+
+
+def save_teacher(folder: Path, text: Path, width: int, pooling: str = "mean_tokens", **files: object) -> Path:
+    """A random BERT of this width with the tokenizer of the tests and the files of sentence-transformers."""
+    from transformers import AutoTokenizer
+
+    torch.manual_seed(width)
+    words = AutoTokenizer.from_pretrained(text / "tokenizer")
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=width, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    words.save_pretrained(folder)
+    kinds = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")]
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in kinds]
+    (folder / "modules.json").write_text(json.dumps(files.get("modules", modules)))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{pooling}": True}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wide(text, tmp_path_factory) -> Path:
+    """As wide as the student."""
+    return save_teacher(tmp_path_factory.mktemp("teacher") / "wide", text, 30)
+
+
+@pytest.fixture(scope="session")
+def narrow(text, tmp_path_factory) -> Path:
+    return save_teacher(tmp_path_factory.mktemp("teacher") / "narrow", text, 16)
+
+
+def lines(folder: Path, kind: str) -> list[dict]:
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [entry for entry in entries if entry["kind"] == kind]
+
+
+ALONE = ["objective={name: none}", "model.dropout=0", "eval.every=0", "checkpoint.every=0", "train.label_smoothing=0"]
+
+
+@pytest.mark.parametrize("pooling", ["mean_tokens", "cls_token"])
+def test_vectors_are_those_of_the_encoder_by_itself(text, tmp_path, pooling):
+    folder = save_teacher(tmp_path / "t", text, 16, pooling)
+    teacher, texts = Teacher(str(folder)), ["the encoder reads", "a token", "concept of the decoder again again"]
+    model = AutoModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        for one, vector in zip(texts, teacher.embed(texts), strict=True):
+            states = model(**teacher.tokenizer(one, return_tensors="pt", return_token_type_ids=False))[0][0]
+            pooled = states.mean(0) if pooling == "mean_tokens" else states[0]
+            torch.testing.assert_close(torch.from_numpy(vector), pooled / pooled.norm(), atol=1e-5, rtol=0)
+    assert np.allclose(teacher.embed([""]), 0)
+
+
+def test_a_text_longer_than_the_teacher_is_the_mean_of_its_pieces(wide):
+    teacher = Teacher(str(wide))
+    words = teacher.tokenizer("the encoder reads a token slowly " * 12, add_special_tokens=False).input_ids
+    halves = len(words) // 2
+    assert len(words) > teacher.max_tokens
+    text = teacher.tokenizer.decode(words)
+    (vector,) = teacher.embed([text])
+    assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
+    (first,) = teacher.embed([teacher.tokenizer.decode(words[:halves])])
+    assert 0.3 < float(vector @ first) < 1  # pieces say nearly the same here
+
+
+@pytest.mark.parametrize("modules, pooling, found", [
+    ([{"type": "a.Transformer", "path": ""}, {"type": "a.Dense", "path": "2"}], "mean_tokens", "Transformer, Dense"),
+    (None, "max_tokens", "expected mean or \\[CLS\\] pooling"),
+])
+def test_a_teacher_that_pools_otherwise_is_refused(text, tmp_path, modules, pooling, found):
+    save_teacher(tmp_path / "t", text, 16, pooling, **({"modules": modules} if modules else {}))
+    with pytest.raises(InputError, match=found):
+        Teacher(str(tmp_path / "t"))
+
+
+def test_stretches_are_equal_parts():
+    assert stretch_bounds(10, 4) == [(0, 2), (2, 5), (5, 7), (7, 10)]
+    assert stretch_bounds(2, 4) == [(0, 0), (0, 1), (1, 1), (1, 2)]
+
+
+@pytest.mark.parametrize("teacher", ["wide", "narrow"])
+def test_concepts_come_to_mean_what_the_teacher_says(recipe, teacher, request):
+    folder = request.getfixturevalue(teacher)
+    run = train(recipe, [
+        *ALONE, f"distill={{teacher: {folder}, stretch: 1, stretches: 5, shortest: 2}}", "train.steps=25",
+        "batch.micro_tokens=256", "optim.lr=1e-2", "eval.every=1", "optim.warmup_steps=0",
+    ])  # fmt: skip
+    first, *_, last = lines(run, "eval")
+    assert last["alignment"] > max(first["alignment"], 0.85)
+    assert last["alignment_of_stretches"] > first["alignment_of_stretches"]
+    steps = lines(run, "train")
+    for entry in steps:
+        parts = entry["distill"]
+        assert parts["loss"] == pytest.approx(parts["whole"] + 10 * parts["similarity"] + parts["stretch"], rel=1e-4)
+        assert entry["loss"] == pytest.approx(parts["loss"], rel=1e-5)
+    model = AutoModel.from_pretrained(run / "model")
+    record = model.config.distilled_from
+    assert record["teacher"] == str(folder) and record["width"] == (30 if teacher == "wide" else 16)
+    names = load_file(run / "model" / "model.safetensors")
+    assert not any("distillation" in name for name in names), "its maps are only for training"
+
+
+def test_beside_a_task_a_contrast_and_regularisers_and_resumed_exactly(recipe, narrow, monkeypatch):
+    import os
+    import signal
+
+    from conceptron.engine.telemetry import Telemetry
+
+    more = [f"distill={{teacher: {narrow}, weight: 0.5}}", "contrastive={weight: 0.2}", "train.steps=6",
+            "regularization={terms: [t_regs]}", "eval.every=0", "batch.micro_tokens=128"]  # fmt: skip
+
+    def figures(run: Path) -> list[dict]:
+        return [{k: v for k, v in e.items() if k not in ("elapsed_s", "tokens_per_s")} for e in lines(run, "train")]
+
+    straight = train(recipe, [*more, "run.name=straight"])
+    for entry in figures(straight):
+        total = entry["task"] + 0.2 * entry["contrastive"] + 0.5 * entry["distill"]["loss"] + entry["regularization"]
+        assert entry["loss"] == pytest.approx(total, rel=1e-5)
+    report = Telemetry.step
+
+    def report_and_send(self, now, *rest):
+        report(self, now, *rest)
+        if now == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Telemetry, "step", report_and_send)
+    with pytest.raises(SystemExit):
+        train(recipe, more)
+    monkeypatch.undo()
+    assert figures(train(recipe, [*more, "resume=auto"])) == figures(straight)
+    with pytest.raises(InputError, match="distill.weight = 0.5, now it is 0.7"):
+        train(recipe, [*more, "resume=auto", "run.name=straight", "distill.weight=0.7"])
+
+
+def test_vectors_are_computed_once(recipe, narrow, tmp_path, monkeypatch, capfd):
+    calls = []
+    embed = Teacher.embed
+    monkeypatch.setattr(Teacher, "embed", lambda self, texts: calls.append(len(texts)) or embed(self, texts))
+    own = [f"data.cache={tmp_path}/cache", *ALONE, f"distill={{teacher: {narrow}}}", "train.steps=2",
+           "batch.micro_tokens=128"]  # fmt: skip
+    train(recipe, [*own, "run.name=a"])
+    assert calls and "MiB" in capfd.readouterr().err  # announced before it is written
+    calls.clear()
+    train(recipe, [*own, "run.name=b"])
+    assert not calls
+    train(recipe, [*own, "run.name=c", "run.seed=5"])  # other texts of the same store
+    with pytest.raises(InputError, match="distill.max_gib: the teacher's vectors need"):
+        train(recipe, [*own, "run.name=d", "distill.max_gib=1e-7", f"data.cache={tmp_path}/other"])
+    assert not (recipe.parent / "runs" / "d").exists()
+
+
+def test_a_store_that_was_stopped_goes_on(text, narrow, tmp_path, monkeypatch):
+    from conceptron.engine.data.corpus import open_corpus
+    from conceptron.engine.recipe.data import DataRecipe
+    from conceptron.models.objectives.distill import Distill
+
+    corpus = open_corpus(DataRecipe(source=str(text), tokenizer=f"{text}/tokenizer", window=48, cache=f"{text}/cache"))
+    options, teacher = Distill(teacher=str(narrow), stretch=1.0, stretches=2, shortest=4), Teacher(str(narrow))
+    monkeypatch.setattr(stored, "ROWS", 8)
+    rows, counts = np.arange(24), []
+    embed = teacher.embed
+
+    def failing(texts):
+        counts.append(1)
+        if len(counts) == 3:
+            raise KeyboardInterrupt
+        return embed(texts)
+
+    monkeypatch.setattr(teacher, "embed", failing)
+    given = (corpus.train, rows, teacher, corpus.tokenizer, "words", options, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        stored.learn(*given)
+    made = stored.learn(*given)
+    assert len(counts) == 2 + 1 + 1, "two of three parts were kept"
+    assert isinstance(made, Lessons) and not len(made.missing(rows))
+    lesson = made.lesson(np.array([17, 3]), None)
+    for place, row in enumerate((17, 3)):
+        ids = corpus.train[row]
+        whole = embed([corpus.tokenizer.decode(ids, skip_special_tokens=True)])[0]
+        np.testing.assert_allclose(lesson.whole[place], whole, atol=2e-3)
+        begin, end = stretch_bounds(len(ids), 2)[1]
+        part = embed([corpus.tokenizer.decode(ids[begin:end], skip_special_tokens=True)])[0]
+        np.testing.assert_allclose(lesson.stretches[place, 1], part if end - begin >= 4 else 0 * part, atol=2e-3)
+    with pytest.raises(RuntimeError, match="holds no vector of window 30"):
+        made.lesson(np.array([30]), None)
+
+
+@pytest.mark.parametrize("override, found", [
+    ("distill={}", "distill.teacher: expected a folder or a hub id"),
+    ("distill={teacher: x, stretch: 1, stretches: 3}", "distill.stretches: expected a divisor of model.num_concepts"),
+    ("distill={teacher: /no/where, similarity: 0}", "distill.teacher: /no/where: no such folder"),
+    ("distill={teacher: x, temperature: 1}", "unknown key"),
+])
+def test_bad_input_is_one_line(recipe, override, found):
+    with pytest.raises(InputError) as caught:
+        train(recipe, [override])
+    assert found in str(caught.value) and "\n" not in str(caught.value)
+    assert not (recipe.parent / "runs").exists()
