@@ -4,8 +4,9 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from ..models.backbone import init_from_backbone
 from ..models.config import ConceptConfig
@@ -28,6 +29,8 @@ def initialize(model: ConceptForMaskedLM, init: Init, tokenizer: Any, world: Wor
     """
     folder = world.first_then_others(lambda: find(init.source))
     try:
+        if init.embeddings:
+            return take_embeddings(model, folder, init, tokenizer)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if isinstance(config, ConceptConfig):
             return str(from_ours(model, folder, config, init))
@@ -44,6 +47,30 @@ def initialize(model: ConceptForMaskedLM, init: Init, tokenizer: Any, world: Wor
         raise
     except (ValueError, OSError, RuntimeError) as error:
         raise InputError(f"init.source: {init.source}: {' '.join(str(error).split())}") from error
+
+
+def take_embeddings(model: ConceptForMaskedLM, folder: Path, init: Init, tokenizer: Any) -> str:
+    """The word embeddings of any encoder, each by its entry in the vocabulary."""
+    for name in ("layers", "read_layer"):
+        if getattr(init, name) is not None:
+            raise InputError(f"init.{name}: expected nothing with init.embeddings, which takes no layer")
+    with quiet():
+        source = AutoModel.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
+    theirs, ours = source.get_input_embeddings().weight.detach(), model.encoder.embed_tokens.weight
+    if theirs.shape[1] != ours.shape[1]:
+        raise InputError(
+            f"init.source: {init.source}: its embeddings are {theirs.shape[1]} wide, the model's {ours.shape[1]}; "
+            f"set model.token_dim to {theirs.shape[1]}"
+        )
+    words = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
+    both = [(mine, words[entry]) for entry, mine in tokenizer.get_vocab().items() if entry in words]
+    both = [(mine, row) for mine, row in both if row < len(theirs)]
+    if not both:
+        raise InputError(f"init.source: {init.source}: its vocabulary shares no entry with data.tokenizer")
+    rows = torch.tensor(both)
+    with torch.no_grad():
+        ours[rows[:, 0]] = theirs[rows[:, 1]].to(ours)
+    return f"word embeddings of {len(both)} of {len(tokenizer)} entries, {init.embeddings}; everything else is drawn"
 
 
 def from_ours(model: ConceptForMaskedLM, folder: Path, config: ConceptConfig, init: Init) -> WarmStart | LoadReport:

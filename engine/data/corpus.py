@@ -16,8 +16,8 @@ from .pydocs import open_pydocs
 from .sources import Documents, Split, open_source
 from .store import FORMAT, Store, open_store
 from .tokenizer import Vocabulary
-from .windows import Part, Windows, cut
-from .words import word_edges
+from .windows import SHORTEST_SENTENCE, Part, Windows, cut, cut_sentences
+from .words import sentence_ends, word_edges
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,13 @@ def open_parts(
         rows = hold_out(train.hashes, split.validation, source)
     parts = []
     for name, store, documents in (("train", train, rows[0]), ("validation", held_out, rows[1])):
-        starts, lengths = cut(store.offsets, documents, window)
+        if source.unit == "sentence":
+            closes = sentence_ends(vocabulary.tokenizer, vocabulary.tokens.vocab_size)
+            starts, lengths = cut_sentences(store.tokens, store.offsets, documents, window, closes)
+            if not len(starts):
+                raise InputError(f"data.source: {source.path}: no sentence of {SHORTEST_SENTENCE} tokens for {name}")
+        else:
+            starts, lengths = cut(store.offsets, documents, window)
         of_document = np.searchsorted(store.offsets, starts, side="right") - 1
         parts.append(Part(store.tokens, starts, lengths, source.weight, of_document))
         facts[name] = {"documents": len(documents), "windows": len(starts), "tokens": int(lengths.sum(dtype=np.int64))}

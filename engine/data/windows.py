@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+SHORTEST_SENTENCE = 6  # tokens
+
 
 @dataclass(frozen=True)
 class Part:
@@ -71,6 +73,32 @@ def cut(offsets: np.ndarray, documents: np.ndarray, window: int) -> tuple[np.nda
     starts = np.repeat(begin, counts) + within * window
     lengths = np.minimum(np.repeat(end, counts) - starts, window)
     return starts, lengths.astype(np.int32)
+
+
+def cut_sentences(
+    tokens: np.ndarray, offsets: np.ndarray, documents: np.ndarray, window: int, closes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts documents after tokens that close a sentence, and leaves out what is shorter than ``SHORTEST_SENTENCE``.
+
+    Args:
+        tokens, offsets, documents, window: as for `cut`, with the tokens themselves. What has no end within `window`
+            tokens is cut there.
+        closes: [V] bool.
+
+    Returns:
+        starts [n] int64 and lengths [n] int32 of the windows.
+    """
+    starts, stops = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+    for document in documents:
+        begin, end = int(offsets[document]), int(offsets[document + 1])
+        edges = np.append(begin + 1 + np.flatnonzero(closes[tokens[begin:end]]), end)
+        first = np.concatenate([[begin], edges[:-1]])
+        pieces, lengths = cut(np.concatenate([first, [end]]), np.arange(len(first)), window)
+        keep = lengths >= SHORTEST_SENTENCE
+        starts.append(pieces[keep])
+        stops.append(pieces[keep] + lengths[keep])
+    begins = np.concatenate(starts)
+    return begins, (np.concatenate(stops) - begins).astype(np.int32)
 
 
 def unigram_entropy(windows: Windows, rows: np.ndarray, special_ids: frozenset[int] = frozenset()) -> float:

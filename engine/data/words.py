@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ...models.objectives.view import ENDS_WORD, OPENS_WORD
 
+CLOSING = (".", "!", "?", "\u3002", "\uff01", "\uff1f")
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -31,6 +32,18 @@ def word_edges(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> bytes | N
         if text:
             edges[i] = OPENS_WORD * (not in_word(text[0])) | ENDS_WORD * (not in_word(text[-1]))
     return edges.tobytes()
+
+
+def sentence_ends(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> np.ndarray:
+    """[V] bool: entries that end with a full stop, a question or an exclamation mark, or hold the end of a line.
+
+    An abbreviation or a decimal point counts as well: where a sentence has to be right, this is too simple.
+    """
+    closes = np.zeros(vocab_size, dtype=bool)
+    for i in range(min(vocab_size, len(tokenizer))):
+        text = tokenizer.backend_tokenizer.decode([i], skip_special_tokens=True)
+        closes[i] = text.rstrip().endswith(CLOSING) or "\n" in text
+    return closes
 
 
 def spelling(state: dict[str, Any]) -> Any:

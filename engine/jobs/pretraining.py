@@ -114,6 +114,8 @@ class PretrainingJob:
         if recipe.init and is_new:
             report = initialize(bare, recipe.init, self.corpus.tokenizer, self.world)
             self.beginning = recipe.init.source, report
+        if recipe.init and recipe.init.embeddings == "frozen":
+            bare.encoder.embed_tokens.weight.requires_grad_(False)
         distillation = None
         if self.distill:
             bare.config.distilled_from = self.teacher

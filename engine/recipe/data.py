@@ -1,6 +1,6 @@
 """The `data` section of a recipe."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -16,6 +16,7 @@ class Source(BaseModel):
 
     path: str  # `pydocs`, a file, a folder, a glob, or a hub id `org/name[:config]`
     weight: Annotated[float, Field(gt=0)] = 1.0  # share of the tokens of every step, relative to the other sources
+    unit: Literal["window", "sentence"] = "window"  # sentence: windows begin and end where sentences do, one in each
     text_column: str | None = None
     split: str | None = None
     validation: Fraction | str | None = None

@@ -94,6 +94,7 @@ class Init(Section):
     layers: Count | None = None  # of a backbone, which become layers of tokens; left out: as many as the model has
     read_layer: CountOrZero | None = None  # of a backbone, from which on its layers become those that read tokens
     layer: CountOrZero = 0  # of a model of this package, which becomes the tied one
+    embeddings: Literal["frozen", "trained"] | None = None  # take the word embeddings and nothing else, of any encoder
 
 
 class Checkpoint(Section):

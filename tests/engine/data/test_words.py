@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from conceptron.engine.data.tokenizer import describe, train
-from conceptron.engine.data.words import byte_characters, word_edges
+from conceptron.engine.data.windows import cut_sentences
+from conceptron.engine.data.words import byte_characters, sentence_ends, word_edges
 from conceptron.models.objectives.view import ENDS_WORD, OPENS_WORD, SampleKey, clean_text
 from conceptron.models.objectives.words import word_starts
 from conceptron.models.packing import pack
@@ -72,3 +73,16 @@ def test_byte_characters_are_those_of_the_tokenizers_library():
 def test_a_vocabulary_that_does_not_tell():
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "[MASK]": 1, "a": 2}, unk_token="[UNK]"))
     assert word_edges(PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL), 3) is None
+
+
+def test_sentences_by_hand():
+    words = byte_level()
+    ends = sentence_ends(words, len(words))
+    closing = {words.decode([i]) for i in np.flatnonzero(ends)}
+    assert {".", "!", "?", "\n"} <= closing and not any(each.strip() in ("a", ",", "the") for each in closing)
+    closes = np.arange(10) == 9  # token 9 closes
+    tokens = np.array([1] * 7 + [9] + [2, 9] + [3] * 15 + [4] * 6 + [9])
+    offsets = np.array([0, 25, 32])
+    starts, lengths = cut_sentences(tokens, offsets, np.array([0, 1]), 10, closes)
+    # eight tokens; two are too few; fifteen without an end are cut after ten, and five are left out; seven
+    assert list(zip(starts.tolist(), lengths.tolist(), strict=True)) == [(0, 8), (10, 10), (25, 7)]

@@ -146,7 +146,7 @@ def test_beside_a_task_a_contrast_and_regularisers_and_resumed_exactly(recipe, n
         train(recipe, more)
     monkeypatch.undo()
     assert figures(train(recipe, [*more, "resume=auto"])) == figures(straight)
-    with pytest.raises(InputError, match="distill.weight = 0.5, now it is 0.7"):
+    with pytest.raises(InputError, match=r"distill\.weight = 0.5, now it is 0.7"):
         train(recipe, [*more, "resume=auto", "run.name=straight", "distill.weight=0.7"])
 
 
@@ -162,7 +162,7 @@ def test_vectors_are_computed_once(recipe, narrow, tmp_path, monkeypatch, capfd)
     train(recipe, [*own, "run.name=b"])
     assert not calls
     train(recipe, [*own, "run.name=c", "run.seed=5"])  # other texts of the same store
-    with pytest.raises(InputError, match="distill.max_gib: the teacher's vectors need"):
+    with pytest.raises(InputError, match=r"distill\.max_gib: the teacher's vectors need"):
         train(recipe, [*own, "run.name=d", "distill.max_gib=1e-7", f"data.cache={tmp_path}/other"])
     assert not (recipe.parent / "runs" / "d").exists()
 
@@ -201,6 +201,31 @@ def test_a_store_that_was_stopped_goes_on(text, narrow, tmp_path, monkeypatch):
         np.testing.assert_allclose(lesson.stretches[place, 1], part if end - begin >= 4 else 0 * part, atol=2e-3)
     with pytest.raises(RuntimeError, match="holds no vector of window 30"):
         made.lesson(np.array([30]), None)
+
+
+@pytest.mark.parametrize("kind", ["frozen", "trained"])
+def test_a_student_of_bare_word_embeddings(recipe, wide, kind):
+    """Sentences and windows of the same text, in every step."""
+    import yaml
+
+    path = yaml.safe_load(recipe.read_text())["data"]["source"]
+    run = train(recipe, [
+        *ALONE, f"distill={{teacher: {wide}}}", f"init={{source: {wide}, embeddings: {kind}}}", "train.steps=3",
+        f"data.source=[{{path: {path}}}, {{path: {path}, unit: sentence, weight: 2}}]", "batch.micro_tokens=256",
+    ])  # fmt: skip
+    student, theirs = AutoModel.from_pretrained(run / "model"), AutoModel.from_pretrained(wide)
+    rows, source = student.embed_tokens.weight, theirs.get_input_embeddings().weight
+    assert torch.equal(rows, source[: len(rows)]) == (kind == "frozen")
+    assert "word embeddings of" in (run / "initialization.txt").read_text()
+
+
+@pytest.mark.parametrize("override, found", [
+    ("init={source: NARROW, embeddings: frozen}", "its embeddings are 16 wide, the model's 30; set model.token_dim"),
+    ("init={source: NARROW, embeddings: frozen, layers: 2}", "init.layers: expected nothing with init.embeddings"),
+])
+def test_embeddings_that_do_not_fit(recipe, narrow, override, found):
+    with pytest.raises(InputError, match=found):
+        train(recipe, [override.replace("NARROW", str(narrow))])
 
 
 @pytest.mark.parametrize("override, found", [
