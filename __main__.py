@@ -72,6 +72,8 @@ def bench(arguments: argparse.Namespace) -> int:
             from .bench.step import main
         case "ablation":
             from .bench.ablation import main
+        case "meaning":
+            from .bench.meaning import main
         case "suite":
             from .bench.suite import main
         case "report":
@@ -130,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("bench", add_help=False, help="measure operators, scaling, memory, steps, choices")
     command.add_argument(
-        "what", choices=("kernels", "scaling", "memory", "step", "ablation", "suite", "report", "compare")
+        "what", choices=("kernels", "scaling", "memory", "step", "ablation", "meaning", "suite", "report", "compare")
     )
     command.set_defaults(run=bench, takes_rest=True)
 

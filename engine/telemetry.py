@@ -106,7 +106,14 @@ class Telemetry:
             for part, grid in grids.items() for name in ("nll_unseen", "nll_seen") if grid.get(name) is not None
         ]  # fmt: skip
         found = [f"{name} {figures[name]:.4f}" for name in ("contrastive", "retrieval") if name in figures]
+        taught = [
+            f"{name.replace('_', ' ')} {figures[name]:.4f}"
+            for name in ("alignment", "alignment_of_stretches") if figures.get(name) is not None
+        ]  # fmt: skip
         texts = [f"nats per token: {', '.join(nll)}"] * bool(nll) + [f"pairs: {', '.join(found)}"] * bool(found)
+        texts += [f"teacher: {', '.join(taught)}"] * bool(taught)
+        if not texts:  # of another job
+            texts = [f"{name} {value:.4f}" for name, value in figures.items() if isinstance(value, float)]
         self.say(f"step {step}: held out, {'; '.join(texts)}")
 
     def say(self, text: str) -> None:

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 
 from ...models.objectives import Contrastive, Lesson, Mixed, Pair, SampleKey, SpecialTokens, View
 from ...models.packing import Packed, pack
@@ -154,7 +155,7 @@ class Loader(Batches):
         objective = self.objective.at(step) if isinstance(self.objective, Mixed) else self.objective
         view = objective.view(batch, keys, self.tokens)
         if self.lessons is not None:
-            texts = None if view.encoder is batch else batch
+            texts = None if reads(view.encoder, batch) else batch
             view = replace(view, lesson=self.lessons.lesson(samples.windows, texts))
         if self.contrastive is None or step < self.contrastive_from:
             return view
@@ -183,6 +184,12 @@ class Loader(Batches):
         for members, rows in self.evaluation_bins(max_tokens):
             batch = pack([self.windows[row] for row in rows])
             yield batch, [SampleKey(EVALUATION_SEED, 0, i) for i in members.tolist()], rows
+
+
+def reads(encoder: Packed, batch: Packed) -> bool:
+    """Whether the encoder is given the texts as they are."""
+    fields = zip(encoder[:2], batch[:2], strict=True)  # ids and positions
+    return encoder.num_tokens == batch.num_tokens and all(torch.equal(a, b) for a, b in fields)
 
 
 def prefetch(make: Callable[[int], list[Any]], start: int, stop: int, depth: int = 2) -> Iterator[list[Any]]:

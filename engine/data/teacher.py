@@ -28,16 +28,16 @@ class Teacher:
     pooled states' mean, weighted by their lengths.
     """
 
-    def __init__(self, place: str, device: torch.device | str = "cpu", precision: str = "fp32") -> None:
+    def __init__(self, place: str, device: torch.device | str = "cpu") -> None:
         """
         Args:
             place: a folder, or a hub id.
-            precision: "bf16": matrices are multiplied in bfloat16.
+            device: on a GPU matrices are multiplied in bfloat16; few CPUs have units for it, so there in float32.
 
         Raises:
             InputError: it cannot be read, or pools in a way that is not known here.
         """
-        self.name, self.precision, self.device = place, precision, torch.device(device)
+        self.name, self.device = place, torch.device(device)
         folder = find(place, field="distill.teacher")
         self.pooling, limit = read_pooling(folder)
         try:
@@ -92,7 +92,7 @@ class Teacher:
         ids = torch.full(mask.shape, self.tokenizer.pad_token_id or 0)
         ids[mask] = torch.tensor([i for piece in pieces for i in piece])
         ids, mask = ids.to(self.device), mask.to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             states = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float()
         if self.pooling == "cls":
             return states[:, 0]

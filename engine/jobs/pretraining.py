@@ -75,7 +75,7 @@ class PretrainingJob:
         """
         recipe, world, tokenizer = self.recipe, self.world, self.corpus.tokenizer
         tokenizer_id, cache = self.corpus.description["tokenizer"]["id"], cache_folder(recipe.data.cache)
-        teacher = world.first_then_others(lambda: Teacher(self.distill.teacher, world.device, recipe.train.precision))
+        teacher = world.first_then_others(lambda: Teacher(self.distill.teacher, world.device))
         wanted: dict[int, list[np.ndarray]] = {}
         for step in range(recipe.train.steps):
             loader = self.loader.at(step)

@@ -1,0 +1,124 @@
+"""Vectors of texts and of their parts, by a model of this package or by any sentence encoder.
+
+n texts, P parts of a text, C concepts, e width of a vector.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from ...engine.data.teacher import Teacher, read_json
+from ...engine.errors import InputError
+from ...engine.saved_model import load_model, load_vocabulary
+from ...models.config import ConceptConfig
+from ...models.objectives.distill import stretch_bounds
+from ...models.packing import pack
+
+BATCH_TOKENS = 8192
+
+
+class Parts(NamedTuple):
+    """What a text is searched by."""
+
+    vectors: np.ndarray  # [P, e] float32
+    spans: np.ndarray  # [P, 2] int64: the characters that each stands for
+
+
+class ConceptEmbedder:
+    """The mean of the concepts for a text, each concept for the tokens around its anchor."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = load_model(folder)
+        self.encoder: nn.Module = getattr(self.model, "encoder", self.model)
+        self.config = self.model.config
+        self.vocabulary = load_vocabulary(folder, self.config)
+        self.distilled_from = getattr(self.config, "distilled_from", None)
+        self.num_parts = self.config.num_concepts
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """[n, e] float32 of norm 1."""
+        concepts = self.concepts(self.vocabulary.encode(list(texts)))
+        return directions(concepts.mean(1))
+
+    def parts(self, texts: Sequence[str]) -> list[Parts]:
+        found = []
+        for text in texts:  # one at a time: they are long
+            encoding = self.vocabulary.plain.encode(text, add_special_tokens=False)
+            (vectors,) = self.concepts([encoding.ids])
+            spans = [span_of(encoding.offsets, *bounds) for bounds in stretch_bounds(len(encoding.ids), len(vectors))]
+            found.append(Parts(vectors, np.array(spans)))
+        return found
+
+    @torch.inference_mode()
+    def concepts(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
+        """[n, C, e] float32 of token ids."""
+        device = next(self.encoder.parameters()).device
+        order = np.argsort([len(ids) for ids in texts], kind="stable")
+        batch_of = np.cumsum([len(texts[i]) for i in order]) // BATCH_TOKENS
+        made: list[Any] = [None] * len(texts)
+        for number in np.unique(batch_of):
+            members = order[batch_of == number]
+            batch = pack([np.array(texts[i], dtype=np.int64) for i in members]).to(device)
+            found = self.encoder(packed=batch).last_hidden_state.float().cpu().numpy()
+            for i, concepts in zip(members, found, strict=True):
+                made[i] = concepts
+        return np.stack(made)
+
+
+class SentenceEmbedder:
+    """A sentence encoder: a text's own vector, and one for each window that it reads at once."""
+
+    distilled_from = None
+
+    def __init__(self, place: str) -> None:
+        self.teacher = Teacher(place)
+        self.num_parts = None  # as many as a text has windows
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        return self.teacher.embed(texts)
+
+    def parts(self, texts: Sequence[str]) -> list[Parts]:
+        found = []
+        for text in texts:
+            offsets = self.teacher.tokenizer(
+                text, add_special_tokens=False, truncation=False, padding=False, return_offsets_mapping=True,
+                verbose=False,
+            ).offset_mapping  # fmt: skip
+            count = max(1, -(-len(offsets) // self.teacher.max_tokens))
+            spans = [span_of(offsets, *bounds) for bounds in stretch_bounds(len(offsets), count)]
+            found.append(Parts(self.teacher.embed([text[begin:end] for begin, end in spans]), np.array(spans)))
+        return found
+
+
+def open_embedder(place: str) -> ConceptEmbedder | SentenceEmbedder:
+    """
+    Raises:
+        InputError: the folder has no config.json, or is a run that has not finished.
+    """
+    folder = Path(place).expanduser()
+    if (folder / "recipe.yaml").is_file():
+        folder = folder / "model"
+    if folder.exists():
+        config = read_json(folder / "config.json")
+        if config is None:
+            raise InputError(f"{folder}: expected a model folder, there is no config.json")
+        if config.get("model_type") == ConceptConfig.model_type:
+            return ConceptEmbedder(folder)
+    return SentenceEmbedder(str(place))
+
+
+def directions(vectors: np.ndarray) -> np.ndarray:
+    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return vectors / np.where(norms > 0, norms, 1)
+
+
+def span_of(offsets: Sequence[tuple[int, int]], begin: int, end: int) -> tuple[int, int]:
+    """The characters of tokens begin to end - 1; empty, where the next token would begin, if there is none."""
+    if begin == end:
+        place = offsets[begin][0] if begin < len(offsets) else (offsets[-1][1] if offsets else 0)
+        return place, place
+    return offsets[begin][0], offsets[end - 1][1]

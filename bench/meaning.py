@@ -1,0 +1,250 @@
+"""What vectors mean: sentence similarity, long chapters searched, geometry, words read back, speed. Nothing is trained.
+
+    conceptron bench meaning MODEL --data DIR [--queries TEACHER] [--backbone DIR] [--skip PART ...] [--out DIR]
+
+MODEL is a folder of this package (or a finished run), or any sentence encoder, which is measured in the same way. DIR
+holds the data: ``glue/stsb``, ``sick``, ``openstax_books``, each with parquet files named after its splits.
+
+    sts       Pearson and Spearman of the cosine of two sentences: STS-B dev and test, SICK test; no label is used
+    chapters  100 chapters of 4 to 8 thousand words, two sentences of each as questions: the chapter found by its best
+              part, by its one vector, and the part of it that holds the sentence; with the sentences left in, and taken
+              out; beside BM25, where `bm25s` is installed
+    geometry  of 128 windows of 512 tokens out of these chapters
+    content   words of 128-token texts written again from the concepts alone, against concepts set to zero and those of
+              another text
+    speed     tokens per second of CPU time on 8192 tokens, beside ``--backbone`` in windows of 512, interleaved
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from scipy.stats import pearsonr, spearmanr
+
+from ..engine.data.teacher import Teacher
+from ..engine.errors import InputError
+from ..models.ablation import ablated
+from ..models.objectives import Diffusion, SampleKey
+from ..models.packing import pack
+from .analysis import chapters
+from .analysis.embedding import ConceptEmbedder, SentenceEmbedder, open_embedder
+from .analysis.geometry import metrics
+from .measure.environment import environment
+from .measure.results import markdown_table, write_results
+
+PARTS = ("sts", "chapters", "geometry", "content", "speed")
+SENTENCES = {  # name -> file, two sentences, the score
+    "STS-B dev": ("glue/stsb/validation.parquet", "sentence1", "sentence2", "label"),
+    "STS-B test": ("glue/stsb/test.parquet", "sentence1", "sentence2", "label"),
+    "SICK-R": ("sick/test.parquet", "sentence_A", "sentence_B", "relatedness_score"),
+}
+GEOMETRY = {  # of ``metrics.geometry``
+    "num_concepts": "concepts", "effective_rank": "effective rank of what texts have in common",
+    "static_fraction": "share of the energy that texts have in common", "rank_dynamic": "rank of what the text changes",
+    "dead_slots": "dead concepts",
+}  # fmt: skip
+NUM_CHAPTERS, MIN_WORDS, MAX_WORDS, PER_CHAPTER = 100, 4000, 8000, 2
+WINDOW, NUM_WINDOWS = 512, 128
+READ_TOKENS, NUM_READ = 128, 64
+LONG, ROUNDS, BACKBONE_WINDOW = 8192, 3, 512
+
+Embedder = ConceptEmbedder | SentenceEmbedder
+
+
+def columns(path: Path, *names: str) -> list[list[Any]]:
+    """Columns of a parquet file.
+
+    Raises:
+        InputError: there is no such file or column.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give --data the folder that holds it, or --skip what needs it")
+    table = pq.read_table(path)
+    for name in names:
+        if name not in table.column_names:
+            raise InputError(f"{path}: no column {name!r}, only {', '.join(table.column_names)}")
+    return [table[name].to_pylist() for name in names]
+
+
+def row(part: str, what: str, value: float, error: float | None = None, count: int | None = None) -> dict[str, Any]:
+    return {"part": part, "what": what, "value": value, "standard_error": error, "count": count}
+
+
+def sts(model: Embedder, data: Path, limit: int | None) -> list[dict[str, Any]]:
+    rows = []
+    for name, (file, *fields) in SENTENCES.items():
+        a, b, scores = (column[:limit] for column in columns(data / file, *fields))
+        texts = sorted({*a, *b})
+        place = {text: i for i, text in enumerate(texts)}
+        vectors = model.embed(texts)
+        cosines = (vectors[[place[text] for text in a]] * vectors[[place[text] for text in b]]).sum(1)
+        truth = np.array([float(score) for score in scores])
+        pearson, spearman = pearsonr(cosines, truth).statistic, spearmanr(cosines, truth).statistic
+        error = (1 - pearson**2) / np.sqrt(len(truth) - 1)
+        rows += [row("sts", f"{name}, Pearson", float(pearson), float(error), len(truth)),
+                 row("sts", f"{name}, Spearman", float(spearman), None, len(truth))]  # fmt: skip
+    return rows
+
+
+def read_chapters(data: Path, count: int) -> list[str]:
+    """The first chapters of the right length, in a fixed shuffle of all splits."""
+    texts = []
+    for split in ("test", "validation", "train"):
+        texts += columns(data / "openstax_books" / f"{split}.parquet", "text")[0]
+    fitting = [text for text in texts if MIN_WORDS <= len(text.split()) <= MAX_WORDS]
+    if len(fitting) < 2:
+        raise InputError(f"{data}/openstax_books: expected chapters of {MIN_WORDS} to {MAX_WORDS} words, found none")
+    return [fitting[i] for i in np.random.default_rng(0).permutation(len(fitting))[:count]]
+
+
+def retrieval(model: Embedder, texts: Sequence[str], asks: Embedder, parts: int) -> list[dict[str, Any]]:
+    """``asks`` embeds the questions. ``parts``: of a chapter, for BM25."""
+    drawn = chapters.draw(texts, PER_CHAPTER)
+    queries, rows = asks.embed([question.text for question in drawn.questions]), []
+    for state, documents in (("kept", drawn.kept), ("removed", drawn.removed)):
+        is_removed = state == "removed"
+        found = model.parts(documents)
+        ways = {"best part": chapters.search(queries, found, drawn.questions, is_removed)}
+        if model.num_parts and len(found) > 1:
+            ways["best part, centred"] = chapters.search(
+                queries, chapters.centred(found), drawn.questions, is_removed
+            )
+            vectors = np.stack([each.vectors.mean(0) for each in found])
+            vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        else:
+            vectors = model.embed(documents)
+        ways["one vector"] = chapters.whole(queries, vectors, drawn.questions)
+        words = chapters.bm25(documents, drawn.questions, parts, is_removed)
+        if words:
+            ways["BM25"] = words
+        for way, shares in ways.items():
+            rows += [row("chapters", f"{name}, sentence {state}, {way}", *values) for name, values in shares.items()]
+    return rows
+
+
+def geometry(model: ConceptEmbedder, texts: Sequence[str]) -> list[dict[str, Any]]:
+    windows = cut(model, texts, WINDOW, NUM_WINDOWS)
+    figures = metrics.geometry(torch.from_numpy(model.concepts(windows)))
+    return [row("geometry", GEOMETRY[name], float(figures[name]), None, len(windows)) for name in GEOMETRY]
+
+
+def cut(model: ConceptEmbedder, texts: Sequence[str], window: int, count: int) -> list[list[int]]:
+    """Windows of token ids, one out of each text in turn, so that they differ."""
+    encoded = model.vocabulary.encode(list(texts))
+    most = max(len(ids) for ids in encoded) // window
+    windows = [ids[i * window : (i + 1) * window] for i in range(most) for ids in encoded]
+    full = [ids for ids in windows if len(ids) == window]
+    if len(full) < 2:
+        raise InputError(f"--data: no two windows of {window} tokens in its chapters")
+    return full[:count]
+
+
+@torch.inference_mode()
+def content(model: ConceptEmbedder, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """Shares of tokens that the decoder writes right from concepts alone, asked for all at once."""
+    network, tokens = model.model, model.vocabulary.tokens
+    windows = cut(model, texts, READ_TOKENS, NUM_READ)
+    windows = windows[: len(windows) // 2 * 2]  # the concepts of another text: no batch of one
+    objective = Diffusion(encoder_view="clean", weighting="none", hidden=model.config.hidden_tokens,
+                          context=model.config.decoder_mixing != "none")  # fmt: skip
+    hits = {None: [], "shuffle": [], "zero": []}
+    for begin in range(0, len(windows), 16):
+        batch = pack([np.array(ids, dtype=np.int64) for ids in windows[begin : begin + 16]])
+        keys = [SampleKey(0, 0, begin + i) for i in range(batch.num_sequences)]
+        views = objective.evaluation_views(batch, keys, tokens)
+        view = views[max(views)]  # the grid's last: everything is asked for
+        encoded = network.encoder(packed=view.encoder)
+        for how, found in hits.items():
+            hidden = network.decode_view(ablated(encoded, how), view)
+            pairs = zip(hidden.split(1024), view.targets.split(1024), strict=True)  # [1024, V] logits at a time
+            found += [network.lm_head(rows).argmax(-1) == targets for rows, targets in pairs]
+    names = {None: "words read back", "shuffle": "from another text's concepts", "zero": "from concepts set to zero"}
+    return [row("content", names[how], *chapters.share(torch.cat(found).numpy())) for how, found in hits.items()]
+
+
+def speed(model: Embedder, backbone: str | None, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """Tokens per second of CPU time, the best of some rounds that take turns."""
+    timed: dict[str, Callable[[], Any]] = {}
+    if isinstance(model, ConceptEmbedder):
+        (ids,) = cut(model, [" ".join(texts)] * 2, LONG, 1)
+        timed["model"] = lambda: model.concepts([ids])
+    else:
+        timed["model"] = windows_of(model.teacher, texts)
+    if backbone:
+        timed["backbone"] = windows_of(Teacher(backbone), texts)
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
+    for turn in range(ROUNDS + 1):
+        for name, call in timed.items():
+            start = time.process_time()
+            call()
+            if turn:  # the first is a warm-up
+                seconds[name].append(time.process_time() - start)
+    rates = {name: LONG / min(values) for name, values in seconds.items()}
+    rows = [row("speed", f"tokens per CPU second, {name}", rate, None, ROUNDS) for name, rate in rates.items()]
+    if backbone:
+        rows.append(row("speed", "times the backbone in windows", rates["model"] / rates["backbone"], None, ROUNDS))
+    return rows
+
+
+def windows_of(teacher: Teacher, texts: Sequence[str]) -> Callable[[], Any]:
+    """Reads LONG tokens in windows, eight at a time."""
+    inside = BACKBONE_WINDOW - len(teacher.opening) - len(teacher.closing)
+    ids = teacher.tokenizer(" ".join(texts), add_special_tokens=False, truncation=False, padding=False,
+                            verbose=False).input_ids[: LONG]  # fmt: skip
+    pieces = [[*teacher.opening, *ids[i : i + inside], *teacher.closing] for i in range(0, len(ids), inside)]
+
+    def call() -> None:
+        with torch.inference_mode():
+            for i in range(0, len(pieces), 8):
+                teacher.pool(pieces[i : i + 8])
+
+    return call
+
+
+def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], Any]:
+    """The rows, and what the model says of its teacher."""
+    model, wanted = open_embedder(options.model), [part for part in PARTS if part not in options.skip]
+    asks = open_embedder(options.queries) if options.queries else model
+    is_ours = isinstance(model, ConceptEmbedder)
+    rows = sts(model, options.data, options.limit) if "sts" in wanted else []
+    if set(wanted) <= {"sts"}:
+        return rows, model.distilled_from
+    texts = read_chapters(options.data, options.chapters)
+    if "chapters" in wanted:
+        rows += retrieval(model, texts, asks, model.num_parts or 128)
+    if "geometry" in wanted and is_ours:
+        rows += geometry(model, texts)
+    if "content" in wanted and is_ours and hasattr(model.model, "decode_view"):
+        rows += content(model, texts)
+    if "speed" in wanted:
+        rows += speed(model, options.backbone, texts)
+    return rows, model.distilled_from
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="conceptron bench meaning", description="What vectors mean, untrained on it.")
+    parser.add_argument("model", help="a model folder, a finished run, or any sentence encoder")
+    parser.add_argument("--data", type=Path, required=True, help="folder with glue/stsb, sick and openstax_books")
+    parser.add_argument("--queries", metavar="TEACHER", help="the sentence encoder that embeds the questions")
+    parser.add_argument("--backbone", metavar="DIR", help="speed is held against this encoder in windows")
+    parser.add_argument("--skip", nargs="+", choices=PARTS, default=[], help="leave these out")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N pairs of sentences")
+    parser.add_argument("--chapters", type=int, default=NUM_CHAPTERS, metavar="N", help="how many are searched")
+    parser.add_argument("--name", help="of the result files; left out: the model's folder")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench/meaning"))
+    options = parser.parse_args(argv)
+    stamp = environment()
+    rows, distilled_from = measure(options)
+    folder = Path(options.model).expanduser().resolve()
+    name = options.name or (folder.parent.name if folder.name == "model" else folder.name)
+    stamp["distilled_from"] = distilled_from
+    write_results(options.out, name, rows, stamp, title=f"What it means: {name}")
+    print(markdown_table(rows, ["part", "what", "value", "standard_error", "count"]))
+    print(f"written to {options.out / name}.json")
+    return 0

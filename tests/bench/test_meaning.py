@@ -1,0 +1,121 @@
+"""Sentence similarity, chapters, read-back and speed, of small models over made-up data."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from conceptron.bench import meaning
+from conceptron.bench.analysis import chapters
+from conceptron.bench.analysis.embedding import ConceptEmbedder, Parts, open_embedder, span_of
+from conceptron.engine.data import tokenizer
+from conceptron.engine.errors import InputError
+from conceptron.models.config import ConceptConfig
+from conceptron.models.masked_lm import ConceptForMaskedLM
+
+NOUNS = ["river", "engine", "market", "forest", "planet", "teacher", "window", "harbour"]
+
+
+def sentence(generator: np.random.Generator) -> str:
+    words = " ".join(generator.choice(NOUNS, size=12))
+    return f"The {words} number {generator.integers(10**6)} goes on for a while."
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder, generator = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    pairs = [[sentence(generator) for _ in range(20)] for _ in range(2)]
+    scores = generator.random(20).round(2).tolist()
+    for file, a, b, score in meaning.SENTENCES.values():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({a: pairs[0], b: pairs[1], score: scores}), folder / file)
+    (folder / "openstax_books").mkdir()
+    texts = ["\n".join(sentence(generator) for _ in range(40)) + "\n" for _ in range(3)]
+    for split, text in zip(("train", "validation", "test"), texts, strict=True):
+        pq.write_table(pa.table({"text": [text]}), folder / "openstax_books" / f"{split}.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    texts = pq.read_table(data / "openstax_books" / "train.parquet")["text"].to_pylist()
+    words = tokenizer.train(texts, 300)
+    tokenizer.save(words, folder)
+    config = ConceptConfig(
+        vocab_size=len(words), hidden_size=32, num_concepts=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, num_decoder_layers=1, mask_token_id=words.mask_token_id, init_queries="segment",
+    )  # fmt: skip
+    config.distilled_from = {"teacher": "some/encoder"}
+    ConceptForMaskedLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_the_whole_command(model, data, tmp_path, monkeypatch, capsys):
+    for name, value in dict(MIN_WORDS=100, WINDOW=64, NUM_WINDOWS=6, READ_TOKENS=48, NUM_READ=4, LONG=256).items():
+        monkeypatch.setattr(meaning, name, value)
+    assert meaning.main([str(model), "--data", str(data), "--out", str(tmp_path), "--name", "small"]) == 0
+    content = json.loads((tmp_path / "small.json").read_text())
+    found = {(row["part"], row["what"]): row["value"] for row in content["rows"]}
+    assert {part for part, _ in found} == set(meaning.PARTS)
+    assert -1 <= found["sts", "STS-B test, Pearson"] <= 1
+    assert found["chapters", "chapter, sentence kept, one vector"] >= 0
+    assert found["geometry", "concepts"] == 8 and found["speed", "tokens per CPU second, model"] > 0
+    assert 0 <= found["content", "words read back"] <= 1
+    assert content["environment"]["distilled_from"] == {"teacher": "some/encoder"}
+    assert "STS-B test" in capsys.readouterr().out and (tmp_path / "small.md").is_file()
+    assert meaning.main([str(model), "--data", str(data), "--out", str(tmp_path), "--skip", *meaning.PARTS[1:]]) == 0
+
+
+def test_data_that_is_not_there(model, tmp_path):
+    with pytest.raises(InputError, match="no such file; give --data"):
+        meaning.main([str(model), "--data", str(tmp_path)])
+    with pytest.raises(InputError, match=r"there is no config\.json"):
+        open_embedder(str(tmp_path))
+
+
+def test_a_text_is_embedded_alike_alone_and_among_others(model):
+    embedder = open_embedder(str(model))
+    assert isinstance(embedder, ConceptEmbedder)
+    texts = ["The river goes on.", "A much longer text about an engine and a market, and a forest as well.", "x"]
+    together = embedder.embed(texts)
+    for text, vector in zip(texts, together, strict=True):
+        np.testing.assert_allclose(embedder.embed([text])[0], vector, atol=1e-5)
+    (parts,) = embedder.parts([texts[1]])
+    assert len(parts.vectors) == 8 and parts.spans[0][0] == 0 and parts.spans[-1][1] == len(texts[1])
+    np.testing.assert_allclose(parts.spans[1:, 0], parts.spans[:-1, 1])  # byte-level tokens leave no gap
+
+
+def test_questions_by_hand():
+    body = "Alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi"
+    text = f"Start here. {body} one. {body} two. The end."
+    drawn = chapters.draw([text, "Nothing to take out."], 2)
+    assert [question.text for question in drawn.questions] == [f"{body} one.", f"{body} two."]
+    assert drawn.removed[0] == "Start here.   The end." and drawn.removed[1] == "Nothing to take out."
+    first, second = drawn.questions
+    assert text[first.kept] in body and first.removed == 12 and second.removed == 13
+
+
+def test_search_by_hand():
+    axes = np.eye(3, dtype=np.float32)
+    documents = [
+        Parts(np.stack([axes[0], axes[1]]), np.array([[0, 10], [10, 20]])),
+        Parts(np.stack([0.6 * axes[1] + 0.8 * axes[2], axes[2]]), np.array([[0, 10], [10, 20]])),
+    ]
+    ask = [chapters.Question("", 0, 15, 3), chapters.Question("", 1, 15, 15)]
+    found = chapters.search(axes[[1, 2]], documents, ask, is_removed=False)
+    assert found["chapter"][0] == 1.0 and found["place"][0] == 1.0
+    found = chapters.search(axes[[1, 2]], documents, ask, is_removed=True)
+    assert found["place"][0] == 0.5  # the first stood in the other part
+    common = chapters.centred(documents)
+    np.testing.assert_allclose(common[0].vectors, -common[1].vectors, atol=1e-6)
+    share, error, count = chapters.share(np.array([1, 0, 1, 1]))
+    assert (share, count) == (0.75, 4) and error == pytest.approx((0.75 * 0.25 / 4) ** 0.5)
+
+
+def test_spans_of_tokens():
+    offsets = [(0, 3), (3, 7), (8, 9)]
+    assert span_of(offsets, 0, 2) == (0, 7) and span_of(offsets, 2, 2) == (8, 8) and span_of(offsets, 3, 3) == (9, 9)
+    assert span_of([], 0, 0) == (0, 0)
