@@ -1,5 +1,6 @@
 """A world of one, a tiny model under ZeRO, and steps over made-up text."""
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 from conceptron.engine import checkpoint, launch, zero
 from conceptron.engine.data import tokenizer
@@ -136,3 +138,27 @@ checkpoint: {{every: 4, keep: 2}}
 @pytest.fixture
 def recipe(recipe_in, tmp_path) -> Path:
     return recipe_in(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def save_teacher(text) -> Callable[..., Path]:
+    """Makes a sentence encoder that has not learned anything."""
+
+    def save(folder: Path, width: int, pooling: str = "mean_tokens", **files: object) -> Path:
+        """A random BERT of this width with the tokenizer of the tests and the files of sentence-transformers."""
+        torch.manual_seed(width)
+        words = AutoTokenizer.from_pretrained(text / "tokenizer")
+        config = BertConfig(
+            vocab_size=len(words), hidden_size=width, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+            max_position_embeddings=32,
+        )  # fmt: skip
+        BertModel(config).save_pretrained(folder)
+        words.save_pretrained(folder)
+        kinds = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")]
+        modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in kinds]
+        (folder / "modules.json").write_text(json.dumps(files.get("modules", modules)))
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{pooling}": True}))
+        return folder
+
+    return save

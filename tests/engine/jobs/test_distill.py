@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, BertConfig, BertModel
+from transformers import AutoModel
 
 from conceptron.engine.data import lessons as stored
 from conceptron.engine.data.lessons import Lessons
@@ -17,35 +17,15 @@ from conceptron.engine.trainer import train
 from conceptron.models.objectives.distill import stretch_bounds
 
 
-def save_teacher(folder: Path, text: Path, width: int, pooling: str = "mean_tokens", **files: object) -> Path:
-    """A random BERT of this width with the tokenizer of the tests and the files of sentence-transformers."""
-    from transformers import AutoTokenizer
-
-    torch.manual_seed(width)
-    words = AutoTokenizer.from_pretrained(text / "tokenizer")
-    config = BertConfig(
-        vocab_size=len(words), hidden_size=width, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=32,
-    )  # fmt: skip
-    BertModel(config).save_pretrained(folder)
-    words.save_pretrained(folder)
-    kinds = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")]
-    modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in kinds]
-    (folder / "modules.json").write_text(json.dumps(files.get("modules", modules)))
-    (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{pooling}": True}))
-    return folder
-
-
 @pytest.fixture(scope="session")
-def wide(text, tmp_path_factory) -> Path:
+def wide(save_teacher, tmp_path_factory) -> Path:
     """As wide as the student."""
-    return save_teacher(tmp_path_factory.mktemp("teacher") / "wide", text, 30)
+    return save_teacher(tmp_path_factory.mktemp("teacher") / "wide", 30)
 
 
 @pytest.fixture(scope="session")
-def narrow(text, tmp_path_factory) -> Path:
-    return save_teacher(tmp_path_factory.mktemp("teacher") / "narrow", text, 16)
+def narrow(save_teacher, tmp_path_factory) -> Path:
+    return save_teacher(tmp_path_factory.mktemp("teacher") / "narrow", 16)
 
 
 def lines(folder: Path, kind: str) -> list[dict]:
@@ -57,8 +37,8 @@ ALONE = ["objective={name: none}", "model.dropout=0", "eval.every=0", "checkpoin
 
 
 @pytest.mark.parametrize("pooling", ["mean_tokens", "cls_token"])
-def test_vectors_are_those_of_the_encoder_by_itself(text, tmp_path, pooling):
-    folder = save_teacher(tmp_path / "t", text, 16, pooling)
+def test_vectors_are_those_of_the_encoder_by_itself(save_teacher, tmp_path, pooling):
+    folder = save_teacher(tmp_path / "t", 16, pooling)
     teacher, texts = Teacher(str(folder)), ["the encoder reads", "a token", "concept of the decoder again again"]
     model = AutoModel.from_pretrained(folder).eval()
     with torch.no_grad():
@@ -85,8 +65,8 @@ def test_a_text_longer_than_the_teacher_is_the_mean_of_its_pieces(wide):
     ([{"type": "a.Transformer", "path": ""}, {"type": "a.Dense", "path": "2"}], "mean_tokens", "Transformer, Dense"),
     (None, "max_tokens", "expected mean or \\[CLS\\] pooling"),
 ])
-def test_a_teacher_that_pools_otherwise_is_refused(text, tmp_path, modules, pooling, found):
-    save_teacher(tmp_path / "t", text, 16, pooling, **({"modules": modules} if modules else {}))
+def test_a_teacher_that_pools_otherwise_is_refused(save_teacher, tmp_path, modules, pooling, found):
+    save_teacher(tmp_path / "t", 16, pooling, **({"modules": modules} if modules else {}))
     with pytest.raises(InputError, match=found):
         Teacher(str(tmp_path / "t"))
 

@@ -8,7 +8,7 @@ import yaml
 from conceptron.engine.errors import InputError
 from conceptron.engine.recipe.load import load_recipe, save_recipe
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[3] / "recipes"
 # neither tiny.yaml, which is laid over them, nor tables of ablations
 SHIPPED = sorted(path for path in RECIPES.rglob("*.yaml") if "objective" in yaml.safe_load(path.read_text()))
 SMALLEST = {"data": {"source": "pydocs"}, "objective": {"name": "diffusion"}, "train": {"steps": 10}}
