@@ -89,7 +89,9 @@ def training_of(history: Sequence[Mapping[str, Any]]) -> Training | None:
 
 
 def objective_name(subject: Subject) -> str:
-    return subject.recipe.objective["name"] if subject.recipe else type(subject.loader.objective).__name__.lower()
+    name = subject.recipe.objective["name"] if subject.recipe else type(subject.loader.objective).__name__.lower()
+    taught = getattr(subject.model.config, "distilled_from", None)
+    return f"{name}, distilled from {taught['teacher']}" if taught else name
 
 
 def training_line(findings: Findings) -> str:

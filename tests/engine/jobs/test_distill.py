@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
+from conceptron.bench.analysis.findings import objective_name
+from conceptron.bench.analysis.subject import open_subject
 from conceptron.engine.data import lessons as stored
 from conceptron.engine.data.lessons import Lessons
 from conceptron.engine.data.teacher import Teacher
@@ -94,6 +96,7 @@ def test_concepts_come_to_mean_what_the_teacher_says(recipe, teacher, request):
     model = AutoModel.from_pretrained(run / "model")
     record = model.config.distilled_from
     assert record["teacher"] == str(folder) and record["width"] == (30 if teacher == "wide" else 16)
+    assert objective_name(open_subject(run)) == f"none, distilled from {folder}"
     names = load_file(run / "model" / "model.safetensors")
     assert not any("distillation" in name for name in names), "its maps are only for training"
 
