@@ -27,7 +27,7 @@ def refusal(path, overrides) -> str:
 
 
 @pytest.mark.parametrize("overrides, found", [
-    (["objective={name: none}"], "objective.name: none, and no contrastive or distill section: there is nothing to train"),
+    (["objective={name: none}"], "objective.name: none, and no contrastive or distill section: there is nothing"),
     (["objective={name: none}", "contrastive={start: 0.1}"], "contrastive.start: expected 0 with objective none"),
     (["model.timestep_conditioning=true"], "model.timestep_conditioning: objective mlm has no timesteps"),
     (["model.timestep_conditioning=true", PARTS.format("{name: diffusion}, {name: tsdae}")],
