@@ -63,7 +63,7 @@ class Totals(NamedTuple):
     divisor: Tensor  # of the task
     num_pairs: Tensor  # texts in the contrastive loss
     num_texts: Tensor
-    num_stretches: Tensor  # of texts that a teacher speaks of
+    num_stretches: Tensor | None = None  # of texts that a teacher speaks of
 
     @classmethod
     def of(
