@@ -116,7 +116,7 @@ class Pretraining(nn.Module):
         if not has_task:  # weight decay alone must not move a decoder
             of_encoder = {id(parameter) for parameter in model.encoder.parameters()}
             for parameter in model.parameters():
-                parameter.requires_grad_(id(parameter) in of_encoder)
+                parameter.requires_grad_(parameter.requires_grad and id(parameter) in of_encoder)
 
     def forward(
         self, view: View | None = None, *, totals: Totals | None = None, step: int = 0, label_smoothing: float = 0.0,

@@ -105,7 +105,7 @@ def token_layer(config: ConceptConfig) -> int:
     if config.token_mixer == "conv":
         mixer = (2 * CONV_RADIUS + 1) * e + e * e
     else:
-        mixer = 2 * e * e + 2 * e * k + (e + 2 * k if config.token_attention_bias else 0)
+        mixer = 2 * e * e + 2 * e * k
     return 2 * e + mixer + 3 * e * inner
 
 
