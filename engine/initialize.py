@@ -1,13 +1,11 @@
-"""The first weights of a run from another model: one of this package, or a Llama- or BERT-like one."""
+"""The first weights of a run from another model of this package."""
 
 import copy
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
-from ..models.backbone import init_from_backbone
 from ..models.config import ConceptConfig
 from ..models.masked_lm import ConceptForMaskedLM
 from ..models.start.warm_start import WarmStart, warm_start_tied
@@ -17,29 +15,25 @@ from .launch import World
 from .recipe.schema import Init
 from .saved_model import quiet
 
-FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # of a hub repository: no pickles, no code
+FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "README.md")  # of a hub repository: no pickles, no code
 
 
-def initialize(model: ConceptForMaskedLM, init: Init, tokenizer: Any, world: World) -> str:
+def initialize(model: ConceptForMaskedLM, init: Init, world: World) -> str:
     """Fills ``model`` from ``init.source``; returns what became of every tensor, for people to read. Collective.
 
     Raises:
         InputError: there is no such model, it is of another kind, a size does not fit, or nothing could be loaded.
     """
-    folder = world.first_then_others(lambda: find(init.source))
+    folder = world.first_then_others(lambda: find(init.source, "init.source"))
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if isinstance(config, ConceptConfig):
-            return str(from_ours(model, folder, config, init))
-        if init.layer:
-            raise InputError("init.layer: expected nothing with a backbone; init.layers says how many of its are taken")
-        words = AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if has_tokenizer(folder) else None
-        return str(
-            init_from_backbone(
-                model, folder, init.layers, read_layer=init.read_layer,
-                vocabulary=words and tokenizer.get_vocab(), source_vocabulary=words and words.get_vocab(),
+        if not isinstance(config, ConceptConfig):
+            kind = getattr(config, "model_type", None)
+            raise InputError(
+                f"init.source: {init.source}: expected a model of this package, got one of type {kind}; "
+                "model.backbone takes pretrained models of transformers"
             )
-        )  # fmt: skip
+        return str(from_ours(model, folder, config, init))
     except InputError:
         raise
     except (ValueError, OSError, RuntimeError) as error:
@@ -48,9 +42,6 @@ def initialize(model: ConceptForMaskedLM, init: Init, tokenizer: Any, world: Wor
 
 def from_ours(model: ConceptForMaskedLM, folder: Path, config: ConceptConfig, init: Init) -> WarmStart | LoadReport:
     """A model of this package: its weights by name, resized where concepts or positions are more or fewer now."""
-    for name in ("layers", "read_layer"):
-        if getattr(init, name) is not None:
-            raise InputError(f"init.{name}: expected nothing with a model of this package, which has its own layers")
     if model.config.tie_layers and not config.tie_layers:
         return warm_start_tied(model, folder, init.layer)
     if init.layer:
@@ -67,7 +58,7 @@ def from_ours(model: ConceptForMaskedLM, folder: Path, config: ConceptConfig, in
     return LoadReport(tuple(loaded), tuple(new), tuple(sorted(info["unexpected_keys"])))
 
 
-def find(source: str) -> Path:
+def find(source: str, field: str) -> Path:
     """The folder itself, or what the hub has under this name."""
     folder = Path(source).expanduser()
     if folder.exists():
@@ -76,7 +67,7 @@ def find(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=list(FILES)))
     except Exception as error:  # huggingface_hub has dozens of kinds
         raise InputError(
-            f"init.source: {source}: no such folder here, and it cannot be fetched from the hub "
+            f"{field}: {source}: no such folder here, and it cannot be fetched from the hub "
             f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); give a folder with config.json and "
             "safetensors, or a hub id"
         ) from error

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import math
 import signal
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from ..models.masked_lm import ConceptForMaskedLM, smoothing_floor
 from ..models.objectives import Mixed
 from ..models.pretraining import Pretraining
 from . import checkpoint, compat, launch, zero
+from .backbone import KEPT, checkpoint_activations, fill, open_backbone
 from .data.corpus import Corpus, open_corpus
 from .data.loader import Loader
 from .data.phrases import open_phrases
@@ -96,9 +98,15 @@ class Trainer:
         for name in ("text", "populations"):
             run.compare(name, self.identity[name])
         torch.manual_seed(recipe.run.seed)  # the same initial weights on every rank
+        kept = run.path / KEPT if run.found else None
+        self.backbone = open_backbone(recipe, self.corpus.tokenizer, world, kept)
         bare, self.beginning = ConceptForMaskedLM(self.build_config()), ""
+        if self.backbone and self.backbone.folder:
+            self.beginning = fill(bare, self.backbone, self.corpus)
         if recipe.init and not run.found:
-            self.beginning = initialize(bare, recipe.init, self.corpus.tokenizer, world)
+            self.beginning = f"from {recipe.init.source}: {initialize(bare, recipe.init, world)}"
+        if recipe.train.checkpoint_backbone:
+            checkpoint_activations(bare)
         model = Pretraining(bare, self.contrastive, recipe.build_regularization(), recipe.has_task)
         if run.found:
             checkpoint.load_weights(run.found, model)
@@ -123,10 +131,11 @@ class Trainer:
         )  # fmt: skip
 
     def build_config(self) -> ConceptConfig:
-        tokens = self.corpus.tokens
+        tokens, backbone = self.corpus.tokens, self.backbone
         return self.recipe.build_config(
-            vocab_size=tokens.vocab_size, mask_token_id=tokens.mask_id, pad_token_id=self.corpus.tokenizer.pad_token_id
-        )
+            vocab_size=backbone.vocab_size(tokens) if backbone else tokens.vocab_size, mask_token_id=tokens.mask_id,
+            pad_token_id=self.corpus.tokenizer.pad_token_id, **({"backbone": backbone.described} if backbone else {}),
+        )  # fmt: skip
 
     def fit(self, notes: Sequence[str]) -> None:
         """The loop, in the order in which things happen."""
@@ -235,9 +244,11 @@ class Trainer:
             f"{world.size} x {world.device.type}, {self.recipe.train.precision}, ZeRO {self.recipe.zero.stage}"
         )
         if self.beginning:
-            say(f"from {self.recipe.init.source}: {self.beginning}")
+            say(self.beginning)
             if world.is_first:
                 (self.run.path / "initialization.txt").write_text(self.beginning + "\n", encoding="utf-8")
+        if self.backbone and self.backbone.folder and world.is_first:
+            (self.run.path / KEPT).write_text(json.dumps(self.backbone.described, indent=1), encoding="utf-8")
         if self.run.found:
             same = self.progress.identity["topology"] == self.identity["topology"]
             say(

@@ -251,7 +251,8 @@ class ConceptConfig(PretrainedConfig):
     def check_backbone(self) -> None:
         """What only fits a backbone, or its sizes."""
         if self.backbone is None:
-            self._expect("init_queries", "other than state without a backbone, whose states are meant", _is_not("state"))
+            expected = "other than state without a backbone, whose states are meant"
+            self._expect("init_queries", expected, _is_not("state"))
             return
         inner = inner_config(self.backbone)
         self._expect("token_dim", f"the backbone's width {inner.hidden_size}", lambda x: x == inner.hidden_size)

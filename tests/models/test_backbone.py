@@ -236,9 +236,9 @@ def test_stored_states_stand_in_for_the_module(folder_of):
 
 @pytest.mark.parametrize("trained, free", [("none", set()), ("last 1", {3}), ("last 2", {2, 3}), ("all", {0, 1, 2, 3})])
 def test_what_is_trained(trained, free, folder_of, tmp_path):
-    model = encoder_on(folder_of("bert"), "bert", ConceptForMaskedLM, backbone_train=trained)
-    model.save_pretrained(tmp_path / "saved")
-    for model in (model, ConceptForMaskedLM.from_pretrained(tmp_path / "saved")):
+    made = encoder_on(folder_of("bert"), "bert", ConceptForMaskedLM, backbone_train=trained)
+    made.save_pretrained(tmp_path / "saved")
+    for model in (made, ConceptForMaskedLM.from_pretrained(tmp_path / "saved")):
         backbone = model.encoder.backbone
         layers = {i for i, layer in enumerate(backbone.layers) if all(p.requires_grad for p in layer.parameters())}
         assert layers == free and backbone.embeddings.weight.requires_grad == (trained == "all")
@@ -338,7 +338,8 @@ def test_folders_that_are_no_backbone(folder_of, tmp_path):
         describe(tmp_path / "nowhere")
     folder = folder_of("bert")
     config = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(config.replace('"model_type"', '"auto_map": {"AutoModel": "x.Y"}, "model_type"'))
+    own_code = config.replace('"model_type"', '"auto_map": {"AutoModel": "x.Y"}, "model_type"')
+    (folder / "config.json").write_text(own_code)
     with pytest.raises(ValueError, match="code of its own"):
         describe(folder)
     (folder / "config.json").write_text(config)
