@@ -16,6 +16,7 @@ from conceptron.models.masked_lm import ConceptForMaskedLM
 from conceptron.models.packing import pack
 
 FEW = ["train.steps=3", "eval.every=0", "checkpoint.every=1", "model.backbone_window=16"]
+SHORT = ["model.backbone={bert}", "model.backbone_window=16"]
 
 
 def saved(folder: Path, model: torch.nn.Module, words) -> Path:
@@ -115,8 +116,8 @@ def test_the_tokenizer_is_the_backbones_unless_told(recipe, bert, text):
     (["model.backbone={bert}", "model.backbone_window=33"], "model: backbone_window: expected 1 to 32"),
     (["model.backbone={bert}", "model.backbone_layers=4"], "model: backbone_layers: expected up to 3"),
     (["model.backbone={bert}", "model.backbone_train=1"], "model.backbone_train: expected text"),
-    (["model.backbone={bert}", "model.backbone_window=16", "model.backbone_train=last 4"], "model: backbone_train: expected none"),
-    (["model.backbone={bert}", "model.backbone_window=16", "train.checkpoint_backbone=true"], "train.checkpoint_backbone: expected false"),
+    ([*SHORT, "model.backbone_train=last 4"], "model: backbone_train: expected none"),
+    ([*SHORT, "train.checkpoint_backbone=true"], "train.checkpoint_backbone: expected false"),
     (["model.backbone={bert}", "data.tokenizer={other}"], "; set data.tokenizer to "),
     (["model.init_queries=state"], "init_queries: expected other than state without a backbone"),
     (["init.source={llama}"], "model.backbone takes pretrained models"),
