@@ -143,7 +143,8 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
 
     def before_last(self, encoded: ConceptEncoderOutput) -> list[ConceptEncoderOutput]:
         """What the encoder would have returned after each iteration but the last (deep supervision)."""
-        return [ConceptEncoderOutput(self.encoder.out_norm(c), encoded.anchors) for c in encoded.hidden_states[1:-1]]
+        states = encoded.hidden_states[1:-1]
+        return [ConceptEncoderOutput(self.encoder.out_norm(c), anchors=encoded.anchors) for c in states]
 
     def _of_padded(
         self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, timesteps: Tensor | None,
