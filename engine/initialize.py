@@ -1,4 +1,4 @@
-"""The first weights of a run from another model: one of this package, or a Llama- or BERT-like one."""
+"""The first weights of a run from another model of this package."""
 
 import copy
 from pathlib import Path
@@ -8,7 +8,6 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from ..models.backbone import init_from_backbone
 from ..models.config import ConceptConfig
 from ..models.masked_lm import ConceptForMaskedLM
 from ..models.start.warm_start import WarmStart, warm_start_tied
@@ -18,7 +17,7 @@ from .launch import World
 from .recipe.schema import Init
 from .saved_model import quiet
 
-FILES = ("*.json", "*/config.json", "*.safetensors", "*.txt", "*.model")  # of a hub repository: no pickles, no code
+FILES = ("*.json", "*/config.json", "*.safetensors", "*.txt", "*.model", "README.md")  # no pickles, no code
 
 
 def initialize(model: ConceptForMaskedLM, init: Init, tokenizer: Any, world: World) -> str:
@@ -27,22 +26,18 @@ def initialize(model: ConceptForMaskedLM, init: Init, tokenizer: Any, world: Wor
     Raises:
         InputError: there is no such model, it is of another kind, a size does not fit, or nothing could be loaded.
     """
-    folder = world.first_then_others(lambda: find(init.source))
+    folder = world.first_then_others(lambda: find(init.source, "init.source"))
     try:
         if init.embeddings:
             return take_embeddings(model, folder, init, tokenizer)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if isinstance(config, ConceptConfig):
-            return str(from_ours(model, folder, config, init))
-        if init.layer:
-            raise InputError("init.layer: expected nothing with a backbone; init.layers says how many of its are taken")
-        words = AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if has_tokenizer(folder) else None
-        return str(
-            init_from_backbone(
-                model, folder, init.layers, read_layer=init.read_layer,
-                vocabulary=words and tokenizer.get_vocab(), source_vocabulary=words and words.get_vocab(),
+        if not isinstance(config, ConceptConfig):
+            kind = getattr(config, "model_type", None)
+            raise InputError(
+                f"init.source: {init.source}: expected a model of this package, got one of type {kind}; "
+                "model.backbone takes pretrained models of transformers"
             )
-        )  # fmt: skip
+        return str(from_ours(model, folder, config, init))
     except InputError:
         raise
     except (ValueError, OSError, RuntimeError) as error:
@@ -51,9 +46,6 @@ def initialize(model: ConceptForMaskedLM, init: Init, tokenizer: Any, world: Wor
 
 def take_embeddings(model: ConceptForMaskedLM, folder: Path, init: Init, tokenizer: Any) -> str:
     """The word embeddings of any encoder, each by its entry in the vocabulary."""
-    for name in ("layers", "read_layer"):
-        if getattr(init, name) is not None:
-            raise InputError(f"init.{name}: expected nothing with init.embeddings, which takes no layer")
     with quiet():
         source = AutoModel.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
     theirs, ours = source.get_input_embeddings().weight.detach(), model.encoder.embed_tokens.weight
@@ -75,9 +67,6 @@ def take_embeddings(model: ConceptForMaskedLM, folder: Path, init: Init, tokeniz
 
 def from_ours(model: ConceptForMaskedLM, folder: Path, config: ConceptConfig, init: Init) -> WarmStart | LoadReport:
     """A model of this package: its weights by name, resized where concepts or positions are more or fewer now."""
-    for name in ("layers", "read_layer"):
-        if getattr(init, name) is not None:
-            raise InputError(f"init.{name}: expected nothing with a model of this package, which has its own layers")
     if model.config.tie_layers and not config.tie_layers:
         return warm_start_tied(model, folder, init.layer)
     if init.layer:
@@ -94,7 +83,7 @@ def from_ours(model: ConceptForMaskedLM, folder: Path, config: ConceptConfig, in
     return LoadReport(tuple(loaded), tuple(new), tuple(sorted(info["unexpected_keys"])))
 
 
-def find(source: str, field: str = "init.source") -> Path:
+def find(source: str, field: str) -> Path:
     """The folder itself, or what the hub has under this name. ``field``: of the recipe, for the error."""
     folder = Path(source).expanduser()
     if folder.exists():

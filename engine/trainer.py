@@ -184,10 +184,9 @@ class Trainer:
             f"{world.size} x {world.device.type}, {self.recipe.train.precision}, ZeRO {self.recipe.zero.stage}"
         )
         if self.job.beginning:
-            source, report = self.job.beginning
-            say(f"from {source}: {report}")
-            if world.is_first:
-                (self.run.path / "initialization.txt").write_text(report + "\n", encoding="utf-8")
+            say(self.job.beginning)
+        for name, text in self.job.files.items() if world.is_first else ():
+            (self.run.path / name).write_text(text + "\n", encoding="utf-8")
         if self.run.found:
             same = self.progress.identity["topology"] == self.identity["topology"]
             say(

@@ -4,6 +4,8 @@ from typing import ClassVar
 
 from transformers import PretrainedConfig
 
+from .backbone import CAUSAL, inner_config, layer_numbers, position_limit
+
 CHOICES = {
     "layer_kind": ("cross", "bixt", "slot", "hybrid"),
     "slot_normalize": ("mean", "sum"),
@@ -14,7 +16,7 @@ CHOICES = {
     "token_positions": ("rope", "learned", "sinusoidal"),
     "concept_positions": ("rope", "cope", "learned", "sinusoidal", "none"),
     "rope_extension": ("none", "linear", "ntk", "yarn"),
-    "init_queries": ("segment", "orthogonal", "embedding", "anchor"),
+    "init_queries": ("segment", "orthogonal", "embedding", "anchor", "state"),
     "decoder_queries": ("token+position", "position", "weighted"),
     "decoder_mixing": ("none", "concepts", "local"),
     "hidden_tokens": ("drop", "mask"),
@@ -64,8 +66,14 @@ class ConceptConfig(PretrainedConfig):
         token_num_key_value_heads: int | None = None,  # None: token_num_attention_heads
         token_intermediate_size: int | None = None,  # None: 2 * token_dim
         normalize_tokens: bool = True,  # token layers start from normalised embeddings; false: as they are, as in Llama
-        token_attention_bias: bool = False,  # of queries, keys and values, as Qwen2 has them
         funnel: list[int] | None = None,  # token layers (from 0) that halve the number of tokens
+        # a pretrained model in their place, see models/backbone.py
+        backbone: dict | None = None,  # what backbone_source.describe says of it; in a recipe a folder or a hub id
+        backbone_layers: int | list[int] | None = None,  # which of its layers: the first so many, or a list; None: all
+        backbone_window: int = 256,  # tokens that it sees at once, special ones included
+        backbone_overlap: int = 0,  # tokens that two windows share
+        backbone_train: str = "none",  # none, last N (of its layers), or all
+        backbone_two_sided: bool = False,  # a causal one without its mask
         # positions
         token_positions: str = "rope",
         concept_positions: str = "rope",  # rope: a concept stands at its anchor; else all stand at position 0
@@ -76,7 +84,9 @@ class ConceptConfig(PretrainedConfig):
         anchor_bias: float = 3.0,  # 0: attention starts blind to distance; larger: it starts by reading near the anchor
         anchor_sharpness: float = 2.0,  # initial weight of the norms of queries and keys: how near is near
         # concepts
-        init_queries: str = "segment",  # segment: each concept starts from the mean of the tokens around its anchor
+        init_queries: str = "segment",  # segment: each concept starts from the mean of the tokens around its anchor;
+        # state: from that of the backbone's states, and the layers start as the identity (ConceptQueries)
+        row_scale: float = 0.5,  # with state: how large the fixed rows are beside states of mean square 1
         concept_dropout: float = 0.0,  # share of the concepts that the decoder does not get in a training step
         nested_concepts: bool = False,  # the decoder of a training step gets the first k concepts, k drawn evenly
         # decoder
@@ -111,10 +121,11 @@ class ConceptConfig(PretrainedConfig):
         if num_key_value_heads is None:
             self.num_key_value_heads = num_attention_heads
         if token_dim is None:
-            self.token_dim = hidden_size
+            self.token_dim = hidden_size if backbone is None else inner_config(backbone).hidden_size
         self.check()
         if token_num_attention_heads is None:
-            self.token_num_attention_heads = max(1, self.token_dim // self.head_dim)
+            fitting = 1 if backbone is not None else max(1, self.token_dim // self.head_dim)  # of no layer there
+            self.token_num_attention_heads = fitting
         if token_num_key_value_heads is None:
             self.token_num_key_value_heads = self.token_num_attention_heads
         if token_intermediate_size is None:
@@ -156,10 +167,11 @@ class ConceptConfig(PretrainedConfig):
             self._expect(name, f"one of {', '.join(allowed)}", lambda x, allowed=allowed: x in allowed)
         for name in ("dropout", "concept_dropout", "condition_dropout"):
             self._expect(name, "a number in [0, 1)", lambda x: _is_number(x) and 0 <= x < 1)
-        for name in ("timestep_conditioning", "tie_layers", "loss_every_iteration", "token_attention_bias",
+        for name in ("timestep_conditioning", "tie_layers", "loss_every_iteration", "backbone_two_sided",
                      "normalize_tokens", "nested_concepts"):  # fmt: skip
             self._expect(name, "true or false", lambda x: isinstance(x, bool))
-        for name in ("rope_theta", "anchor_sharpness", "initializer_range", "norm_eps", "label_scale"):
+        for name in ("rope_theta", "anchor_sharpness", "initializer_range", "norm_eps", "label_scale",
+                     "row_scale"):
             self._expect(name, "a number above 0", lambda x: _is_number(x) and x > 0)
         self._expect("rope_factor", "a number of at least 1", lambda x: _is_number(x) and x >= 1)
         self._expect("anchor_bias", "a number of at least 0", lambda x: _is_number(x) and x >= 0)
@@ -183,6 +195,7 @@ class ConceptConfig(PretrainedConfig):
         self.check_positions()
         self.check_layers()
         self.check_heads()
+        self.check_backbone()
 
     def check_positions(self) -> None:
         """What only fits tokens, or concepts, that RoPE turns."""
@@ -235,6 +248,54 @@ class ConceptConfig(PretrainedConfig):
         if self.pair == "separate" and self.pair_features == "slots":
             self._expect("pool", "mean with pair_features = slots, which uses no pool", lambda x: x == "mean")
 
+    def check_backbone(self) -> None:
+        """What only fits a backbone, or its sizes."""
+        if self.backbone is None:
+            expected = "other than state without a backbone, whose states are meant"
+            self._expect("init_queries", expected, _is_not("state"))
+            return
+        inner = inner_config(self.backbone)
+        self._expect("token_dim", f"the backbone's width {inner.hidden_size}", lambda x: x == inner.hidden_size)
+        self._expect("vocab_size", f"at least the backbone's {inner.vocab_size}", lambda x: x >= inner.vocab_size)
+        self._expect("num_token_layers", "0 with a backbone, which stands in their place", lambda x: x == 0)
+        self._expect("token_positions", "rope with a backbone, which has its own", lambda x: x == "rope")
+        num = inner.num_hidden_layers
+        self._expect(
+            "backbone_layers", f"up to {num}, or rising numbers of its layers, 0 to {num - 1}",
+            lambda x: x is None or (_is_int(x) and 0 <= x <= num) or (
+                isinstance(x, list | tuple) and len(x) > 0 and all(_is_int(i) and 0 <= i < num for i in x)
+                and list(x) == sorted(set(x))
+            ),
+        )  # fmt: skip
+        added = len(self.backbone.get("prefix", ())) + len(self.backbone.get("suffix", ()))
+        limit = position_limit(inner)
+        self._expect(
+            "backbone_window", f"{added + 1} to {limit}, for which the backbone has positions",
+            lambda x: _is_int(x) and added < x <= limit,
+        )  # fmt: skip
+        inside = self.backbone_window - added
+        self._expect(
+            "backbone_overlap", f"0 to {inside // 2}, half of what a window holds",
+            lambda x: _is_int(x) and 0 <= x <= inside // 2,
+        )  # fmt: skip
+        kept = len(layer_numbers(inner, self.backbone_layers))
+        self._expect(
+            "backbone_train", f"none, all, or last 1 to last {kept}",
+            lambda x: x in ("none", "all") or x in [f"last {n}" for n in range(1, kept + 1)],
+        )  # fmt: skip
+        self._expect(
+            "backbone_two_sided", f"false with {inner.model_type}, which has no causal mask",
+            lambda x: not x or inner.model_type in CAUSAL,
+        )  # fmt: skip
+        if self.init_queries == "state":
+            expected = f"the backbone's width {inner.hidden_size} with init_queries = state"
+            self._expect("hidden_size", expected, lambda x: x == inner.hidden_size)
+            self._expect("block_norm", "pre with init_queries = state: layers start as the identity", _is("pre"))
+            if self.layer_kind in ("slot", "hybrid"):
+                self._expect("slot_update", "residual with init_queries = state", _is("residual"))
+            expected = "rope or none with init_queries = state: rows stay as they are"
+            self._expect("concept_positions", expected, lambda x: x in ("rope", "none", "cope"))
+
     def check_tokens(self) -> None:
         """The layers of tokens, once their sizes are known."""
         heads = self.token_num_attention_heads
@@ -265,6 +326,14 @@ class ConceptConfig(PretrainedConfig):
         value = getattr(self, name)
         if not holds(value):
             raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+def _is(wanted: str):
+    return lambda value: value == wanted
+
+
+def _is_not(unwanted: str):
+    return lambda value: value != unwanted
 
 
 def _is_int(value: object) -> bool:

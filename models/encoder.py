@@ -13,6 +13,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from ..kernels.autocast import lower_precision
+from .backbone import Backbone
 from .config import ConceptConfig
 from .encoder_layers import ConceptAngles, Tokens, build_layers
 from .layers import ConstantHeads, HeadBias, HeadNorm, LanguageModelHead, ResidualLinear, RowNorm, ZeroLinear, widening
@@ -22,12 +23,13 @@ from .positions import TokenPositions, anchors
 from .queries import ConceptQueries, NullConcepts, orthogonal_rows
 from .recursion import apply_layers
 from .start.resize import LoadsOtherSizes
-from .token_layers import TokenLayers, TokenResidualLinear, WindowConv
+from .token_layers import Places, TokenLayers, TokenResidualLinear, WindowConv
 
 
 @dataclass
 class ConceptEncoderOutput(ModelOutput):
     last_hidden_state: Tensor | None = None  # [B, C, d] the concepts
+    pooler_output: Tensor | None = None  # [B, d] their mean; with init_queries = state in the backbone's own space
     anchors: Tensor | None = None  # [B, C] float32, where each concept stands among the tokens
     hidden_states: tuple[Tensor, ...] | None = None  # the concepts before each layer, and the last of all; also where
     # loss_every_iteration needs them in training
@@ -50,6 +52,7 @@ class ConceptPreTrainedModel(LoadsOtherSizes, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Everything starts here, by kind of module:
 
+        - what the layers of concepts that start as the identity write: zero;
         - a matrix: normal(1 / sqrt(fan in)), so that rows of norm sqrt(d) keep it; where it writes into a residual
           stream, divided by sqrt(2L), L of the deepest part, iterations counted, so that depth does not grow the
           stream; and into the stream of tokens, times the size at which that stream starts;
@@ -57,14 +60,15 @@ class ConceptPreTrainedModel(LoadsOtherSizes, PreTrainedModel):
         - embeddings and the head: normal(initializer_range);
         - modulations of AdaLN-Zero: zero, whatever the framework did before;
         - concepts, and the null concepts: orthogonal rows of norm sqrt(d), as large as a normalised token, so that no
-          two start alike; their learned places: as embeddings;
+          two start alike; their learned places: as embeddings; with init_queries = state less their mean and row_scale
+          as large;
         - heads that no row decides: normal(1), as those of a normalised row;
         - the vector on queries and keys: anchor_bias on the half that RoPE reads as angle zero (nothing, where there
           are no places to be near in), and their norms: anchor_sharpness;
         - the table of contextual positions: zero.
         """
         config = self.config
-        if isinstance(module, ZeroLinear):
+        if isinstance(module, ZeroLinear) or getattr(module, "starts_at_zero", False):
             init.zeros_(module.weight)
         elif isinstance(module, ResidualLinear):
             depth = max(config.iterations, config.num_decoder_layers, config.num_token_layers)
@@ -80,7 +84,10 @@ class ConceptPreTrainedModel(LoadsOtherSizes, PreTrainedModel):
         elif isinstance(module, CopeMixing):
             init.zeros_(module.places)
         elif isinstance(module, ConceptQueries):
-            if config.init_queries == "embedding":
+            if config.init_queries == "state":
+                rows = orthogonal_rows(*module.weight.shape)
+                init.copy_(module.weight, config.row_scale * (rows - rows.mean(0)))
+            elif config.init_queries == "embedding":
                 init.normal_(module.weight, std=config.initializer_range)
             elif module.weight is not None:
                 init.copy_(module.weight, orthogonal_rows(*module.weight.shape))
@@ -102,6 +109,16 @@ class ConceptPreTrainedModel(LoadsOtherSizes, PreTrainedModel):
             init.zeros_(module.bias)
 
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers, which gives every parameter a gradient: those of a frozen backbone lose it again."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        for module in (loaded[0] if isinstance(loaded, tuple) else loaded).modules():
+            if isinstance(module, Backbone):
+                module.freeze()
+        return loaded
+
+
 def plain_norm(config: ConceptConfig, width: int) -> nn.RMSNorm:
     return nn.RMSNorm(width, eps=config.norm_eps, elementwise_affine=False)
 
@@ -109,7 +126,7 @@ def plain_norm(config: ConceptConfig, width: int) -> nn.RMSNorm:
 class ConceptEncoder(ConceptPreTrainedModel):
     """Reads packed or padded token ids and returns C concepts for each sequence.
 
-        t   = RMSNorm(widen(token_layers(e_ids)))
+        t   = RMSNorm(widen(token_layers(e_ids)))                       or of a backbone's states, see ``Backbone``
         c_0 = e_i (+ the normalised mean of the tokens around anchor i) (+ a vector for place i)
         c_l = layer_l(c_{l-1}, t),   l = 1 .. L, or K times the one tied layer         concepts = RMSNorm(c_L)
 
@@ -123,7 +140,9 @@ class ConceptEncoder(ConceptPreTrainedModel):
 
     def __init__(self, config: ConceptConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.token_dim)
+        self.backbone = None if config.backbone is None else Backbone(config)
+        own = self.backbone is None
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.token_dim) if own else None
         self.positions = TokenPositions(config, config.token_dim)
         # embeddings are small: as they are, what layers learn to add to all of them alike would soon outweigh them
         normalizes = config.normalize_tokens and config.num_token_layers > 0
@@ -133,14 +152,23 @@ class ConceptEncoder(ConceptPreTrainedModel):
         self.token_norm = RowNorm(config.hidden_size, eps=config.norm_eps)
         self.concepts = ConceptQueries(config)
         self.layers = build_layers(config)
-        self.out_norm = plain_norm(config, config.hidden_size)
+        keeps = config.init_queries == "state"  # the mean of the concepts starts as the mean of the states
+        self.out_norm = nn.Identity() if keeps else plain_norm(config, config.hidden_size)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.embed_tokens
+        return self.embed_tokens if self.backbone is None else self.backbone.embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embed_tokens = value
+        if self.backbone is not None:
+            self.backbone.model.set_input_embeddings(value)
+        else:
+            self.embed_tokens = value
+
+    @property
+    def embeddings_name(self) -> str:
+        """Of the table [V, e] of token embeddings, for models that tie others to it."""
+        return "embed_tokens.weight" if self.backbone is None else f"backbone.{self.backbone.embeddings_name}"
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, *,
@@ -162,11 +190,12 @@ class ConceptEncoder(ConceptPreTrainedModel):
             raise ValueError("input_ids: expected either input_ids [B, N] or packed, got both or neither")
         self.check_iterations(num_iterations, tolerance)
         if packed is None:
-            packed = self.visible(pack_padded(input_ids, attention_mask))
+            packed = self.visible(self.bare(pack_padded(input_ids, attention_mask)))
         states, changes = self.encode(packed, num_iterations, tolerance, output_convergence)
         output_hidden_states |= self.training and self.config.loss_every_iteration
         result = ConceptEncoderOutput(
             last_hidden_state=states[-1],
+            pooler_output=self.pooled(states[-1]),
             anchors=self.anchors(packed),
             hidden_states=tuple(states) if output_hidden_states else None,
             convergence=torch.stack(changes) if output_convergence else None,
@@ -188,7 +217,7 @@ class ConceptEncoder(ConceptPreTrainedModel):
             num_frozen = max(0, K - config.backprop_iterations)
         states, changes = apply_layers(
             [self.layers[0]] * K if config.tie_layers else list(self.layers),
-            self.concepts(tokens.states, tokens.packed), angles, tokens,
+            self.concepts(tokens.states if tokens.raw is None else tokens.raw, tokens.packed), angles, tokens,
             num_texts=B, num_frozen=num_frozen, tolerance=tolerance, with_changes=with_changes,
         )  # fmt: skip
         states[-1] = self.out_norm(states[-1])
@@ -196,14 +225,37 @@ class ConceptEncoder(ConceptPreTrainedModel):
 
     def read_tokens(self, packed: Packed) -> Tokens:
         """Tokens as concepts read them: through their own layers, as wide as the model, normalised."""
-        rows_Te = self.positions(self.embed_tokens(packed.input_ids), packed.position_ids, packed.max_seqlen)
-        rows_Re, places = self.token_layers(self.token_start(rows_Te), packed, self.positions)
+        raw = None
+        if self.backbone is None:
+            rows_Te = self.positions(self.embed_tokens(packed.input_ids), packed.position_ids, packed.max_seqlen)
+            rows_Re, places = self.token_layers(self.token_start(rows_Te), packed, self.positions)
+        else:
+            rows_Re = self.backbone(packed) if packed.states is None else packed.states.to(self.token_norm.weight.dtype)
+            places = Places(packed.position_ids, packed.sequence_ids(), packed)
+            raw = self.backbone.centred(rows_Re) if self.config.init_queries == "state" else None
         # the temperature of YaRN is for a softmax over tokens
         find = self.positions.angles if self.config.layer_kind == "slot" else self.positions.read_angles
         states = self.token_norm(self.widen_tokens(rows_Re))
         if self.config.layer_kind != "bixt":  # there they go on as a residual stream
             states = lower_precision(states)[0]  # once for the keys and values of all layers
-        return Tokens(states, find(places.positions), places.packed)
+        return Tokens(states, find(places.positions), places.packed, raw)
+
+    def pooled(self, concepts_BCd: Tensor) -> Tensor:
+        """[B, d]: the mean of the concepts. With init_queries = state, brought back into the backbone's own space: of
+        layers that are still the identity it is the mean of the states at the tokens of the text, exactly."""
+        mean_Bd = concepts_BCd.mean(1)
+        return self.backbone.restored(mean_Bd) if self.config.init_queries == "state" else mean_Bd
+
+    def as_states(self, concepts_BCd: Tensor) -> Tensor:
+        """[B, C, d] concepts without their rows, as states of the backbone: with init_queries = state only. Untrained,
+        each is the mean of the states around its anchor.
+
+        Raises:
+            ValueError: the concepts start from something else.
+        """
+        if self.config.init_queries != "state":
+            raise ValueError(f"init_queries: expected state, got {self.config.init_queries!r}: concepts are no states")
+        return self.backbone.restored(concepts_BCd - self.concepts.weight.to(concepts_BCd.dtype))
 
     def check_iterations(self, num_iterations: int | None, tolerance: float | None) -> None:
         for name, value in (("num_iterations", num_iterations), ("tolerance", tolerance)):
@@ -213,6 +265,24 @@ class ConceptEncoder(ConceptPreTrainedModel):
             raise ValueError(f"num_iterations: expected at least 1, got {num_iterations!r}")
         if tolerance is not None and self.training:
             raise ValueError(f"tolerance: expected nothing in training, got {tolerance!r}; call model.eval() first")
+
+    def bare(self, packed: Packed) -> Packed:
+        """Without the special tokens that the backbone's tokenizer put around each text: every window has its own."""
+        backbone = self.backbone
+        if backbone is None or not (backbone.prefix or backbone.suffix) or packed.num_tokens == 0:
+            return packed
+        keep = torch.ones(packed.num_tokens, dtype=torch.bool, device=packed.input_ids.device)
+        starts, ends = packed.cu_seqlens[:-1].long(), packed.cu_seqlens[1:].long()
+        last = packed.num_tokens - 1
+        for tokens, first in ((backbone.prefix, starts), (backbone.suffix, ends - len(backbone.suffix))):
+            rows = first[:, None] + torch.arange(len(tokens), device=keep.device)
+            there = ((rows >= starts[:, None]) & (rows < ends[:, None])).all(1)
+            rows = rows.clamp(0, last)
+            there &= (packed.input_ids[rows] == torch.tensor(tokens, device=keep.device)).all(1)
+            keep[rows[there].flatten()] = False
+        kept = packed.select(keep)
+        positions = torch.arange(kept.num_tokens, device=keep.device) - kept.cu_seqlens[:-1].long()[kept.sequence_ids()]
+        return Packed(kept.input_ids, positions, kept.cu_seqlens, packed.max_seqlen)
 
     def visible(self, packed: Packed) -> Packed:
         """What the encoder reads of a text with [MASK] tokens in it: without them if it was configured to drop them."""

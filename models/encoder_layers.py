@@ -25,6 +25,7 @@ class Tokens(NamedTuple):
     states: Tensor  # [T, d], normalised before the first layer
     angles: Angles | None
     packed: Packed
+    raw: Tensor | None = None  # [T, e] a backbone's states, centred and of mean square 1
 
 
 class ConceptAngles(NamedTuple):
@@ -267,10 +268,18 @@ LAYERS = {"cross": CrossLayer, "bixt": BixtLayer, "slot": SlotLayer, "hybrid": H
 
 
 def build_layers(config: ConceptConfig) -> nn.ModuleList:
-    """The one tied layer, or L layers, of which the last of "bixt" leaves tokens alone."""
+    """The one tied layer, or L layers, of which the last of "bixt" leaves tokens alone.
+
+    With init_queries = state what each writes to the concepts starts at zero.
+    """
     if config.tie_layers:
-        return nn.ModuleList([LAYERS[config.layer_kind](config)])
-    layers = [LAYERS[config.layer_kind](config) for _ in range(config.num_hidden_layers)]
-    if config.layer_kind == "bixt":
-        layers[-1] = BixtLayer(config, updates_tokens=False)
-    return nn.ModuleList(layers)
+        layers = [LAYERS[config.layer_kind](config)]
+    else:
+        layers = [LAYERS[config.layer_kind](config) for _ in range(config.num_hidden_layers)]
+        if config.layer_kind == "bixt":
+            layers[-1] = BixtLayer(config, updates_tokens=False)
+    layers = nn.ModuleList(layers)
+    for module in layers.modules():
+        if config.init_queries == "state" and isinstance(module, ResidualLinear):
+            module.starts_at_zero = True
+    return layers

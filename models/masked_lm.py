@@ -47,16 +47,16 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
         self.exposure = Exposure(config)
         self.decoder = ConceptDecoder(config)
         self.lm_head = LanguageModelHead(config)
-        self._tied_weights_keys = {"lm_head.weight": "encoder.embed_tokens.weight"}
+        self._tied_weights_keys = {"lm_head.weight": f"encoder.{self.encoder.embeddings_name}"}
         if config.decoder_queries == "token+position":
-            self._tied_weights_keys["decoder.embed_tokens.weight"] = "encoder.embed_tokens.weight"
+            self._tied_weights_keys["decoder.embed_tokens.weight"] = f"encoder.{self.encoder.embeddings_name}"
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.encoder.embed_tokens
+        return self.encoder.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.encoder.embed_tokens = value
+        self.encoder.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
@@ -143,7 +143,8 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
 
     def before_last(self, encoded: ConceptEncoderOutput) -> list[ConceptEncoderOutput]:
         """What the encoder would have returned after each iteration but the last (deep supervision)."""
-        return [ConceptEncoderOutput(self.encoder.out_norm(c), encoded.anchors) for c in encoded.hidden_states[1:-1]]
+        states = encoded.hidden_states[1:-1]
+        return [ConceptEncoderOutput(self.encoder.out_norm(c), anchors=encoded.anchors) for c in states]
 
     def _of_padded(
         self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, timesteps: Tensor | None,

@@ -23,6 +23,7 @@ class Packed(NamedTuple):
     cu_seqlens: Tensor  # [B+1] int32
     max_seqlen: int  # at least the longest sequence; a Python int, so that nothing is read back from the device
     extents: Tensor | None = None  # [B] int64, N before tokens were left out; None: none was at the end
+    states: Tensor | None = None  # [T, e] what a frozen backbone made of these very texts, where that is known
 
     @property
     def num_sequences(self) -> int:
@@ -37,7 +38,7 @@ class Packed(NamedTuple):
             return None if x is None else x.to(device, non_blocking=non_blocking)
 
         tensors = (self.input_ids, self.position_ids, self.cu_seqlens)
-        return Packed(*(move(x) for x in tensors), self.max_seqlen, move(self.extents))
+        return Packed(*(move(x) for x in tensors), self.max_seqlen, move(self.extents), move(self.states))
 
     def num_positions(self) -> Tensor:
         """[B] int64: sequence b has the positions 0 to ``num_positions[b] - 1``, whether or not they hold a token."""

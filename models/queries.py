@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .config import ConceptConfig
 from .packing import Packed
 from .positions import anchor_fractions, segment_offsets, sinusoids
+from .shares import share_means
 from .similarity import wide
 
 
@@ -52,6 +53,9 @@ class ConceptQueries(nn.Module):
         e_i = a learned row, or what a network makes of anchor i  (+ the normalised mean of the tokens around anchor i)
                                                                   (+ a learned or sinusoidal vector for place i)
 
+    With init_queries = "state" the rows are fixed and sum to nothing, and the tokens are a backbone's states as they
+    lie, not normalised: mean_i e_i is the mean of the states, exactly (``share_means``).
+
     Sinusoids are those of the anchor in thousandths of the text, whatever C is, and as large as e_i.
     """
 
@@ -62,7 +66,10 @@ class ConceptQueries(nn.Module):
         self.config = config
         C, d = config.num_concepts, config.hidden_size
         from_anchors = config.init_queries == "anchor"
-        self.weight = None if from_anchors else nn.Parameter(torch.empty(C, d))
+        if config.init_queries == "state":
+            self.register_buffer("weight", torch.empty(C, d))
+        else:
+            self.weight = None if from_anchors else nn.Parameter(torch.empty(C, d))
         self.network = AnchorFeatures(config) if from_anchors else None
         self.places = nn.Parameter(torch.empty(C, d)) if config.concept_positions == "learned" else None
 
@@ -76,6 +83,8 @@ class ConceptQueries(nn.Module):
         elif config.concept_positions == "sinusoidal":
             size = config.initializer_range if config.init_queries == "embedding" else 1.0
             rows_Cd = rows_Cd + (math.sqrt(2) * size * sinusoids(1000.0 * shares_C, d)).to(rows_Cd.dtype)
+        if config.init_queries == "state":
+            return rows_Cd + share_means(wide(tokens_Td), packed, C).to(rows_Cd.dtype)
         if config.init_queries != "segment":
             return rows_Cd.expand(B, C, d)
         offsets = segment_offsets(packed, C)

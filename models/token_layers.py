@@ -25,17 +25,17 @@ class TokenResidualLinear(ResidualLinear):
 class WindowAttention(nn.Module):
     """Each token reads those at most ``token_window`` positions away: Llama's attention, two-sided and in a window.
 
-    Grouped heads, RoPE, no norm of queries and keys, biases of q, k and v with ``token_attention_bias``.
+    Grouped heads, RoPE, no norm of queries and keys, no biases.
     """
 
     def __init__(self, config: ConceptConfig):
         super().__init__()
-        e, D, has_bias = config.token_dim, config.token_head_dim, config.token_attention_bias
+        e, D = config.token_dim, config.token_head_dim
         H, Hkv = config.token_num_attention_heads, config.token_num_key_value_heads
         self.window, self.head_dim = config.token_window, D
-        self.query = nn.Linear(e, H * D, bias=has_bias)
-        self.key = nn.Linear(e, Hkv * D, bias=has_bias)
-        self.value = nn.Linear(e, Hkv * D, bias=has_bias)
+        self.query = nn.Linear(e, H * D, bias=False)
+        self.key = nn.Linear(e, Hkv * D, bias=False)
+        self.value = nn.Linear(e, Hkv * D, bias=False)
         self.out = TokenResidualLinear(H * D, e, bias=False)
 
     def forward(self, rows_Re: Tensor, angles: Angles | None, places: Places) -> Tensor:

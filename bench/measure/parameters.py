@@ -102,10 +102,8 @@ def token_updates(config: ConceptConfig) -> int:
 def token_layer(config: ConceptConfig) -> int:
     e, inner = config.token_dim, config.token_intermediate_size
     k = config.token_num_key_value_heads * config.token_head_dim
-    if config.token_mixer == "conv":
-        mixer = (2 * CONV_RADIUS + 1) * e + e * e
-    else:
-        mixer = 2 * e * e + 2 * e * k + (e + 2 * k if config.token_attention_bias else 0)
+    is_conv = config.token_mixer == "conv"
+    mixer = (2 * CONV_RADIUS + 1) * e + e * e if is_conv else 2 * e * e + 2 * e * k
     return 2 * e + mixer + 3 * e * inner
 
 

@@ -34,7 +34,8 @@ class Job(Protocol):
     """
 
     loss_floor: float  # nats: what label smoothing alone keeps the loss above; 0 without
-    beginning: tuple[str, str] | None  # after `build`: where first weights came from, and a report; None: drawn
+    beginning: str  # after `build`: where the first weights came from, for people; empty: drawn
+    files: dict[str, str]  # after `build`: small files for the run's folder, by name
 
     def identity(self) -> dict[str, dict[str, Any]]:
         """By section, what of the data must not differ when a run is resumed."""

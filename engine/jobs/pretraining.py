@@ -1,6 +1,7 @@
 """Pre-training on text: the objective of a recipe, with what is added to it."""
 
 import hashlib
+import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from ...models.masked_lm import ConceptForMaskedLM, smoothing_floor
 from ...models.objectives import Distillation, Mixed, View
 from ...models.pretraining import Cached, Pretraining, Totals, cache
 from ...models.recursion import draw_iterations
+from ..backbone import KEPT, checkpoint_activations, fill, open_backbone
 from ..data.cache import cache_folder
 from ..data.corpus import Corpus, open_corpus
 from ..data.lessons import learn
@@ -43,7 +45,7 @@ class PretrainingJob:
 
     def __init__(self, recipe: Recipe, world: World, corpora: Sequence[Corpus] | None = None) -> None:
         """``corpora``: what to read in each stage of length; left out: what the recipe names."""
-        self.recipe, self.world, self.beginning = recipe, world, None
+        self.recipe, self.world, self.beginning, self.files = recipe, world, "", {}
         self.objective, self.contrastive = recipe.build_objective(), recipe.build_contrastive()
         *shorter, self.corpus = corpora or [self.open(window) for _, window in recipe.stages()]
         self.loader = Stages([
@@ -103,17 +105,25 @@ class PretrainingJob:
         return f"{text}, distilled from {self.teacher['teacher']}" if self.teacher else text
 
     def build_config(self) -> ConceptConfig:
-        tokens = self.corpus.tokens
+        tokens, backbone = self.corpus.tokens, self.backbone
         return self.recipe.build_config(
-            vocab_size=tokens.vocab_size, mask_token_id=tokens.mask_id, pad_token_id=self.corpus.tokenizer.pad_token_id
-        )
+            vocab_size=backbone.vocab_size(tokens) if backbone else tokens.vocab_size, mask_token_id=tokens.mask_id,
+            pad_token_id=self.corpus.tokenizer.pad_token_id, **({"backbone": backbone.described} if backbone else {}),
+        )  # fmt: skip
 
     def build(self, is_new: bool) -> Pretraining:
-        recipe = self.recipe
+        recipe, tokenizer = self.recipe, self.corpus.tokenizer
+        self.backbone = open_backbone(recipe, tokenizer, self.world, None if is_new else recipe.path / KEPT)
         bare = ConceptForMaskedLM(self.build_config())
+        if self.backbone and self.backbone.folder:
+            self.beginning = fill(bare, self.backbone, self.corpus)
+            self.files[KEPT] = json.dumps(self.backbone.described, indent=1)
         if recipe.init and is_new:
-            report = initialize(bare, recipe.init, self.corpus.tokenizer, self.world)
-            self.beginning = recipe.init.source, report
+            self.beginning = f"from {recipe.init.source}: {initialize(bare, recipe.init, tokenizer, self.world)}"
+        if self.beginning:
+            self.files["initialization.txt"] = self.beginning
+        if recipe.train.checkpoint_backbone:
+            checkpoint_activations(bare)
         if recipe.init and recipe.init.embeddings == "frozen":
             bare.encoder.embed_tokens.weight.requires_grad_(False)
         distillation = None

@@ -98,7 +98,7 @@ KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text
 
 def model_section() -> type[BaseModel]:
     """A schema with the fields of `ConceptConfig` that a recipe may set."""
-    hints = typing.get_type_hints(ConceptConfig.__init__)
+    hints = typing.get_type_hints(ConceptConfig.__init__) | {"backbone": str | None}  # which the trainer opens
     names = [name for name in inspect.signature(ConceptConfig).parameters if name not in (*FROM_TOKENIZER, "kwargs")]
     return strict_schema("Model", {name: (hints[name], None) for name in names})
 

@@ -109,7 +109,7 @@ def of_stages(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def of_model(recipe: Recipe) -> Iterator[tuple[str, str]]:
     try:
-        config = recipe.build_config()
+        config = recipe.build_config(backbone=None)
     except InputError as error:
         field, _, problem = str(error).removeprefix("model: ").partition(": ")
         yield f"model.{field}", problem

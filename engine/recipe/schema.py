@@ -7,7 +7,7 @@ unknown key, the nearest valid one.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import BaseModel, ConfigDict, Field, Strict, StrictBool
 
 from ...models.config import ConceptConfig
 from ...models.objectives import OBJECTIVES, Distill, Mixed, NoTask
@@ -75,6 +75,7 @@ class Train(Section):
     stages: list[Stage] = []  # what comes before the last stage, whose windows are `data.window`, as in evaluation
     precision: Literal["fp32", "bf16"] = "bf16"  # bf16: autocast; weights, gradients and moments stay float32
     label_smoothing: Fraction = 0.0
+    checkpoint_backbone: StrictBool = False  # what is trained of model.backbone keeps no activations: less memory
     max_bad_steps: Count = 5  # consecutive steps with a non-finite gradient after which the run stops
 
 
@@ -90,10 +91,8 @@ class Eval(Section):
 class Init(Section):
     """Where the first weights come from, if they are not drawn. A resumed run has its own."""
 
-    source: str  # a folder or a hub id: a model of this package, or a Llama- or BERT-like one, the backbone
-    layers: Count | None = None  # of a backbone, which become layers of tokens; left out: as many as the model has
-    read_layer: CountOrZero | None = None  # of a backbone, from which on its layers become those that read tokens
-    layer: CountOrZero = 0  # of a model of this package, which becomes the tied one
+    source: str  # a folder or a hub id of a model of this package; `model.backbone` takes others
+    layer: CountOrZero = 0  # which becomes the tied one, where the source's are not tied
     embeddings: Literal["frozen", "trained"] | None = None  # take the word embeddings and nothing else, of any encoder
 
 
@@ -201,7 +200,8 @@ class Recipe(Section):
         return {"micro-batches of a step": num_micro_batches} if is_whole else {}
 
     def build_config(self, **from_tokenizer: Any) -> ConceptConfig:
-        """The model's config; vocabulary size and special ids come from the tokenizer.
+        """The model's config; vocabulary size and special ids come from the tokenizer, `backbone` from
+        `backbone.open_backbone` (None: not opened yet, and nothing is checked that only it can tell).
 
         `hidden_tokens` follows `hidden` of the objective, so that the finished model hides tokens as it was taught.
 
@@ -210,8 +210,15 @@ class Recipe(Section):
         """
         hidden = next((part["hidden"] for _, part in self.parts() if "hidden" in part), None)
         hidden = hidden or self.model.get("hidden_tokens", "drop")
+        fields = {**self.model, "hidden_tokens": hidden, **from_tokenizer}
+        if self.model.get("backbone") is not None:
+            if "backbone" not in from_tokenizer:
+                raise InputError("model.backbone: this command knows the cost of our own layers only; train runs it")
+            if fields["backbone"] is None:
+                fields = {name: value for name, value in fields.items() if not name.startswith("backbone")}
+                fields |= {"init_queries": "segment", "token_dim": None}
         try:
-            return ConceptConfig(**{**self.model, "hidden_tokens": hidden}, **from_tokenizer)
+            return ConceptConfig(**fields)
         except (ValueError, TypeError) as error:
             raise InputError(f"model: {one_line(error)}") from error
 

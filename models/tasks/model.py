@@ -51,13 +51,13 @@ class ConceptTaskModel(ConceptPreTrainedModel):
         self.encoder = ConceptEncoder(config)
         self.decoder = ConceptDecoder(config) if reads_rows else None
         if reads_rows and self.decoder.embed_tokens is not None:
-            self._tied_weights_keys = {"decoder.embed_tokens.weight": "encoder.embed_tokens.weight"}
+            self._tied_weights_keys = {"decoder.embed_tokens.weight": f"encoder.{self.encoder.embeddings_name}"}
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.encoder.embed_tokens
+        return self.encoder.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.encoder.embed_tokens = value
+        self.encoder.set_input_embeddings(value)
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):

@@ -1,7 +1,5 @@
-"""First weights from elsewhere: a backbone, a model of this package, a hub id that cannot be had."""
+"""First weights from another model of this package, or a hub id that cannot be had."""
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -15,11 +13,6 @@ from conceptron.engine.trainer import train
 
 # so little is learnt that the first weights are still there after the run
 STILL = ["train.steps=2", "optim.lr=1e-9", "optim.weight_decay=0", "eval.every=0", "checkpoint.every=0"]
-BACKBONE = [
-    *STILL, "model.token_dim=24", "model.num_token_layers=2", "model.token_num_attention_heads=4",
-    "model.token_num_key_value_heads=2", "model.token_intermediate_size=20", "model.token_window=48",
-    "model.normalize_tokens=false",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -48,34 +41,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model" / "model.safetensors")
 
 
-def test_a_backbone_becomes_the_tokens(recipe, llama, capfd):
-    folder = train(recipe, [*BACKBONE, f"init.source={llama}"])
-    report = (folder / "initialization.txt").read_text()
-    assert report.startswith("backbone: ") and " skipped" in report and report.strip() in capfd.readouterr().err
-    ours, theirs = weights(folder), load_file(llama / "model.safetensors")
-    table = theirs["embed_tokens.weight"]
-    torch.testing.assert_close(ours["encoder.embed_tokens.weight"], table, rtol=0, atol=1e-6)
-    out = theirs["layers.1.self_attn.o_proj.weight"]
-    of_tokens = [value for name, value in ours.items() if "token_layers" in name and value.shape == out.shape]
-    assert any(torch.allclose(value, out, atol=1e-6) for value in of_tokens)
-
-
-def test_resuming_does_not_start_from_it_again(recipe, llama, monkeypatch):
-    """The source is gone by then."""
-    own = recipe.parent / "llama"
-    shutil.copytree(llama, own)
-    overrides = [*BACKBONE, "train.steps=3", "checkpoint.every=1", f"init.source={own}"]
-    folder = train(recipe, overrides)
-    before = weights(folder)
-    shutil.rmtree(own)
-    shutil.rmtree(folder / "model")
-    shutil.rmtree(folder / "checkpoints" / "step-00000003")
-    train(recipe, [*overrides, "resume=auto"])
-    assert all(torch.equal(value, before[name]) for name, value in weights(folder).items())
-    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in entries if entry["kind"] == "train"] == [1, 2, 3]
-
-
 def test_a_tied_layer_starts_from_one_that_is_not(recipe, untied):
     tied = [*STILL, "model.tie_layers=true", "model.num_iterations=3", f"init.source={untied}", "init.layer=1"]
     folder = train(recipe, tied)
@@ -96,18 +61,19 @@ def test_a_model_of_this_package_goes_on_with_another_objective(recipe, untied):
     assert len(same) == len(theirs) - 1  # the concepts, of which there are more now
     for name in same:
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-6)
-    assert (folder / "initialization.txt").read_text().startswith(f"weights: {len(theirs)} loaded, 0 new")
+    assert (folder / "initialization.txt").read_text().startswith(
+        f"from {untied}: weights: {len(theirs)} loaded, 0 new"
+    )
 
 
 @pytest.mark.parametrize("overrides, found", [
     (["init.source=/nowhere"], "init.source: /nowhere: no such folder here, and it cannot be fetched from the hub"),
     (["init.source={untied}", "init.layer=1"], "init.layer: expected nothing unless model.tie_layers is true"),
-    (["init.source={untied}", "init.layers=1"], "init.layers: expected nothing with a model of this package"),
+    (["init.source={untied}", "init.layers=1"], "init.layers: unknown key; did you mean init.layer?"),
     (["init.source={untied}", "model.hidden_size=36", "model.num_hidden_layers=2"], "init.source: "),
-    (["init.source={llama}"], "init.source: "),
-    (["init.source={llama}", "init.layer=1"], "init.layer: expected nothing with a backbone"),
+    (["init.source={llama}"], "got one of type llama; model.backbone takes pretrained models of transformers"),
     (["init.surce=x"], "init.surce: unknown key; did you mean init.source?"),
-    (["init.layers=3"], "init.source: is missing"),
+    (["init.layer=3"], "init.source: is missing"),
 ])  # fmt: skip
 def test_what_cannot_be_a_beginning(recipe, untied, llama, overrides, found):
     with pytest.raises(InputError) as caught:

@@ -26,7 +26,7 @@ MIXERS = {
     "local": {},
     "conv": dict(token_mixer="conv"),
     "funnel": dict(funnel=[0, 2], num_token_layers=3),
-    "bias": dict(token_attention_bias=True, token_dim=32),
+    "narrow": dict(token_dim=32),
 }
 every_mixer = pytest.mark.parametrize("options", MIXERS.values(), ids=MIXERS)
 
@@ -93,14 +93,13 @@ def test_autocast_gives_the_same_concepts_within_rounding(options):
     assert (low - concepts(model, packed=batch)).abs().max() < 0.15
 
 
-@pytest.mark.parametrize("has_bias", [False, True])
-def test_a_wide_window_is_a_layer_of_llama(has_bias):
+def test_a_wide_window_is_a_layer_of_llama():
     """transformers' LlamaDecoderLayer with a mask that hides nothing, every weight copied by name."""
-    config = ConceptConfig(**{**SMALL, "token_attention_bias": has_bias, "token_window": 50, "norm_eps": 1e-5})
+    config = ConceptConfig(**{**SMALL, "token_window": 50, "norm_eps": 1e-5})
     ours = fill(TokenLayers(config).double())
     llama = LlamaConfig(
         hidden_size=24, intermediate_size=40, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5,
-        attention_bias=has_bias, rope_theta=10000.0, attn_implementation="eager",
+        rope_theta=10000.0, attn_implementation="eager",
     )  # fmt: skip
     torch.manual_seed(0)
     layers = [LlamaDecoderLayer(llama, i).double() for i in range(2)]
@@ -113,10 +112,6 @@ def test_a_wide_window_is_a_layer_of_llama(has_bias):
                  (mine.attention.value.weight, attention.v_proj.weight),
                  (mine.attention.out.weight, attention.o_proj.weight),
                  (mine.feed.down.weight, theirs.mlp.down_proj.weight)]  # fmt: skip
-        if has_bias:
-            pairs += [(getattr(mine.attention, name).bias, getattr(attention, f"{name[0]}_proj").bias)
-                      for name in ("query", "key", "value")]  # fmt: skip
-            attention.o_proj.bias.data.zero_()
         with torch.no_grad():
             for to, source in pairs:
                 source.normal_(std=0.3)
@@ -265,8 +260,6 @@ def test_parameters_equal_their_closed_form():
     layer = 2 * e + 2 * e * H * D + 2 * e * Hkv * D + 3 * e * I
     assert encoder(num_token_layers=L).num_parameters() - base == L * layer
     assert encoder(num_token_layers=L, funnel=[1]).num_parameters() - base == L * layer
-    biased = encoder(num_token_layers=L, token_attention_bias=True).num_parameters()
-    assert biased - base == L * (layer + H * D + 2 * Hkv * D)
     assert encoder(num_token_layers=L, token_mixer="conv").num_parameters() - base == L * (
         2 * e + 5 * e + e * e + 3 * e * I
     )

@@ -22,7 +22,7 @@ KINDS = [
     {"layer_kind": "hybrid", "num_key_value_heads": 2, "block_norm": "sandwich"},
     {"tie_layers": True, "num_iterations": 5}, {"tie_layers": True, "num_iterations": 3, "layer_kind": "bixt"},
     {"num_token_layers": 2, "token_window": 16}, {"num_token_layers": 1, "token_mixer": "conv", "token_dim": 16},
-    {"num_token_layers": 1, "token_attention_bias": True, "token_num_key_value_heads": 1},
+    {"num_token_layers": 1, "token_num_key_value_heads": 1},
     {"num_token_layers": 3, "token_window": 16, "funnel": [1, 2], "token_dim": 16},
     {"decoder_queries": "position", "token_dim": 16}, {"tie_word_embeddings": False},
     {"token_positions": "learned", "concept_positions": "learned"}, {"init_queries": "anchor"},

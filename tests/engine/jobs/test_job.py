@@ -30,7 +30,7 @@ class Points(NamedTuple):
 class Lines:
     """y = 3 x + 1, four points a micro-batch, two micro-batches a step."""
 
-    loss_floor, beginning = 0.0, None
+    loss_floor, beginning, files = 0.0, "", {}
 
     def __init__(self):
         self.evaluated = []

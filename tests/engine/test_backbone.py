@@ -1,0 +1,137 @@
+"""`model.backbone` in a recipe: found, checked, filled, resumed, exported."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaModel
+
+from conceptron.engine.data import tokenizer
+from conceptron.engine.errors import InputError
+from conceptron.engine.trainer import train
+from conceptron.models.masked_lm import ConceptForMaskedLM
+from conceptron.models.packing import pack
+
+FEW = ["train.steps=3", "eval.every=0", "checkpoint.every=1", "model.backbone_window=16"]
+SHORT = ["model.backbone={bert}", "model.backbone_window=16"]
+
+
+def saved(folder: Path, model: torch.nn.Module, words) -> Path:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bert(text, tmp_path_factory) -> Path:
+    words = tokenizer.load(f"{text}/tokenizer")
+    torch.manual_seed(1)
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=30, intermediate_size=20, num_hidden_layers=3, num_attention_heads=3,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    return saved(tmp_path_factory.mktemp("bert"), BertModel(config), words)
+
+
+@pytest.fixture(scope="session")
+def llama(text, tmp_path_factory) -> Path:
+    words = tokenizer.load(f"{text}/tokenizer")
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=24, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    return saved(tmp_path_factory.mktemp("llama"), LlamaModel(config), words)
+
+
+@pytest.fixture(scope="session")
+def other(tmp_path_factory) -> Path:
+    """A tokenizer of other words."""
+    folder = tmp_path_factory.mktemp("other")
+    tokenizer.save(tokenizer.train(["nothing is shared with anything here"] * 3, 290), folder)
+    return folder
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_frozen_backbone_goes_through_a_run_unchanged(stage, recipe, bert, capfd):
+    folder = train(recipe, [*FEW, f"model.backbone={bert}", f"zero.stage={stage}", "optim.weight_decay=0.5"])
+    line = (folder / "initialization.txt").read_text()
+    assert line.startswith(f"backbone: {bert.name} (license not stated, sha256 ") and "3 layers, frozen" in line
+    assert line.strip() in capfd.readouterr().err
+    model = ConceptForMaskedLM.from_pretrained(folder / "model").eval()
+    theirs = AutoModel.from_pretrained(bert, add_pooling_layer=False).state_dict()
+    ours = model.encoder.backbone.model.state_dict()
+    assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert model.config.backbone["sha256"] and model.config.vocab_size == model.lm_head.weight.shape[0]
+
+
+def test_the_last_layers_are_trained(recipe, bert):
+    folder = train(recipe, [*FEW, f"model.backbone={bert}", "model.backbone_train=last 1",
+                            "train.checkpoint_backbone=true", "optim.lr=1e-2"])  # fmt: skip
+    ours, theirs = load_file(folder / "model" / "model.safetensors"), load_file(bert / "model.safetensors")
+    for name, value in theirs.items():
+        if not name.startswith("pooler."):
+            moved = not torch.equal(ours[f"encoder.backbone.model.{name}"], value)
+            assert moved == name.startswith("encoder.layer.2.") or name.endswith("key.bias"), name
+
+
+def test_resuming_needs_no_source(recipe, bert):
+    own = recipe.parent / "bert"
+    shutil.copytree(bert, own)
+    overrides = [*FEW, f"model.backbone={own}", f"data.tokenizer={bert}", "model.init_queries=state"]
+    folder = train(recipe, overrides)
+    before = load_file(folder / "model" / "model.safetensors")
+    assert before["encoder.backbone.scale"] != 1 and before["encoder.backbone.mean"].abs().max() > 0
+    for gone in (own, folder / "model", folder / "checkpoints" / "step-00000003"):
+        shutil.rmtree(gone)
+    train(recipe, [*overrides, "resume=auto"])
+    after = load_file(folder / "model" / "model.safetensors")
+    assert set(after) == set(before) and all(torch.equal(after[name], before[name]) for name in before)
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries if entry["kind"] == "train"] == [1, 2, 3]
+
+
+def test_the_tokenizer_is_the_backbones_unless_told(recipe, bert, text):
+    """The exported folder reads text as AutoModel and AutoTokenizer do, and the pooled vector is the plain mean."""
+    plain = recipe.read_text().replace(f"tokenizer: {text}/tokenizer, ", "")
+    recipe.write_text(plain)
+    folder = train(recipe, [*FEW, f"model.backbone={bert}", "model.init_queries=state", "optim.lr=1e-9"])
+    encoder = AutoModel.from_pretrained(folder / "model").eval()
+    words = AutoTokenizer.from_pretrained(folder / "model")
+    ids = words("the encoder reads", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        states = encoder.backbone(pack([ids[0]]))
+        assert torch.allclose(encoder(input_ids=ids).pooler_output[0], states.mean(0), atol=1e-4)
+
+
+@pytest.mark.parametrize("overrides, found", [
+    (["model.backbone=/nowhere"], "model.backbone: /nowhere: no such folder here"),
+    (["model.backbone={text}"], "there is no config.json"),
+    (["model.backbone={bert}", "model.backbone_window=33"], "model: backbone_window: expected 1 to 32"),
+    (["model.backbone={bert}", "model.backbone_layers=4"], "model: backbone_layers: expected up to 3"),
+    (["model.backbone={bert}", "model.backbone_train=1"], "model.backbone_train: expected text"),
+    ([*SHORT, "model.backbone_train=last 4"], "model: backbone_train: expected none"),
+    ([*SHORT, "train.checkpoint_backbone=true"], "train.checkpoint_backbone: expected false"),
+    (["model.backbone={bert}", "data.tokenizer={other}"], "; set data.tokenizer to "),
+    (["model.init_queries=state"], "init_queries: expected other than state without a backbone"),
+    (["init.source={llama}"], "model.backbone takes pretrained models"),
+])  # fmt: skip
+def test_what_cannot_be_a_backbone(recipe, bert, llama, other, text, overrides, found):
+    with pytest.raises(InputError) as caught:
+        places = {"bert": bert, "llama": llama, "other": other, "text": text}
+        train(recipe, [override.format(**places) for override in overrides])
+    assert found in str(caught.value) and "\n" not in str(caught.value)
+    assert not (recipe.parent / "runs").exists()
+
+
+def test_a_causal_backbone(recipe, llama):
+    """Another width is projected; tied heads have the backbone's table."""
+    folder = train(recipe, [*FEW, f"model.backbone={llama}", "model.backbone_two_sided=true"])
+    model = ConceptForMaskedLM.from_pretrained(folder / "model")
+    assert model.encoder.widen_tokens.weight.shape == (30, 24) and model.lm_head.weight.shape[1] == 24
