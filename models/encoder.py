@@ -181,7 +181,7 @@ class ConceptEncoder(ConceptPreTrainedModel):
         config, B = self.config, packed.num_sequences
         tokens = self.read_tokens(packed)
         anchors_BC = self.anchors(tokens.packed)
-        angles = ConceptAngles(self.positions.angles(anchors_BC), self.positions.concept_angles(anchors_BC))
+        angles = self.concept_angles(anchors_BC)
         K = config.iterations if num_iterations is None else num_iterations
         num_frozen = 0
         if config.backprop_iterations is not None and torch.is_grad_enabled():
@@ -193,6 +193,9 @@ class ConceptEncoder(ConceptPreTrainedModel):
         )  # fmt: skip
         states[-1] = self.out_norm(states[-1])
         return [c_BCd[:B] for c_BCd in states], changes
+
+    def concept_angles(self, anchors_BC: Tensor) -> ConceptAngles:
+        return ConceptAngles(self.positions.angles(anchors_BC), self.positions.concept_angles(anchors_BC))
 
     def read_tokens(self, packed: Packed) -> Tokens:
         """Tokens as concepts read them: through their own layers, as wide as the model, normalised."""
