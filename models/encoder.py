@@ -15,7 +15,17 @@ from transformers.utils import ModelOutput
 from ..kernels.autocast import lower_precision
 from .config import ConceptConfig
 from .encoder_layers import ConceptAngles, Tokens, build_layers
-from .layers import ConstantHeads, HeadBias, HeadNorm, LanguageModelHead, ResidualLinear, RowNorm, ZeroLinear, widening
+from .layers import (
+    ConstantHeads,
+    HeadBias,
+    HeadNorm,
+    LanguageModelHead,
+    ResidualLinear,
+    RowNorm,
+    ZeroLinear,
+    is_plain,
+    widening,
+)
 from .mixing import CopeMixing
 from .packing import Packed, pack_padded
 from .positions import TokenPositions, anchors
@@ -23,6 +33,7 @@ from .queries import ConceptQueries, NullConcepts, orthogonal_rows
 from .recursion import apply_layers
 from .start.resize import LoadsOtherSizes
 from .token_layers import TokenLayers, TokenResidualLinear, WindowConv
+from .token_source import KEEPS, Embedded, TokenSource, Where, embed
 
 
 @dataclass
@@ -117,9 +128,21 @@ class ConceptEncoder(ConceptPreTrainedModel):
     tokens at their positions and concepts at their anchors (``positions.anchors``), so that addressing is relative and
     any N fits any C. A sequence without tokens gives finite concepts that depend on the parameters only.
 
-    Memory and time are linear in T.
+    Memory and time are linear in T. What a training step keeps of every token, for the backward pass, ``keep`` says:
+
+        "keys"    keys and values of every layer that makes some, beside the states
+        "states"  the state and its gradient, one each for all layers; layers read in chunks and make keys and values
+                  again in the backward pass
+        "ids"     the id: states are made again as well; for token embeddings that nothing but the norm follows
+        None      "states"; "keys" where they are made once for several layers (tied, share_kv), and on a GPU
+
+    The result is the same within rounding. Layers of slots (whose softmax runs over concepts) and BiXT (which changes
+    tokens) keep what they make, as do modules that are wrapped or hooked, ZeRO-3 and torch.compile; what token layers
+    and ``widen_tokens`` keep is not touched: for them there is gradient checkpointing. One derivative only.
     Source: Perceiver IO (Jaegle et al. 2021, arXiv:2107.14795) with anchored concepts.
     """
+
+    keep: str | None = None
 
     def __init__(self, config: ConceptConfig):
         super().__init__(config)
@@ -188,7 +211,7 @@ class ConceptEncoder(ConceptPreTrainedModel):
             num_frozen = max(0, K - config.backprop_iterations)
         states, changes = apply_layers(
             [self.layers[0]] * K if config.tie_layers else list(self.layers),
-            self.concepts(tokens.states, tokens.packed), angles, tokens,
+            self.concepts(tokens.states if tokens.source is None else tokens.source, tokens.packed), angles, tokens,
             num_texts=B, num_frozen=num_frozen, tolerance=tolerance, with_changes=with_changes,
         )  # fmt: skip
         states[-1] = self.out_norm(states[-1])
@@ -199,14 +222,68 @@ class ConceptEncoder(ConceptPreTrainedModel):
 
     def read_tokens(self, packed: Packed) -> Tokens:
         """Tokens as concepts read them: through their own layers, as wide as the model, normalised."""
+        keep = self.kept_of_tokens()
+        if keep == "keys":
+            return self.whole_tokens(packed)
+        has_plain_embeddings = self.has_plain_embeddings
+        if keep == "ids" and not has_plain_embeddings:
+            raise ValueError(
+                "keep: expected keys or states, got 'ids', which needs token embeddings that nothing but the norm "
+                "follows: no token layers, token_dim = hidden_size, token_positions = rope, no adapter or hook on them"
+            )
+        if has_plain_embeddings:
+            table, norm = self.embed_tokens.weight, self.token_norm.weight
+            states, places = Embedded(packed.input_ids, table, norm, self.token_norm.eps), packed
+            if keep == "states":
+                dtype = torch.promote_types(table.dtype, norm.dtype)
+                states = embed(states, lower_precision(table.new_empty(0, dtype=dtype))[0].dtype)
+            positions = packed.position_ids
+        else:
+            states, positions, places = self.token_states(packed)
+        frequencies, temperature = self.positions.read_frequencies(packed.input_ids.device)
+        source = TokenSource(states, places, Where(positions, frequencies, temperature))
+        return Tokens(None, None, places, source=source)
+
+    def kept_of_tokens(self) -> str:
+        """What is kept of a token in this call, see ``keep``."""
+        if self.keep not in (None, *KEEPS):
+            raise ValueError(f"keep: expected one of {', '.join(KEEPS)} or None, got {self.keep!r}")
+        kind = self.config.layer_kind
+        if kind != "cross":
+            if self.keep in ("states", "ids"):
+                raise ValueError(f"keep: expected keys with layer_kind = {kind}, got {self.keep!r}")
+            return "keys"
+        is_default = self.keep is None and (
+            self.config.tie_layers or self.config.share_kv > 1 or self.embed_tokens.weight.is_cuda
+        )
+        if is_default or torch.compiler.is_compiling() or not all(layer.read.is_plain for layer in self.layers):
+            return "keys"
+        return self.keep or "states"
+
+    @property
+    def has_plain_embeddings(self) -> bool:
+        return (
+            is_plain(self.embed_tokens, nn.Embedding) and is_plain(self.token_norm, RowNorm)
+            and self.config.token_positions == "rope" and len(self.token_layers) == 0
+            and isinstance(self.token_start, nn.Identity) and isinstance(self.widen_tokens, nn.Identity)
+            and not hasattr(self.embed_tokens, "parametrizations") and self.embed_tokens.max_norm is None
+        )  # fmt: skip
+
+    def token_states(self, packed: Packed) -> tuple[Tensor, Tensor, Packed]:
+        """States [R, d], their positions [R] and whose they are."""
         rows_Te = self.positions(self.embed_tokens(packed.input_ids), packed.position_ids, packed.max_seqlen)
         rows_Re, places = self.token_layers(self.token_start(rows_Te), packed, self.positions)
-        # the temperature of YaRN is for a softmax over tokens
-        find = self.positions.angles if self.config.layer_kind == "slot" else self.positions.read_angles
         states = self.token_norm(self.widen_tokens(rows_Re))
         if self.config.layer_kind != "bixt":  # there they go on as a residual stream
             states = lower_precision(states)[0]  # once for the keys and values of all layers
-        return Tokens(states, find(places.positions), places.packed)
+        return states, places.positions, places.packed
+
+    def whole_tokens(self, packed: Packed) -> Tokens:
+        """Tokens with their states and angles, for layers that make keys and values of all of them."""
+        states, positions, packed = self.token_states(packed)
+        # the temperature of YaRN is for a softmax over tokens
+        find = self.positions.angles if self.config.layer_kind == "slot" else self.positions.read_angles
+        return Tokens(states, find(positions), packed)
 
     def check_iterations(self, num_iterations: int | None, tolerance: float | None) -> None:
         for name, value in (("num_iterations", num_iterations), ("tolerance", tolerance)):

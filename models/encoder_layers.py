@@ -13,19 +13,22 @@ from ..kernels.bixt_attention.op import bixt_attention
 from ..kernels.concept_attention.op import concept_attention
 from ..kernels.slot_attention.op import slot_attention
 from .config import ConceptConfig
-from .layers import BranchNorm, ConceptAttention, FeedForward, Heads, ResidualLinear, RowNorm, ZeroLinear
+from .layers import BranchNorm, ConceptAttention, FeedForward, Heads, ResidualLinear, RowNorm, ZeroLinear, is_plain
 from .mixing import concept_mixing
 from .packing import Packed
 from .positions import Angles
+from .token_source import TokenSource
 
 
 class Tokens(NamedTuple):
     """What concepts read: the state of every token, where it stands, and whose it is."""
 
-    states: Tensor  # [T, d], normalised before the first layer
+    states: Tensor | None  # [T, d], normalised before the first layer
     angles: Angles | None
     packed: Packed
     keys_values: tuple[Tensor, Tensor] | None = None  # [T, Hkv, D] each, where a layer has made them for those after it
+    source: TokenSource | None = None  # instead of states and angles: they are read in chunks
+    maker: "TokenRead | None" = None  # then the one whose projections make keys and values
 
 
 class ConceptAngles(NamedTuple):
@@ -91,10 +94,22 @@ class TokenRead(ConceptAttention):
 
     def forward(self, concepts_BCd: Tensor, anchor_angles: Angles | None, tokens: Tokens) -> tuple[Tensor, Tokens]:
         """What they read, [B, C, d]; tokens with the keys and values that they were read with."""
-        tokens, packed = with_keys_values(self, tokens, self.is_tied), tokens.packed
-        q_BCHD = self.query(concepts_BCd, anchor_angles)
-        read_BCHD = concept_attention(q_BCHD, *tokens.keys_values, packed.cu_seqlens, packed.max_seqlen)
+        q_BCHD, packed = self.query(concepts_BCd, anchor_angles), tokens.packed
+        if tokens.source is None:
+            tokens = with_keys_values(self, tokens, self.is_tied)
+            read_BCHD = concept_attention(q_BCHD, *tokens.keys_values, packed.cu_seqlens, packed.max_seqlen)
+        else:
+            tokens = tokens._replace(maker=self) if hasattr(self, "key") else tokens
+            key, value = tokens.maker.key, tokens.maker.value
+            read_BCHD = tokens.source.read(
+                q_BCHD, key.project.weight, value.weight, key.bias.bias, key.norm.weight, key.norm.eps
+            )
         return self.out(read_BCHD.flatten(-2)), tokens
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the parameters of keys and values say all that their modules do."""
+        return not hasattr(self, "key") or (self.key.is_plain and is_plain(self.value, nn.Linear))
 
 
 class CrossLayer(ConceptLayer):

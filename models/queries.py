@@ -14,6 +14,7 @@ from .config import ConceptConfig
 from .packing import Packed
 from .positions import anchor_fractions, segment_offsets, sinusoids
 from .similarity import wide
+from .token_source import TokenSource
 
 
 def orthogonal_rows(num_rows: int, width: int) -> Tensor:
@@ -66,7 +67,7 @@ class ConceptQueries(nn.Module):
         self.network = AnchorFeatures(config) if from_anchors else None
         self.places = nn.Parameter(torch.empty(C, d)) if config.concept_positions == "learned" else None
 
-    def forward(self, tokens_Td: Tensor, packed: Packed) -> Tensor:
+    def forward(self, tokens: Tensor | TokenSource, packed: Packed) -> Tensor:
         config, B = self.config, packed.num_sequences
         C, d = config.num_concepts, config.hidden_size
         shares_C = anchor_fractions(C, packed.cu_seqlens.device)
@@ -79,8 +80,11 @@ class ConceptQueries(nn.Module):
         if config.init_queries != "segment":
             return rows_Cd.expand(B, C, d)
         offsets = segment_offsets(packed, C)
-        # unsafe skips a check of the offsets that would synchronise; they are right by construction
-        means = torch.segment_reduce(wide(tokens_Td), "mean", offsets=offsets, axis=0, unsafe=True, initial=0)
+        if isinstance(tokens, TokenSource):
+            means = tokens.segment_means(offsets)
+        else:
+            # unsafe skips a check of the offsets that would synchronise; they are right by construction
+            means = torch.segment_reduce(wide(tokens), "mean", offsets=offsets, axis=0, unsafe=True, initial=0)
         means_BCd = F.rms_norm(means, (d,), eps=config.norm_eps).view(B, C, d)
         return rows_Cd + means_BCd.to(rows_Cd.dtype)
 
