@@ -50,12 +50,24 @@ class ConceptPreTrainedModel(LoadsOtherSizes, PreTrainedModel):
 
     config_class = ConceptConfig
     base_model_prefix = "encoder"
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True  # of layers of the encoder, of tokens and of the decoder
 
     def __init__(self, config: ConceptConfig):
         config.check()  # again: from_pretrained(folder, field=other) sets fields one by one
         config.check_tokens()
         super().__init__(config)
+
+    def _set_gradient_checkpointing(self, *args, **kwargs):
+        options = getattr(kwargs.get("gradient_checkpointing_func"), "keywords", {})
+        if options.get("use_reentrant"):
+            raise ValueError(
+                "use_reentrant: expected False, got True: reentrant checkpoints run the backward pass in pieces, and "
+                "the tokens that all layers read have one gradient"
+            )
+        super()._set_gradient_checkpointing(*args, **kwargs)
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing: only reentrant checkpoints need inputs with gradients, and its hook would hide the embeddings."""
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..kernels.bixt_attention.op import bixt_attention
 from ..kernels.concept_attention.op import concept_attention
@@ -47,7 +48,7 @@ def closing_norm(config: ConceptConfig) -> nn.Module:
     return RowNorm(config.hidden_size, eps=config.norm_eps) if is_closed else nn.Identity()
 
 
-class ConceptLayer(nn.Module):
+class ConceptLayer(GradientCheckpointingLayer):
     """What every kind shares: concepts read tokens in the way of their kind, then read each other and are fed forward.
 
         c += branch(RMSNorm(c))                    block_norm "pre"
