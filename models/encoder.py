@@ -179,12 +179,15 @@ class ConceptEncoder(ConceptPreTrainedModel):
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, *,
-        packed: Packed | None = None, num_iterations: int | None = None, tolerance: float | None = None,
-        output_hidden_states: bool = False, output_convergence: bool = False, return_dict: bool = True,
+        packed: Packed | None = None, num_concepts: int | None = None, num_iterations: int | None = None,
+        tolerance: float | None = None, output_hidden_states: bool = False, output_convergence: bool = False,
+        return_dict: bool = True,
     ) -> ConceptEncoderOutput | tuple:  # fmt: skip
         """Encodes ``packed``, or ``input_ids`` [B, N] with ``attention_mask`` [B, N], packed at the door.
 
         Args:
+            num_concepts: C, any, of all texts of the batch; the configuration's by default. Learned rows follow as when
+                a checkpoint is loaded with another C. ``packing.fitting_concepts`` finds one that fits the texts.
             num_iterations: K of a tied layer, any; the configuration's by default.
             tolerance: in evaluation, ends the iterations of a tied layer after one that changed the concepts of every
                 sequence by less, |c_k+1 - c_k| < tolerance * |c_k|. Synchronises with the host once an iteration.
@@ -196,13 +199,16 @@ class ConceptEncoder(ConceptPreTrainedModel):
         if (packed is None) == (input_ids is None):
             raise ValueError("input_ids: expected either input_ids [B, N] or packed, got both or neither")
         self.check_iterations(num_iterations, tolerance)
+        is_count = isinstance(num_concepts, int | torch.SymInt) and not isinstance(num_concepts, bool)
+        if num_concepts is not None and not (is_count and num_concepts >= 1):
+            raise ValueError(f"num_concepts: expected a whole number of at least 1, got {num_concepts!r}")
         if packed is None:
             packed = self.visible(pack_padded(input_ids, attention_mask))
-        states, changes = self.encode(packed, num_iterations, tolerance, output_convergence)
+        states, changes = self.encode(packed, num_iterations, tolerance, output_convergence, num_concepts)
         output_hidden_states |= self.training and self.config.loss_every_iteration
         result = ConceptEncoderOutput(
             last_hidden_state=states[-1],
-            anchors=self.anchors(packed),
+            anchors=self.anchors(packed, num_concepts),
             hidden_states=tuple(states) if output_hidden_states else None,
             convergence=torch.stack(changes) if output_convergence else None,
         )
@@ -210,12 +216,12 @@ class ConceptEncoder(ConceptPreTrainedModel):
 
     def encode(
         self, packed: Packed, num_iterations: int | None = None, tolerance: float | None = None,
-        with_changes: bool = False,
+        with_changes: bool = False, num_concepts: int | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
         """The concepts [B, C, d] before each layer, then the normalised ones; on request each layer's change [B]."""
         config, B = self.config, packed.num_sequences
         tokens = self.read_tokens(packed)
-        anchors_BC = self.anchors(tokens.packed)
+        anchors_BC = self.anchors(tokens.packed, num_concepts)
         angles = self.concept_angles(anchors_BC)
         K = config.iterations if num_iterations is None else num_iterations
         num_frozen = 0
@@ -223,7 +229,8 @@ class ConceptEncoder(ConceptPreTrainedModel):
             num_frozen = max(0, K - config.backprop_iterations)
         states, changes = apply_layers(
             [self.layers[0]] * K if config.tie_layers else list(self.layers),
-            self.concepts(tokens.states if tokens.source is None else tokens.source, tokens.packed), angles, tokens,
+            self.concepts(tokens.states if tokens.source is None else tokens.source, tokens.packed, num_concepts),
+            angles, tokens,
             num_texts=B, num_frozen=num_frozen, tolerance=tolerance, with_changes=with_changes,
         )  # fmt: skip
         states[-1] = self.out_norm(states[-1])
@@ -312,8 +319,8 @@ class ConceptEncoder(ConceptPreTrainedModel):
             return packed
         return packed.select(packed.input_ids != self.config.mask_token_id)
 
-    def anchors(self, packed: Packed) -> Tensor:
-        num_positions_B, C = packed.num_positions(), self.config.num_concepts
+    def anchors(self, packed: Packed, num_concepts: int | None = None) -> Tensor:
+        num_positions_B, C = packed.num_positions(), self.config.num_concepts if num_concepts is None else num_concepts
         if self.config.concept_positions != "rope":
             return num_positions_B.new_zeros((packed.num_sequences, C), dtype=torch.float32)
         return anchors(num_positions_B, C)

@@ -14,6 +14,7 @@ from .config import ConceptConfig
 from .packing import Packed
 from .positions import anchor_fractions, segment_offsets, sinusoids
 from .similarity import wide
+from .start.resize import resize
 from .token_source import TokenSource
 
 
@@ -21,6 +22,19 @@ def orthogonal_rows(num_rows: int, width: int) -> Tensor:
     """[C, d] rows of norm sqrt(d), orthogonal in blocks of at most d rows."""
     blocks = [nn.init.orthogonal_(torch.empty(min(width, num_rows - i), width)) for i in range(0, num_rows, width)]
     return torch.cat(blocks) * math.sqrt(width)
+
+
+def concept_rows(module: nn.Module, name: str, num_concepts: int) -> Tensor:
+    """[C, d] the parameter of this name with C rows, as the module's RESIZE says, if it has another number.
+
+    Raises:
+        ValueError: it has one row only.
+    """
+    rows = getattr(module, name)
+    if len(rows) == num_concepts:
+        return rows
+    what = f"num_concepts {len(rows)} -> {num_concepts}: {name}"
+    return resize(rows, (num_concepts, rows.shape[1]), module.RESIZE[name], what)
 
 
 class AnchorFeatures(nn.Module):
@@ -67,13 +81,15 @@ class ConceptQueries(nn.Module):
         self.network = AnchorFeatures(config) if from_anchors else None
         self.places = nn.Parameter(torch.empty(C, d)) if config.concept_positions == "learned" else None
 
-    def forward(self, tokens: Tensor | TokenSource, packed: Packed) -> Tensor:
+    def forward(self, tokens: Tensor | TokenSource, packed: Packed, num_concepts: int | None = None) -> Tensor:
+        """``num_concepts``: other than the configuration's C, which learned rows and places then follow as they do when
+        a checkpoint is loaded with another C (``start.resize``)."""
         config, B = self.config, packed.num_sequences
-        C, d = config.num_concepts, config.hidden_size
+        C, d = config.num_concepts if num_concepts is None else num_concepts, config.hidden_size
         shares_C = anchor_fractions(C, packed.cu_seqlens.device)
-        rows_Cd = self.weight if self.network is None else self.network(shares_C)
+        rows_Cd = concept_rows(self, "weight", C) if self.network is None else self.network(shares_C)
         if config.concept_positions == "learned":
-            rows_Cd = rows_Cd + self.places
+            rows_Cd = rows_Cd + concept_rows(self, "places", C)
         elif config.concept_positions == "sinusoidal":
             size = config.initializer_range if config.init_queries == "embedding" else 1.0
             rows_Cd = rows_Cd + (math.sqrt(2) * size * sinusoids(1000.0 * shares_C, d)).to(rows_Cd.dtype)
@@ -99,4 +115,5 @@ class NullConcepts(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_concepts, config.hidden_size))
 
     def forward(self, concepts_BCd: Tensor, is_withheld_B: Tensor) -> Tensor:
-        return torch.where(is_withheld_B[:, None, None], self.weight.to(concepts_BCd.dtype), concepts_BCd)
+        rows_Cd = concept_rows(self, "weight", concepts_BCd.shape[1])
+        return torch.where(is_withheld_B[:, None, None], rows_Cd.to(concepts_BCd.dtype), concepts_BCd)
