@@ -32,6 +32,9 @@ from torch import Tensor, nn
 
 from ..kernels.linear_cross_entropy.op import linear_cross_entropy
 from ..models.config import ConceptConfig
+from ..models.encoder import ConceptEncoder
+from ..models.encoder_layers import TokenRead
+from ..models.layers import Heads
 from ..models.masked_lm import ConceptForMaskedLM
 from ..models.objectives import OBJECTIVES
 from ..models.objectives.view import SampleKey, SpecialTokens, View
@@ -50,7 +53,7 @@ GPU_FIGURES = ("memory_used_bytes", "power_w", "energy_j", "sm_clock_mhz", "sm_c
                "joules_per_million_tokens", "nvml")  # fmt: skip
 OURS, FULL = "concept", "full attention"
 PARTS = {  # part of the report -> modules, the first that fits
-    "embedding": r"encoder\.(embed_tokens|token_norm)|decoder\.embed_tokens|body\.embeddings",
+    "embedding": r"encoder\.(embed_tokens|token_norm|token_reader)|decoder\.embed_tokens|body\.embeddings",
     "queries": r"encoder\.concepts",
     "encoder": r"encoder|body",
     "decoder": r"decoder",
@@ -130,10 +133,10 @@ def saved_by_part(
                 bytes_of[stack[-1]] += storage.nbytes()
         return tensor
 
-    handles = []
+    handles, silent = [], called_by_functions(model)
     for name, module in model.named_modules():
         part = part_of(name)
-        if part is not None:
+        if part is not None and name not in silent:
             handles.append(module.register_forward_pre_hook(lambda m, i, part=part: stack.append(part)))
             handles.append(module.register_forward_hook(lambda m, i, o: stack.pop() and None, always_call=True))
     try:
@@ -142,6 +145,22 @@ def saved_by_part(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def called_by_functions(model: nn.Module) -> set[str]:
+    """Names of modules whose parameters a function takes instead of calling them, unless they have a hook
+    (``layers.is_plain``): what they would keep belongs to the module that they are a part of."""
+    names = []
+    for name, module in model.named_modules():
+        parts = []
+        if isinstance(module, Heads):
+            parts = ["project", "bias", "norm"]
+        elif isinstance(module, TokenRead):
+            parts = ["value"]
+        elif isinstance(module, ConceptEncoder) and module.kept_of_tokens() != "keys" and module.has_plain_embeddings:
+            parts = ["embed_tokens", "token_norm"]
+        names += [f"{name}.{part}".lstrip(".") for part in parts]
+    return set(names)
 
 
 def is_cast_parameter(tensor: Tensor) -> bool:

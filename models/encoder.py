@@ -33,7 +33,7 @@ from .queries import ConceptQueries, NullConcepts, orthogonal_rows
 from .recursion import apply_layers
 from .start.resize import LoadsOtherSizes
 from .token_layers import TokenLayers, TokenResidualLinear, WindowConv
-from .token_source import KEEPS, Embedded, TokenSource, Where, embed
+from .token_source import KEEPS, Embedded, TokenReader, Where
 
 
 @dataclass
@@ -166,6 +166,7 @@ class ConceptEncoder(ConceptPreTrainedModel):
         self.token_layers = TokenLayers(config)
         self.widen_tokens = widening(config)
         self.token_norm = RowNorm(config.hidden_size, eps=config.norm_eps)
+        self.token_reader = TokenReader()
         self.concepts = ConceptQueries(config)
         self.layers = build_layers(config)
         self.out_norm = plain_norm(config, config.hidden_size)
@@ -250,17 +251,18 @@ class ConceptEncoder(ConceptPreTrainedModel):
                 "keep: expected keys or states, got 'ids', which needs token embeddings that nothing but the norm "
                 "follows: no token layers, token_dim = hidden_size, token_positions = rope, no adapter or hook on them"
             )
+        dtype = None
         if has_plain_embeddings:
             table, norm = self.embed_tokens.weight, self.token_norm.weight
             states, places = Embedded(packed.input_ids, table, norm, self.token_norm.eps), packed
             if keep == "states":
-                dtype = torch.promote_types(table.dtype, norm.dtype)
-                states = embed(states, lower_precision(table.new_empty(0, dtype=dtype))[0].dtype)
+                wide = torch.promote_types(table.dtype, norm.dtype)
+                dtype = lower_precision(table.new_empty(0, dtype=wide))[0].dtype
             positions = packed.position_ids
         else:
             states, positions, places = self.token_states(packed)
         frequencies, temperature = self.positions.read_frequencies(packed.input_ids.device)
-        source = TokenSource(states, places, Where(positions, frequencies, temperature))
+        source = self.token_reader(states, places, Where(positions, frequencies, temperature), dtype)
         return Tokens(None, None, places, source=source)
 
     def kept_of_tokens(self) -> str:

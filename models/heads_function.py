@@ -1,11 +1,10 @@
-"""Heads in one pass on a CPU: projection, bias, norm and rotation, with nothing kept but what their gradient needs.
+"""Heads in one pass: projection, bias, norm and rotation, with nothing kept but what their gradient needs.
 
 R rows, d model width, H heads, D head width.
 """
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 Angles = tuple[Tensor, Tensor]  # cos, sin [R, 1, D/2], or ready to broadcast to it
@@ -49,13 +48,11 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
 
 
 def serves(x: Tensor, *parameters: Tensor) -> bool:
-    """Whether ``heads`` computes what the modules would: on a CPU, in one dtype of at least 32 bits, and not while
-    torch.compile traces, which fuses the modules' own operations."""
+    """Whether ``heads`` computes what the modules would: in one dtype of at least 32 bits, and not while torch.compile
+    traces, which fuses the modules' own operations."""
     return (
-        x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-        and all(parameter.dtype == x.dtype for parameter in parameters)
-        and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
-        and not isinstance(x, FakeTensor)
+        x.dtype in (torch.float32, torch.float64) and all(parameter.dtype == x.dtype for parameter in parameters)
+        and not torch.is_autocast_enabled(x.device.type) and not torch.compiler.is_compiling()
     )  # fmt: skip
 
 

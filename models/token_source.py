@@ -6,12 +6,13 @@ B sequences, T packed tokens, C concepts, H heads, Hkv key/value heads, D head w
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from ..kernels.streamed_attention import eager
 from ..kernels.streamed_attention.arguments import Arguments
+from .packing import Packed
 
 KEEPS = ("keys", "states", "ids")
 ROWS = 2048  # of tokens that are embedded at one time
@@ -53,6 +54,16 @@ class Where(NamedTuple):
     temperature: float  # of the turned keys
 
 
+class TokenReader(nn.Module):
+    """Makes the source of a batch; a module without parameters, so that what it keeps has a name."""
+
+    def forward(
+        self, states: Tensor | Embedded, packed: Packed, where: Where, dtype: torch.dtype | None = None
+    ) -> "TokenSource":
+        """With a ``dtype``, states to be embedded are embedded here, once for all layers."""
+        return TokenSource(states if dtype is None else embed(states, dtype), packed, where)
+
+
 class TokenSource:
     """The states of a batch, and one buffer for their gradient.
 
@@ -62,7 +73,7 @@ class TokenSource:
     buffer is that of the table.
     """
 
-    def __init__(self, states: Tensor | Embedded, packed, where: Where):
+    def __init__(self, states: Tensor | Embedded, packed: Packed, where: Where):
         self.packed, self.where = packed, where
         self.is_embedded = isinstance(states, Embedded)
         self.gradients: tuple[Tensor, ...] = ()
@@ -119,6 +130,7 @@ class TokenSource:
 class _Ticket(torch.autograd.Function):
     @staticmethod
     def forward(ctx, source, *tensors):
+        ctx.save_for_backward(*(x.detach() for x in tensors))  # as every read does: one storage, which has a name here
         ctx.source = source
         return tensors[0].new_zeros(())
 

@@ -12,7 +12,7 @@ from ...models.queries import AnchorFeatures
 from ...models.token_layers import CONV_RADIUS
 
 PARTS = {  # part -> weights of ConceptForMaskedLM, the first that fits
-    "embedding": r"encoder\.(embed_tokens|positions|widen_tokens|token_norm)",
+    "embedding": r"encoder\.(embed_tokens|positions|widen_tokens|token_norm|token_reader)",
     "tokens": r"encoder\.(token_start|token_layers|layers\.\d+\.token_)",
     "concepts": r"encoder\.(concepts|out_norm)|exposure",
     "read": r"encoder\.layers\.\d+\.(read|update)",
