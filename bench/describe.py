@@ -230,9 +230,10 @@ def screen(recipe: Recipe, config: ConceptConfig, parts: Sequence[dict], lengths
     if not lengths:
         return f"{head}\n\n{first}"
     second = aligned(
-        ["N", "FLOP", "full attention", "times", "activation bytes", "with keys", "from ids", "full attention", "times"],
+        ["N", "FLOP", "full attention", "times", "activation bytes", "with keys", "from ids", "full attention",
+         "times"],
         [[f"{row['N']:,}", *(short(v) for name, v in row.items() if name != "N")] for row in lengths],
-    )
+    )  # fmt: skip
     between = "the encoder on one text of N tokens, beside full attention of its width, depth and feed-forward"
     return "\n\n".join((head, first, between, second))
 

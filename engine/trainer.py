@@ -99,6 +99,9 @@ class Trainer:
         bare, self.beginning = ConceptForMaskedLM(self.build_config()), ""
         if recipe.init and not run.found:
             self.beginning = initialize(bare, recipe.init, self.corpus.tokenizer, world)
+        bare.encoder.keep = recipe.train.keep
+        if recipe.train.recompute:
+            compat.recompute_layers(bare)
         model = Pretraining(bare, self.contrastive, recipe.build_regularization(), recipe.has_task)
         if run.found:
             checkpoint.load_weights(run.found, model)

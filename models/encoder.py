@@ -33,7 +33,7 @@ from .queries import ConceptQueries, NullConcepts, orthogonal_rows
 from .recursion import apply_layers
 from .start.resize import LoadsOtherSizes
 from .token_layers import TokenLayers, TokenResidualLinear, WindowConv
-from .token_source import KEEPS, Embedded, TokenReader, Where
+from .token_source import Embedded, TokenReader, Where, check_keep
 
 
 @dataclass
@@ -247,10 +247,7 @@ class ConceptEncoder(ConceptPreTrainedModel):
             return self.whole_tokens(packed)
         has_plain_embeddings = self.has_plain_embeddings
         if keep == "ids" and not has_plain_embeddings:
-            raise ValueError(
-                "keep: expected keys or states, got 'ids', which needs token embeddings that nothing but the norm "
-                "follows: no token layers, token_dim = hidden_size, token_positions = rope, no adapter or hook on them"
-            )
+            raise ValueError("keep: expected keys or states, got 'ids': the embeddings have an adapter, hook or ZeRO-3")
         dtype = None
         if has_plain_embeddings:
             table, norm = self.embed_tokens.weight, self.token_norm.weight
@@ -267,12 +264,8 @@ class ConceptEncoder(ConceptPreTrainedModel):
 
     def kept_of_tokens(self) -> str:
         """What is kept of a token in this call, see ``keep``."""
-        if self.keep not in (None, *KEEPS):
-            raise ValueError(f"keep: expected one of {', '.join(KEEPS)} or None, got {self.keep!r}")
-        kind = self.config.layer_kind
-        if kind != "cross":
-            if self.keep in ("states", "ids"):
-                raise ValueError(f"keep: expected keys with layer_kind = {kind}, got {self.keep!r}")
+        check_keep(self.config, self.keep)
+        if self.config.layer_kind != "cross":
             return "keys"
         is_default = self.keep is None and (
             self.config.tie_layers or self.config.share_kv > 1 or self.embed_tokens.weight.is_cuda

@@ -12,10 +12,31 @@ from torch.autograd.function import once_differentiable
 
 from ..kernels.streamed_attention import eager
 from ..kernels.streamed_attention.arguments import Arguments
+from .config import ConceptConfig
 from .packing import Packed
 
 KEEPS = ("keys", "states", "ids")
 ROWS = 2048  # of tokens that are embedded at one time
+
+
+def check_keep(config: ConceptConfig, keep: str | None) -> None:
+    """What of a token an encoder of this configuration may keep, see ``ConceptEncoder``.
+
+    Raises:
+        ValueError: it cannot; the message begins with "keep".
+    """
+    if keep not in (None, *KEEPS):
+        raise ValueError(f"keep: expected one of {', '.join(KEEPS)} or None, got {keep!r}")
+    if keep in ("states", "ids") and config.layer_kind != "cross":
+        raise ValueError(f"keep: expected keys with layer_kind = {config.layer_kind}, got {keep!r}")
+    is_plain = (
+        config.num_token_layers == 0 and config.token_dim == config.hidden_size and config.token_positions == "rope"
+    )
+    if keep == "ids" and not is_plain:
+        raise ValueError(
+            "keep: expected keys or states, got 'ids', which needs token embeddings that nothing but the norm follows: "
+            "num_token_layers = 0, token_dim = hidden_size, token_positions = rope"
+        )
 
 
 class Embedded(NamedTuple):

@@ -25,7 +25,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 # What may change between an interruption and its resumption: it moves no data and no weight, or only by rounding.
 FREE = (
     "run.name", "run.folder", "run.timeout_s", "resume", "eval.", "checkpoint.", "zero.", "batch.micro_tokens",
-    "data.cache",
+    "data.cache", "train.keep", "train.recompute",
 )  # fmt: skip
 
 
@@ -75,6 +75,8 @@ class Train(Section):
     stages: list[Stage] = []  # what comes before the last stage, whose windows are `data.window`, as in evaluation
     precision: Literal["fp32", "bf16"] = "bf16"  # bf16: autocast; weights, gradients and moments stay float32
     label_smoothing: Fraction = 0.0
+    keep: Literal["keys", "states", "ids"] | None = None  # of a token, for the backward pass: `ConceptEncoder.keep`
+    recompute: bool = False  # gradient checkpointing: layers are computed once more in the backward pass, not kept
     max_bad_steps: Count = 5  # consecutive steps with a non-finite gradient after which the run stops
 
 
