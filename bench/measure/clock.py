@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 
 Call = Callable[[], object]
-OWN_CALL_S = 2.0  # a call shorter than this comes once, untimed, before each sample
 LONG_S = 0.1  # on a GPU: launch gaps are nothing beside it, and a graph would hold its memory twice
 _streams: dict[int, torch.cuda.Stream] = {}
 
@@ -43,11 +42,8 @@ def prepare_cpu(
         copies[len(durations) % len(copies)]()
         durations.append(time.perf_counter() - before)
     num_calls = max(len(copies), math.ceil(sample_s / max(min(durations), 1e-7)))
-    is_quick = min(durations) < OWN_CALL_S
 
     def sample() -> float:
-        if is_quick:  # as in a loop of its own: another provider's call has left its pages and caches behind
-            copies[-1]()
         begin = time.perf_counter()
         for i in range(num_calls):
             copies[i % len(copies)]()
