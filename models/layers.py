@@ -46,12 +46,17 @@ class BranchNorm(RowNorm):
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a function may take the module's parameters instead of calling it: nobody has wrapped it (an adapter) or
-    hooked it, and ZeRO-3, which makes parameters whole inside their own module's forward only, has not cut it up.
+    """Whether a function may take the module's parameters instead of calling it: nobody has wrapped it (an adapter),
+    hooked it or replaced its forward (offloading), its parameters are ordinary ones (not quantised, sharded or given
+    from outside), and ZeRO-3, which makes parameters whole inside their own module's forward only, has not cut them.
     """
     return (
         type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
-        and not any(hasattr(parameter, "ds_id") for parameter in module._parameters.values())
+        and not module._backward_hooks and not module._backward_pre_hooks and "forward" not in vars(module)
+        and all(
+            parameter is None or (type(parameter) is nn.Parameter and not hasattr(parameter, "ds_id"))
+            for parameter in module._parameters.values()
+        )
     )  # fmt: skip
 
 

@@ -61,6 +61,12 @@ def test_a_wrapped_or_hooked_projection_is_called(monkeypatch):
     part.project.weight.ds_id = 0
     part(x, None)
     part = make()
+    part.norm.forward = part.norm.forward  # offloading
+    part(x, None)
+    part = make()
+    state = {name: parameter.detach() for name, parameter in part.named_parameters()}
+    torch.func.functional_call(part, state, (x, None))
+    part = make()
     part.project = torch.nn.Sequential(part.project)
     part(x, None)
     assert calls == ["hook"]
