@@ -15,8 +15,8 @@ and the same for a full-attention encoder of equal width and depth, whose langua
 Parameters, gradients and moments are float32; on a GPU the step runs under autocast to bfloat16.
 
 A second table is of encoders alone, forward and backward over two texts of N and 3N/4 tokens (``--encoder-tokens``):
-the resident peak above what the process had before, after a short text to warm up (on a GPU: the allocator's), per
-token. It has every form of what is kept of a token (``ConceptEncoder.keep``) beside a plain Perceiver.
+the resident peak above what the process had after texts of 2048 (on a GPU: the allocator's peak), per token. It has
+every form of what is kept of a token (``ConceptEncoder.keep``) beside a plain Perceiver.
 
 The prediction is a straight line through the allocator's peaks of the two longest concept cases; it is checked by a run
 at the N that it names for ``--fit`` GiB. A case that fails says why. Results are written after each: ``--resume`` goes
@@ -50,14 +50,14 @@ from .measure.environment import environment
 from .measure.exponents import FROM_IDS, FULL, OURS, PERCEIVER, SHARED, WITH_KEYS
 from .measure.nvml import watched
 from .measure.peers import Shape, bert
-from .measure.resident import resident_peak
+from .measure.resident import resident_peak, return_free_pages
 from .measure.results import markdown_table, rows_to_resume, write_results
 from .measure.timing import refusal
 from .scaling import encoders, make_batch, phase_call
 
 GIB = 2**30
 ENCODERS = (OURS, FROM_IDS, SHARED, WITH_KEYS, PERCEIVER)  # of the second table
-WARM_UP = 512  # tokens
+WARM_UP = 2048  # tokens; their concepts, gradients and chunks are as large as those of longer texts
 GPU_FIGURES = ("memory_used_bytes", "power_w", "energy_j", "sm_clock_mhz", "sm_clock_min_mhz", "throttled",
                "joules_per_million_tokens", "nvml")  # fmt: skip
 PARTS = {  # part of the report -> modules, the first that fits
@@ -245,10 +245,10 @@ def encoder_case(name: str, shape: Sequence[int], num_tokens: int, device: str) 
     """Called in a fresh process: the call is forward and backward of one encoder of ``bench scaling``."""
     sizes, on = Shape(*shape), torch.device(device)
     build = encoders(sizes, on)[name](num_tokens)
-    module, encode = build(make_batch(min(num_tokens, WARM_UP), sizes.vocab_size, on))
-    phase_call("train", module, encode, on)()
     batch = make_batch(num_tokens, sizes.vocab_size, on)
     call = phase_call("train", *build(batch), on)
+    return_free_pages()  # before, not after the short text, whose concepts and gradients the long one needs too
+    phase_call("train", *build(make_batch(min(num_tokens, WARM_UP), sizes.vocab_size, on)), on)()
 
     def case() -> dict[str, Any]:
         start = time.process_time()

@@ -146,7 +146,7 @@ class ConceptEncoder(ConceptPreTrainedModel):
         "states"  the state and its gradient, one each for all layers; layers read in chunks and make keys and values
                   again in the backward pass
         "ids"     the id: states are made again as well; for token embeddings that nothing but the norm follows
-        None      "states"; "keys" where they are made once for several layers (tied, share_kv), and on a GPU
+        None      "states" on a CPU; "keys" where they are made once for several layers (tied, share_kv), and elsewhere
 
     The result is the same within rounding. Layers of slots (whose softmax runs over concepts) and BiXT (which changes
     tokens) keep what they make, as do modules that are wrapped or hooked, ZeRO-3 and torch.compile; what token layers
@@ -268,7 +268,7 @@ class ConceptEncoder(ConceptPreTrainedModel):
         if self.config.layer_kind != "cross":
             return "keys"
         is_default = self.keep is None and (
-            self.config.tie_layers or self.config.share_kv > 1 or self.embed_tokens.weight.is_cuda
+            self.config.tie_layers or self.config.share_kv > 1 or self.embed_tokens.weight.device.type != "cpu"
         )
         if is_default or torch.compiler.is_compiling() or not all(layer.read.is_plain for layer in self.layers):
             return "keys"

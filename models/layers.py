@@ -7,6 +7,7 @@ M target rows, V vocabulary.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..kernels.adaln.op import adaln_modulate, adaln_residual_modulate
 from ..kernels.autocast import lower_precision
@@ -54,7 +55,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
         and not module._backward_hooks and not module._backward_pre_hooks and "forward" not in vars(module)
         and all(
-            parameter is None or (type(parameter) is nn.Parameter and not hasattr(parameter, "ds_id"))
+            parameter is None or (type(parameter) in (nn.Parameter, FakeTensor) and not hasattr(parameter, "ds_id"))
             for parameter in module._parameters.values()
         )
     )  # fmt: skip
