@@ -29,7 +29,7 @@ class Keys(NamedTuple):
 
 def weights(a: Arguments, dtype: torch.dtype) -> Weights:
     return Weights(
-        a.w_key.to(dtype), a.w_value.to(dtype),
+        *(w.to(dtype, copy=True) for w in (a.w_key, a.w_value)),  # aligned: the last bit of a product depends on it
         None if a.key_bias is None else a.key_bias.to(dtype)[:, None],
         None if a.key_norm is None else a.key_norm.to(dtype)[:, None],
         None if a.token_norm is None else a.token_norm.to(dtype),
