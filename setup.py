@@ -3,7 +3,8 @@
 from setuptools import setup
 
 OPERATORS = [
-    "adaln", "bixt_attention", "concept_attention", "linear_cross_entropy", "slot_attention", "token_attention",
+    "adaln", "bixt_attention", "concept_attention", "linear_cross_entropy", "slot_attention",
+    "streamed_attention", "token_attention",
 ]  # fmt: skip
 FOLDERS = [  # tests/test_house.py holds this list against the tree
     "kernels", *(f"kernels.{operator}" for operator in OPERATORS),

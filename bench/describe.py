@@ -5,7 +5,9 @@
 FLOPs and parameters are closed forms (``flops.py``, ``parameters.py``). Activations are what the forward pass keeps for
 the backward pass: it is run on tensors that have sizes but no content, with the fused operators, and what autograd
 saves is counted, so that it is what a GPU would hold. FLOPs and activations are per token of text, in the recipe's own
-precision, over one micro-batch of windows of full length; the last table is of the encoder alone, on one text.
+precision, over one micro-batch of windows of full length; the last table is of the encoder alone, on one text, by what
+is kept of a token (``ConceptEncoder.keep``): its state, its keys and values in every layer, its id. While a backward
+pass runs, states have a gradient as large as they are.
 
 B sequences, N tokens of one sequence, C concepts, d model width.
 """
@@ -89,6 +91,22 @@ def activation_bytes(config: ConceptConfig, view: View, precision: str = "fp32")
                 kept.append(model.encoder(packed=strip(view.pair.texts)))
         del kept
     return saved
+
+
+def kept_bytes(config: ConceptConfig, num_tokens: int, precision: str, keep: str | None) -> int | None:
+    """``encoder_activation_bytes`` of a concept encoder; None where its layers cannot keep that (see ``keep``)."""
+
+    def build() -> nn.Module:
+        encoder = ConceptEncoder(config)
+        encoder.keep = keep
+        return encoder
+
+    try:
+        return encoder_activation_bytes(build, num_tokens, precision)
+    except ValueError as error:
+        if not str(error).startswith("keep:"):
+            raise
+        return None
 
 
 def encoder_activation_bytes(build: Callable[[], nn.Module], num_tokens: int, precision: str = "fp32") -> int:
@@ -185,11 +203,13 @@ def by_length(config: ConceptConfig, precision: str, lengths: Sequence[int]) -> 
                       config.vocab_size, n)  # fmt: skip
         flops = sum(encoder_flops(config, Sizes.of_text(n)).values()) / n
         full = full_attention_flops(shape.hidden_size, shape.num_layers, shape.intermediate_size, n) / n
-        kept = encoder_activation_bytes(lambda: ConceptEncoder(config), n, precision) / n
+        kept, with_keys, from_ids = (kept_bytes(config, n, precision, keep) for keep in (None, "keys", "ids"))
         full_kept = encoder_activation_bytes(lambda shape=shape: bert(shape), n, precision) / n
         rows.append({
             "N": n, "FLOP/token": flops, "full attention FLOP/token": full, "FLOP ratio": full / flops,
-            "activation B/token": kept, "full attention B/token": full_kept, "byte ratio": full_kept / kept,
+            "activation B/token": kept / n, "keys kept B/token": with_keys / n,
+            "from ids B/token": None if from_ids is None else from_ids / n, "full attention B/token": full_kept,
+            "byte ratio": full_kept * n / kept,
         })  # fmt: skip
     return rows
 
@@ -210,9 +230,10 @@ def screen(recipe: Recipe, config: ConceptConfig, parts: Sequence[dict], lengths
     if not lengths:
         return f"{head}\n\n{first}"
     second = aligned(
-        ["N", "FLOP", "full attention", "times", "activation bytes", "full attention", "times"],
+        ["N", "FLOP", "full attention", "times", "activation bytes", "with keys", "from ids", "full attention",
+         "times"],
         [[f"{row['N']:,}", *(short(v) for name, v in row.items() if name != "N")] for row in lengths],
-    )
+    )  # fmt: skip
     between = "the encoder on one text of N tokens, beside full attention of its width, depth and feed-forward"
     return "\n\n".join((head, first, between, second))
 
@@ -230,9 +251,9 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
-def short(value: float) -> str:
+def short(value: float | None) -> str:
     """Three digits and the thousands as a letter: 25.8 M."""
-    if value == 0:
+    if not value:
         return "-"
     for letter in ("", " K", " M", " G", " T"):
         if abs(value) < 999.5:

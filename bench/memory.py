@@ -14,6 +14,10 @@ Each case is one fresh process that trains a masked-diffusion model for two step
 and the same for a full-attention encoder of equal width and depth, whose language-model head sees the same targets.
 Parameters, gradients and moments are float32; on a GPU the step runs under autocast to bfloat16.
 
+A second table is of encoders alone, forward and backward over two texts of N and 3N/4 tokens (``--encoder-tokens``):
+the resident peak above what the process had after texts of 2048 (on a GPU: the allocator's peak), per token. It has
+every form of what is kept of a token (``ConceptEncoder.keep``) beside a plain Perceiver.
+
 The prediction is a straight line through the allocator's peaks of the two longest concept cases; it is checked by a run
 at the N that it names for ``--fit`` GiB. A case that fails says why. Results are written after each: ``--resume`` goes
 on.
@@ -21,6 +25,7 @@ on.
 
 import argparse
 import re
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +37,9 @@ from torch import Tensor, nn
 
 from ..kernels.linear_cross_entropy.op import linear_cross_entropy
 from ..models.config import ConceptConfig
+from ..models.encoder import ConceptEncoder
+from ..models.encoder_layers import TokenRead
+from ..models.layers import Heads
 from ..models.masked_lm import ConceptForMaskedLM
 from ..models.objectives import OBJECTIVES
 from ..models.objectives.view import SampleKey, SpecialTokens, View
@@ -39,18 +47,21 @@ from ..models.packing import pack
 from .figures.charts import draw_memory
 from .measure.allocator import allocator_peak
 from .measure.environment import environment
+from .measure.exponents import FROM_IDS, FULL, OURS, PERCEIVER, SHARED, WITH_KEYS
 from .measure.nvml import watched
 from .measure.peers import Shape, bert
-from .measure.resident import resident_peak
+from .measure.resident import resident_peak, return_free_pages
 from .measure.results import markdown_table, rows_to_resume, write_results
 from .measure.timing import refusal
+from .scaling import encoders, make_batch, phase_call
 
 GIB = 2**30
+ENCODERS = (OURS, FROM_IDS, SHARED, WITH_KEYS, PERCEIVER)  # of the second table
+WARM_UP = 2048  # tokens; their concepts, gradients and chunks are as large as those of longer texts
 GPU_FIGURES = ("memory_used_bytes", "power_w", "energy_j", "sm_clock_mhz", "sm_clock_min_mhz", "throttled",
                "joules_per_million_tokens", "nvml")  # fmt: skip
-OURS, FULL = "concept", "full attention"
 PARTS = {  # part of the report -> modules, the first that fits
-    "embedding": r"encoder\.(embed_tokens|token_norm)|decoder\.embed_tokens|body\.embeddings",
+    "embedding": r"encoder\.(embed_tokens|token_norm|token_reader)|decoder\.embed_tokens|body\.embeddings",
     "queries": r"encoder\.concepts",
     "encoder": r"encoder|body",
     "decoder": r"decoder",
@@ -130,10 +141,10 @@ def saved_by_part(
                 bytes_of[stack[-1]] += storage.nbytes()
         return tensor
 
-    handles = []
+    handles, silent = [], called_by_functions(model)
     for name, module in model.named_modules():
         part = part_of(name)
-        if part is not None:
+        if part is not None and name not in silent:
             handles.append(module.register_forward_pre_hook(lambda m, i, part=part: stack.append(part)))
             handles.append(module.register_forward_hook(lambda m, i, o: stack.pop() and None, always_call=True))
     try:
@@ -142,6 +153,22 @@ def saved_by_part(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def called_by_functions(model: nn.Module) -> set[str]:
+    """Names of modules whose parameters a function takes instead of calling them, unless they have a hook
+    (``layers.is_plain``): what they would keep belongs to the module that they are a part of."""
+    names = []
+    for name, module in model.named_modules():
+        parts = []
+        if isinstance(module, Heads):
+            parts = ["project", "bias", "norm"]
+        elif isinstance(module, TokenRead):
+            parts = ["value"]
+        elif isinstance(module, ConceptEncoder) and module.kept_of_tokens() != "keys" and module.has_plain_embeddings:
+            parts = ["embed_tokens", "token_norm"]
+        names += [f"{name}.{part}".lstrip(".") for part in parts]
+    return set(names)
 
 
 def is_cast_parameter(tensor: Tensor) -> bool:
@@ -214,6 +241,38 @@ def run_case(kind: str, shape: Shape, num_tokens: int, num_concepts: int, device
     }
 
 
+def encoder_case(name: str, shape: Sequence[int], num_tokens: int, device: str) -> Callable[[], dict]:
+    """Called in a fresh process: the call is forward and backward of one encoder of ``bench scaling``."""
+    sizes, on = Shape(*shape), torch.device(device)
+    build = encoders(sizes, on)[name](num_tokens)
+    batch = make_batch(num_tokens, sizes.vocab_size, on)
+    call = phase_call("train", *build(batch), on)
+    return_free_pages()  # before, not after the short text, whose concepts and gradients the long one needs too
+    phase_call("train", *build(make_batch(min(num_tokens, WARM_UP), sizes.vocab_size, on)), on)()
+
+    def case() -> dict[str, Any]:
+        start = time.process_time()
+        peak = allocator_peak(call, on).extra_bytes if device == "cuda" else call()
+        return {"tokens": batch.num_tokens, "peak": peak, "seconds": time.process_time() - start}
+
+    return case
+
+
+def run_encoder_case(name: str, shape: Shape, num_tokens: int, device: str) -> dict[str, Any]:
+    """One row of the table of encoders, from a fresh process; one that fails says how."""
+    case = {"encoder": name, "N": num_tokens}
+    try:
+        memory, result = resident_peak(
+            f"{__name__}:encoder_case", name=name, shape=list(shape.__dict__.values()), num_tokens=num_tokens,
+            device=device,
+        )  # fmt: skip
+    except RuntimeError as error:
+        return {**case, "failed": refusal(error).reason}
+    peak, tokens = result["peak"] or memory.extra_bytes, result["tokens"]
+    return {**case, "tokens": tokens, "peak": peak, "bytes_per_token": round(peak / tokens, 1),
+            "us_per_token": round(result["seconds"] * 1e6 / tokens, 2)}  # fmt: skip
+
+
 def longest_that_fits(rows: Sequence[dict], limit_bytes: int) -> int:
     """N at which the line through the allocator's peaks of the two longest cases reaches ``limit_bytes``.
 
@@ -246,6 +305,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--width", type=int, default=128, help="d, of both encoders")
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--heads", type=int, default=2)
+    parser.add_argument("--encoder-tokens", type=int, nargs="*", default=[16384, 65536], metavar="N", help=(
+        "lengths of the table of encoders; none: without it"
+    ))  # fmt: skip
     parser.add_argument("--fit", type=float, default=1.0, metavar="GIB", help="predict the longest N for this memory")
     parser.add_argument("--snapshot", type=Path, help="also write a CUDA memory snapshot of the longest case")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
@@ -272,6 +334,17 @@ def main(argv: Sequence[str]) -> int:
         write_results(options.out, "memory", rows, stamp, title=title)
         told = rows[-1].get("failed") or f"peak {rows[-1]['allocator_peak'] / 2**20:.1f} MiB"
         print(f"{case[0]} N={case[1]} C={case[2] or '-'}: {told}", flush=True)
+    try:
+        of_encoders = rows_to_resume(options.out / "encoders.json", stamp) if options.resume else []
+    except ValueError as error:
+        parser.error(f"--resume: {error}")
+    done = {(row["encoder"], row["N"]) for row in of_encoders}
+    for n, name in ((n, name) for n in options.encoder_tokens for name in ENCODERS if (name, n) not in done):
+        longest = Shape(options.width, options.layers, options.heads, 2 * options.width, 8192, n)
+        of_encoders.append(run_encoder_case(name, longest, n, options.device))
+        write_results(options.out, "encoders", of_encoders, stamp, title="Encoders: bytes a token")
+        told = of_encoders[-1].get("failed") or f"{of_encoders[-1]['bytes_per_token']:,.0f} bytes a token"
+        print(f"encoder {name} N={n}: {told}", flush=True)
     checks = [check_prediction(rows, shape, c, options.fit, options.device) for c in options.concepts]
     write_results(options.out, "prediction", checks, stamp, title="Longest N that fits: predicted and checked")
     draw_memory(options.out)

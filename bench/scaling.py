@@ -6,12 +6,17 @@ A case is a batch of two texts of N and 3N/4 tokens, through the encoder alone (
 backward of the mean square of its output ("train"). All share width, depth, heads, feed-forward width and vocabulary.
 
     concept             C = 128 for every N
+    concept, from ids   the same, of whose tokens a training step keeps the ids only (``ConceptEncoder.keep``)
+    concept, shared keys    with one projection to keys and values for all layers (``share_kv``)
+    concept, keys kept  with the keys and values of every layer kept, as it was before layers read in chunks
     concept, C grows    C = 128 (N / 512)^(2/3): 512 / 128, 4096 / 512, 32768 / 2048
     full attention      BERT-like, SDPA, the padded batch with its mask
     full, no padding    the same encoder, one text after the other without a mask, its best case: SDPA's flash path
     local + full        ModernBERT-like, SDPA, the padded batch
+    local + full, Llama UltraBERT-like, SDPA, the padded batch
     plain Perceiver     torch.nn.MultiheadAttention with a key padding mask, C = 128
-    VARIANT             "concept" with the fields of ConceptConfig that it names: layer_kind=slot, num_token_layers=2
+    VARIANT             "concept" with the fields of ConceptConfig that it names: layer_kind=slot, num_token_layers=2;
+                        and keep=keys, states or ids
 
 On a GPU everything runs under autocast to bfloat16, and NVML's energy of a training step is reported. A call of three
 seconds or more is made once, timed while its memory is recorded. What would take too long or too much memory, as its
@@ -33,6 +38,7 @@ from torch import Tensor, nn
 from ..models.config import ConceptConfig
 from ..models.encoder import ConceptEncoder
 from ..models.packing import pack_padded
+from ..models.token_source import KEEPS
 from .figures.charts import draw_scaling
 from .measure.allocator import observe
 from .measure.clock import own_stream
@@ -40,14 +46,18 @@ from .measure.environment import (
     environment,
 )
 from .measure.exponents import (
+    FROM_IDS,
     FULL,
     GROWING,
+    LLAMA,
     LOCAL,
     OURS,
     PEERS,
     PERCEIVER,
     PHASES,
+    SHARED,
     UNPADDED,
+    WITH_KEYS,
     Rows,
     fits,
     points,
@@ -55,7 +65,7 @@ from .measure.exponents import (
     write_tables,
 )
 from .measure.nvml import watched
-from .measure.peers import Perceiver, Shape, bert, modernbert
+from .measure.peers import Perceiver, Shape, bert, modernbert, ultrabert
 from .measure.results import (
     cell,
     flatten,
@@ -70,7 +80,8 @@ from .measure.timing import (
     refusal,
 )
 
-NAMES = (OURS, GROWING, *PEERS)
+NAMES = (OURS, FROM_IDS, SHARED, WITH_KEYS, GROWING, *PEERS)
+TRANSFORMERS = {FULL: bert, LOCAL: modernbert, LLAMA: ultrabert}
 NUM_CONCEPTS = 128
 ONCE_S = 3.0  # a call this long is made once
 GIB = 2**30
@@ -82,7 +93,7 @@ def grown_concepts(num_tokens: int) -> int:
 
 
 def concepts_of(name: str, num_tokens: int) -> int | None:
-    if name in (FULL, UNPADDED, LOCAL):
+    if name in (UNPADDED, *TRANSFORMERS):
         return None
     return grown_concepts(num_tokens) if name == GROWING else NUM_CONCEPTS
 
@@ -106,12 +117,12 @@ Build = Callable[[Batch], tuple[nn.Module, Encode]]
 
 
 def parse_variant(text: str) -> dict[str, Any]:
-    """"num_token_layers=2,funnel=[0,1]" -> fields of ConceptConfig.
+    """"num_token_layers=2,funnel=[0,1]" -> fields of ConceptConfig, and keep.
 
     Raises:
         ValueError: not of this form, or no field of ConceptConfig.
     """
-    known, fields = inspect.signature(ConceptConfig).parameters, {}
+    known, fields = {*inspect.signature(ConceptConfig).parameters, "keep"}, {}
     for part in re.split(r",(?![^\[]*\])", text):  # not the commas of a list
         name, sign, value = part.partition("=")
         if not sign or name not in known:
@@ -123,21 +134,27 @@ def parse_variant(text: str) -> dict[str, Any]:
 def encoders(shape: Shape, device: torch.device, variants: Sequence[str] = ()) -> dict[str, Callable[[int], Build]]:
     """name -> (N -> (batch -> (module, call))): the modules that do not depend on N are built once, when asked for."""
 
-    def concept(num_concepts: int, **fields: Any) -> nn.Module:
-        return ConceptEncoder(ConceptConfig(**{
+    ours_by_name = {
+        OURS: {}, FROM_IDS: {"keep": "ids"}, SHARED: {"share_kv": shape.num_layers}, WITH_KEYS: {"keep": "keys"},
+    }  # fmt: skip
+
+    def concept(num_concepts: int, keep: str | None = None, **fields: Any) -> nn.Module:
+        encoder = ConceptEncoder(ConceptConfig(**{
             "vocab_size": shape.vocab_size, "hidden_size": shape.hidden_size, "num_concepts": num_concepts,
             "num_hidden_layers": shape.num_layers, "num_attention_heads": shape.num_heads,
             "intermediate_size": shape.intermediate_size, **fields,
         })).to(device)  # fmt: skip
+        encoder.keep = keep
+        return encoder
 
     @cache
     def fixed(name: str) -> nn.Module:
         torch.manual_seed(0)
         if name == PERCEIVER:
             return Perceiver(shape, NUM_CONCEPTS).to(device)
-        if name in (FULL, LOCAL):
-            return (bert if name == FULL else modernbert)(shape).to(device)
-        return concept(NUM_CONCEPTS, **({} if name == OURS else parse_variant(name)))
+        if name in TRANSFORMERS:
+            return TRANSFORMERS[name](shape).to(device)
+        return concept(NUM_CONCEPTS, **(ours_by_name[name] if name in ours_by_name else parse_variant(name)))
 
     def ours(module: nn.Module, batch: Batch) -> Encode:
         packed = pack_padded(batch.input_ids, batch.attention_mask)
@@ -158,11 +175,10 @@ def encoders(shape: Shape, device: torch.device, variants: Sequence[str] = ()) -
         return lambda batch: (module, build(module, batch))
 
     return {
-        **{name: lambda n, name=name: with_module(fixed(name), ours) for name in (OURS, *variants)},
+        **{name: lambda n, name=name: with_module(fixed(name), ours) for name in (*ours_by_name, *variants)},
         GROWING: lambda n: with_module(concept(grown_concepts(n)), ours),
-        FULL: lambda n: with_module(fixed(FULL), padded),
+        **{name: lambda n, name=name: with_module(fixed(name), padded) for name in TRANSFORMERS},
         UNPADDED: lambda n: with_module(fixed(FULL), one_by_one),
-        LOCAL: lambda n: with_module(fixed(LOCAL), padded),
         PERCEIVER: lambda n: with_module(fixed(PERCEIVER), padded),
     }
 
@@ -289,7 +305,11 @@ def main(argv: Sequence[str]) -> int:
         parser.error("--min-tokens: expected at least 1 and at most --max-tokens")
     try:
         for text in options.variants:
-            ConceptConfig(**parse_variant(text))
+            fields = parse_variant(text)
+            keep = fields.pop("keep", None)
+            if keep not in (None, *KEEPS):
+                raise ValueError(f"keep: expected one of {', '.join(KEEPS)}, got {keep!r}")
+            ConceptConfig(**fields)
     except ValueError as error:
         parser.error(f"--variants: {error}")
     lengths = [options.min_tokens]

@@ -52,6 +52,7 @@ class ConceptConfig(PretrainedConfig):
         slot_update: str = "gated",  # gated: a GRU takes what a slot read; residual: it is added
         slot_iterations: int = 1,  # reads of a slot layer before its feed-forward, with the same weights
         block_norm: str = "pre",  # sandwich: also after each branch, so that any number of iterations stays bounded
+        share_kv: int = 1,  # so many layers in a row read with one projection to keys and values, each its own queries
         tie_layers: bool = False,  # one layer, applied K times
         num_iterations: int | None = None,  # K of tied layers, None: num_hidden_layers
         iteration_sampling: str = "fixed",  # random: K of each training step is drawn, num_iterations on average
@@ -155,7 +156,7 @@ class ConceptConfig(PretrainedConfig):
         """Raises ValueError with the field, what was expected and what came."""
         for name in ("vocab_size", "hidden_size", "token_dim", "num_concepts", "num_hidden_layers",
                      "num_attention_heads", "num_key_value_heads", "intermediate_size", "slot_iterations",
-                     "max_iterations", "token_window", "max_position_embeddings", "num_decoder_layers",
+                     "share_kv", "max_iterations", "token_window", "max_position_embeddings", "num_decoder_layers",
                      "decoder_window", "num_pool_queries"):  # fmt: skip
             self._expect(name, "a whole number of at least 1", lambda x: _is_int(x) and x >= 1)
         self._expect("num_token_layers", "a whole number of at least 0", lambda x: _is_int(x) and x >= 0)
@@ -221,6 +222,13 @@ class ConceptConfig(PretrainedConfig):
         if self.tie_layers and self.iteration_sampling == "random":
             expected = f"at least num_iterations = {self.iterations}"
             self._expect("max_iterations", expected, lambda x: x >= self.iterations)
+        if self.layer_kind == "bixt":
+            expected = "1 with layer_kind = bixt: its layers change the tokens that keys and values are made of"
+            self._expect("share_kv", expected, lambda x: x == 1)
+        if self.tie_layers:
+            self._expect("share_kv", "1 with tie_layers = true: one layer has one projection", lambda x: x == 1)
+        expected = f"at most num_hidden_layers = {self.num_hidden_layers}"
+        self._expect("share_kv", expected, lambda x: x <= self.num_hidden_layers)
         self._expect(
             "slot_iterations", "1 with a layer_kind other than slot and hybrid",
             lambda x: x == 1 or self.layer_kind in ("slot", "hybrid"),

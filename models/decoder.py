@@ -4,6 +4,8 @@ positions that are asked for are ever computed.
 B sequences, M rows of the decoder, C concepts, d model width.
 """
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from .config import ConceptConfig
@@ -97,6 +99,8 @@ class ConceptDecoder(ConceptPreTrainedModel):
     gradient reaches the concepts until the first step has opened the gates.
     """
 
+    gradient_checkpointing = False  # of its layers; transformers switches it
+
     def __init__(self, config: ConceptConfig):
         super().__init__(config)
         with_tokens = config.decoder_queries == "token+position"
@@ -140,16 +144,31 @@ class ConceptDecoder(ConceptPreTrainedModel):
         if self.config.decoder_mixing == "local":
             owner_M = sequence_ids(cu_seqlens, len(position_ids))
             window_angles = self.positions.local_angles(position_ids, self.config.head_dim)
-        branch_Md = None
-        for i, norm in enumerate(self.norms):
-            x_Md, h_Md = norm(x_Md, branch_Md, condition_Bd, cu_seqlens)
-            if i == len(self.branches):
-                return h_Md
+        places = row_angles, anchor_angles, cu_seqlens, max_seqlen
+        window = (window_angles, position_ids, owner_M, max_seqlen) if self.config.decoder_mixing == "local" else ()
+        apply = self.apply_layer
+        if self.gradient_checkpointing and self.training:
+            apply = partial(self._gradient_checkpointing_func, apply)
+        branch_Md, per_layer = None, len(self.branches) // self.config.num_decoder_layers
+        for i in range(0, len(self.branches), per_layer):
+            x_Md, branch_Md, concepts = apply(
+                range(i, i + per_layer), x_Md, branch_Md, concepts, condition_Bd, places, window
+            )
+        return self.norms[-1](x_Md, branch_Md, condition_Bd, cu_seqlens)[1]
+
+    def apply_layer(
+        self, indices: range, x_Md: Tensor, branch_Md: Tensor | None, concepts: Tensor, condition_Bd: Tensor | None,
+        places: tuple, window: tuple,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """The branches ``indices``: rows without the last of them, that branch, and the concepts for the next layer."""
+        row_angles, anchor_angles, cu_seqlens, max_seqlen = places
+        for i in indices:
             part = self.branches[i]
+            x_Md, h_Md = self.norms[i](x_Md, branch_Md, condition_Bd, cu_seqlens)
             if isinstance(part, TokenAttention):
                 branch_Md = part(h_Md, row_angles, concepts, anchor_angles, cu_seqlens, max_seqlen)
             elif isinstance(part, LocalAttention):
-                branch_Md = part(h_Md, window_angles, position_ids, owner_M, max_seqlen)
+                branch_Md = part(h_Md, *window)
             elif isinstance(part, Exchange):
                 branch_Md, concepts = part(
                     h_Md, row_angles, concepts, anchor_angles, condition_Bd, cu_seqlens, max_seqlen
@@ -157,6 +176,7 @@ class ConceptDecoder(ConceptPreTrainedModel):
             else:
                 branch_Md = part(h_Md)
             branch_Md = self.dropout(branch_Md)
+        return x_Md, branch_Md, concepts
 
     def queries(self, position_ids: Tensor, input_ids: Tensor | None, max_seqlen: int) -> Tensor:
         if self.query is not None:

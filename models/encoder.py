@@ -16,7 +16,17 @@ from ..kernels.autocast import lower_precision
 from .backbone import Backbone
 from .config import ConceptConfig
 from .encoder_layers import ConceptAngles, Tokens, build_layers
-from .layers import ConstantHeads, HeadBias, HeadNorm, LanguageModelHead, ResidualLinear, RowNorm, ZeroLinear, widening
+from .layers import (
+    ConstantHeads,
+    HeadBias,
+    HeadNorm,
+    LanguageModelHead,
+    ResidualLinear,
+    RowNorm,
+    ZeroLinear,
+    is_plain,
+    widening,
+)
 from .mixing import CopeMixing
 from .packing import Packed, pack_padded
 from .positions import TokenPositions, anchors
@@ -24,6 +34,7 @@ from .queries import ConceptQueries, NullConcepts, orthogonal_rows
 from .recursion import apply_layers
 from .start.resize import LoadsOtherSizes
 from .token_layers import Places, TokenLayers, TokenResidualLinear, WindowConv
+from .token_source import Embedded, TokenReader, Where, check_keep
 
 
 @dataclass
@@ -41,12 +52,24 @@ class ConceptPreTrainedModel(LoadsOtherSizes, PreTrainedModel):
 
     config_class = ConceptConfig
     base_model_prefix = "encoder"
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True  # of layers of the encoder, of tokens and of the decoder
 
     def __init__(self, config: ConceptConfig):
         config.check()  # again: from_pretrained(folder, field=other) sets fields one by one
         config.check_tokens()
         super().__init__(config)
+
+    def _set_gradient_checkpointing(self, *args, **kwargs):
+        options = getattr(kwargs.get("gradient_checkpointing_func"), "keywords", {})
+        if options.get("use_reentrant"):
+            raise ValueError(
+                "use_reentrant: expected False, got True: reentrant checkpoints run the backward pass in pieces, and "
+                "the tokens that all layers read have one gradient"
+            )
+        super()._set_gradient_checkpointing(*args, **kwargs)
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing: only reentrant checkpoints need inputs with gradients, and its hook would hide the embeddings."""
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -134,9 +157,21 @@ class ConceptEncoder(ConceptPreTrainedModel):
     tokens at their positions and concepts at their anchors (``positions.anchors``), so that addressing is relative and
     any N fits any C. A sequence without tokens gives finite concepts that depend on the parameters only.
 
-    Memory and time are linear in T.
+    Memory and time are linear in T. What a training step keeps of every token, for the backward pass, ``keep`` says:
+
+        "keys"    keys and values of every layer that makes some, beside the states
+        "states"  the state and its gradient, one each for all layers; layers read in chunks and make keys and values
+                  again in the backward pass
+        "ids"     the id: states are made again as well; for token embeddings that nothing but the norm follows
+        None      "states" on a CPU; "keys" where they are made once for several layers (tied, share_kv), and elsewhere
+
+    The result is the same within rounding. Layers of slots (whose softmax runs over concepts) and BiXT (which changes
+    tokens) keep what they make, as do modules that are wrapped or hooked, ZeRO-3 and torch.compile; what token layers
+    and ``widen_tokens`` keep is not touched: for them there is gradient checkpointing. One derivative only.
     Source: Perceiver IO (Jaegle et al. 2021, arXiv:2107.14795) with anchored concepts.
     """
+
+    keep: str | None = None
 
     def __init__(self, config: ConceptConfig):
         super().__init__(config)
@@ -150,6 +185,7 @@ class ConceptEncoder(ConceptPreTrainedModel):
         self.token_layers = TokenLayers(config)
         self.widen_tokens = widening(config)
         self.token_norm = RowNorm(config.hidden_size, eps=config.norm_eps)
+        self.token_reader = TokenReader()
         self.concepts = ConceptQueries(config)
         self.layers = build_layers(config)
         keeps = config.init_queries == "state"  # the mean of the concepts starts as the mean of the states
@@ -172,12 +208,15 @@ class ConceptEncoder(ConceptPreTrainedModel):
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, *,
-        packed: Packed | None = None, num_iterations: int | None = None, tolerance: float | None = None,
-        output_hidden_states: bool = False, output_convergence: bool = False, return_dict: bool = True,
+        packed: Packed | None = None, num_concepts: int | None = None, num_iterations: int | None = None,
+        tolerance: float | None = None, output_hidden_states: bool = False, output_convergence: bool = False,
+        return_dict: bool = True,
     ) -> ConceptEncoderOutput | tuple:  # fmt: skip
         """Encodes ``packed``, or ``input_ids`` [B, N] with ``attention_mask`` [B, N], packed at the door.
 
         Args:
+            num_concepts: C, any, of all texts of the batch; the configuration's by default. Learned rows follow as when
+                a checkpoint is loaded with another C. ``packing.fitting_concepts`` finds one that fits the texts.
             num_iterations: K of a tied layer, any; the configuration's by default.
             tolerance: in evaluation, ends the iterations of a tied layer after one that changed the concepts of every
                 sequence by less, |c_k+1 - c_k| < tolerance * |c_k|. Synchronises with the host once an iteration.
@@ -189,14 +228,17 @@ class ConceptEncoder(ConceptPreTrainedModel):
         if (packed is None) == (input_ids is None):
             raise ValueError("input_ids: expected either input_ids [B, N] or packed, got both or neither")
         self.check_iterations(num_iterations, tolerance)
+        is_count = isinstance(num_concepts, int | torch.SymInt) and not isinstance(num_concepts, bool)
+        if num_concepts is not None and not (is_count and num_concepts >= 1):
+            raise ValueError(f"num_concepts: expected a whole number of at least 1, got {num_concepts!r}")
         if packed is None:
             packed = self.visible(self.bare(pack_padded(input_ids, attention_mask)))
-        states, changes = self.encode(packed, num_iterations, tolerance, output_convergence)
+        states, changes = self.encode(packed, num_iterations, tolerance, output_convergence, num_concepts)
         output_hidden_states |= self.training and self.config.loss_every_iteration
         result = ConceptEncoderOutput(
             last_hidden_state=states[-1],
             pooler_output=self.pooled(states[-1]),
-            anchors=self.anchors(packed),
+            anchors=self.anchors(packed, num_concepts),
             hidden_states=tuple(states) if output_hidden_states else None,
             convergence=torch.stack(changes) if output_convergence else None,
         )
@@ -204,27 +246,78 @@ class ConceptEncoder(ConceptPreTrainedModel):
 
     def encode(
         self, packed: Packed, num_iterations: int | None = None, tolerance: float | None = None,
-        with_changes: bool = False,
+        with_changes: bool = False, num_concepts: int | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
         """The concepts [B, C, d] before each layer, then the normalised ones; on request each layer's change [B]."""
         config, B = self.config, packed.num_sequences
         tokens = self.read_tokens(packed)
-        anchors_BC = self.anchors(tokens.packed)
-        angles = ConceptAngles(self.positions.angles(anchors_BC), self.positions.concept_angles(anchors_BC))
+        anchors_BC = self.anchors(tokens.packed, num_concepts)
+        angles = self.concept_angles(anchors_BC)
         K = config.iterations if num_iterations is None else num_iterations
         num_frozen = 0
         if config.backprop_iterations is not None and torch.is_grad_enabled():
             num_frozen = max(0, K - config.backprop_iterations)
+        read = tokens.states if tokens.source is None else tokens.source
+        beginning = read if tokens.raw is None else tokens.raw
         states, changes = apply_layers(
             [self.layers[0]] * K if config.tie_layers else list(self.layers),
-            self.concepts(tokens.states if tokens.raw is None else tokens.raw, tokens.packed), angles, tokens,
+            self.concepts(beginning, tokens.packed, num_concepts), angles, tokens,
             num_texts=B, num_frozen=num_frozen, tolerance=tolerance, with_changes=with_changes,
         )  # fmt: skip
         states[-1] = self.out_norm(states[-1])
         return [c_BCd[:B] for c_BCd in states], changes
 
+    def concept_angles(self, anchors_BC: Tensor) -> ConceptAngles:
+        return ConceptAngles(self.positions.angles(anchors_BC), self.positions.concept_angles(anchors_BC))
+
     def read_tokens(self, packed: Packed) -> Tokens:
         """Tokens as concepts read them: through their own layers, as wide as the model, normalised."""
+        keep = self.kept_of_tokens()
+        if keep == "keys":
+            return self.whole_tokens(packed)
+        has_plain_embeddings = self.has_plain_embeddings
+        if keep == "ids" and not has_plain_embeddings:
+            raise ValueError(
+                "keep: expected keys or states, got 'ids': the embeddings are a backbone's, or have an adapter, a hook "
+                "or ZeRO-3"
+            )
+        dtype = raw = None
+        if has_plain_embeddings:
+            table, norm = self.embed_tokens.weight, self.token_norm.weight
+            states, places = Embedded(packed.input_ids, table, norm, self.token_norm.eps), packed
+            if keep == "states":
+                wide = torch.promote_types(table.dtype, norm.dtype)
+                dtype = lower_precision(table.new_empty(0, dtype=wide))[0].dtype
+            positions = packed.position_ids
+        else:
+            states, positions, places, raw = self.token_states(packed)
+        frequencies, temperature = self.positions.read_frequencies(packed.input_ids.device)
+        source = self.token_reader(states, places, Where(positions, frequencies, temperature), dtype)
+        return Tokens(None, None, places, raw=raw, source=source)
+
+    def kept_of_tokens(self) -> str:
+        """What is kept of a token in this call, see ``keep``."""
+        check_keep(self.config, self.keep)
+        if self.config.layer_kind != "cross":
+            return "keys"
+        is_default = self.keep is None and (
+            self.config.tie_layers or self.config.share_kv > 1 or self.token_norm.weight.device.type != "cpu"
+        )
+        if is_default or torch.compiler.is_compiling() or not all(layer.read.is_plain for layer in self.layers):
+            return "keys"
+        return self.keep or "states"
+
+    @property
+    def has_plain_embeddings(self) -> bool:
+        return (
+            self.backbone is None and is_plain(self.embed_tokens, nn.Embedding) and is_plain(self.token_norm, RowNorm)
+            and self.config.token_positions == "rope" and len(self.token_layers) == 0
+            and isinstance(self.token_start, nn.Identity) and isinstance(self.widen_tokens, nn.Identity)
+            and not hasattr(self.embed_tokens, "parametrizations") and self.embed_tokens.max_norm is None
+        )  # fmt: skip
+
+    def token_states(self, packed: Packed) -> tuple[Tensor, Tensor, Packed, Tensor | None]:
+        """States [R, d], their positions [R], whose they are, and of a backbone from which concepts start ``raw``."""
         raw = None
         if self.backbone is None:
             rows_Te = self.positions(self.embed_tokens(packed.input_ids), packed.position_ids, packed.max_seqlen)
@@ -233,12 +326,17 @@ class ConceptEncoder(ConceptPreTrainedModel):
             rows_Re = self.backbone(packed) if packed.states is None else packed.states.to(self.token_norm.weight.dtype)
             places = Places(packed.position_ids, packed.sequence_ids(), packed)
             raw = self.backbone.centred(rows_Re) if self.config.init_queries == "state" else None
-        # the temperature of YaRN is for a softmax over tokens
-        find = self.positions.angles if self.config.layer_kind == "slot" else self.positions.read_angles
         states = self.token_norm(self.widen_tokens(rows_Re))
         if self.config.layer_kind != "bixt":  # there they go on as a residual stream
             states = lower_precision(states)[0]  # once for the keys and values of all layers
-        return Tokens(states, find(places.positions), places.packed, raw)
+        return states, places.positions, places.packed, raw
+
+    def whole_tokens(self, packed: Packed) -> Tokens:
+        """Tokens with their states and angles, for layers that make keys and values of all of them."""
+        states, positions, packed, raw = self.token_states(packed)
+        # the temperature of YaRN is for a softmax over tokens
+        find = self.positions.angles if self.config.layer_kind == "slot" else self.positions.read_angles
+        return Tokens(states, find(positions), packed, raw)
 
     def pooled(self, concepts_BCd: Tensor) -> Tensor:
         """[B, d]: the mean of the concepts. With init_queries = state, brought back into the backbone's own space: of
@@ -255,7 +353,7 @@ class ConceptEncoder(ConceptPreTrainedModel):
         """
         if self.config.init_queries != "state":
             raise ValueError(f"init_queries: expected state, got {self.config.init_queries!r}: concepts are no states")
-        return self.backbone.restored(concepts_BCd - self.concepts.weight.to(concepts_BCd.dtype))
+        return self.backbone.restored(concepts_BCd - self.concepts.rows(concepts_BCd.shape[1]).to(concepts_BCd.dtype))
 
     def check_iterations(self, num_iterations: int | None, tolerance: float | None) -> None:
         for name, value in (("num_iterations", num_iterations), ("tolerance", tolerance)):
@@ -290,8 +388,8 @@ class ConceptEncoder(ConceptPreTrainedModel):
             return packed
         return packed.select(packed.input_ids != self.config.mask_token_id)
 
-    def anchors(self, packed: Packed) -> Tensor:
-        num_positions_B, C = packed.num_positions(), self.config.num_concepts
+    def anchors(self, packed: Packed, num_concepts: int | None = None) -> Tensor:
+        num_positions_B, C = packed.num_positions(), self.config.num_concepts if num_concepts is None else num_concepts
         if self.config.concept_positions != "rope":
             return num_positions_B.new_zeros((packed.num_sequences, C), dtype=torch.float32)
         return anchors(num_positions_B, C)

@@ -8,24 +8,29 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..kernels.bixt_attention.op import bixt_attention
 from ..kernels.concept_attention.op import concept_attention
 from ..kernels.slot_attention.op import slot_attention
 from .config import ConceptConfig
-from .layers import BranchNorm, ConceptAttention, FeedForward, Heads, ResidualLinear, RowNorm, ZeroLinear
+from .layers import BranchNorm, ConceptAttention, FeedForward, Heads, ResidualLinear, RowNorm, ZeroLinear, is_plain
 from .mixing import concept_mixing
 from .packing import Packed
 from .positions import Angles
+from .token_source import TokenSource
 
 
 class Tokens(NamedTuple):
     """What concepts read: the state of every token, where it stands, and whose it is."""
 
-    states: Tensor  # [T, d], normalised before the first layer
+    states: Tensor | None  # [T, d], normalised before the first layer
     angles: Angles | None
     packed: Packed
     raw: Tensor | None = None  # [T, e] a backbone's states, centred and of mean square 1
+    keys_values: tuple[Tensor, Tensor] | None = None  # [T, Hkv, D] each, where a layer has made them for those after it
+    source: TokenSource | None = None  # instead of states and angles: they are read in chunks
+    maker: "TokenRead | None" = None  # then the one whose projections make keys and values
 
 
 class ConceptAngles(NamedTuple):
@@ -44,13 +49,14 @@ def closing_norm(config: ConceptConfig) -> nn.Module:
     return RowNorm(config.hidden_size, eps=config.norm_eps) if is_closed else nn.Identity()
 
 
-class ConceptLayer(nn.Module):
+class ConceptLayer(GradientCheckpointingLayer):
     """What every kind shares: concepts read tokens in the way of their kind, then read each other and are fed forward.
 
         c += branch(RMSNorm(c))                    block_norm "pre"
         c  = RMSNorm(c + branch(RMSNorm(c)))       block_norm "sandwich": bounded for any number of iterations
 
     ``forward(c [B, C, d], angles, tokens, is_last) -> (c, tokens)``; after the last layer nobody reads tokens.
+    Where layers share keys and values, or one tied layer is applied again, they are made once and go on with tokens.
     Source of the sandwich: Geiping et al. 2025, arXiv:2502.05171, section 3.2.
     """
 
@@ -74,19 +80,50 @@ class ConceptLayer(nn.Module):
         return self.feed_close(c_BCd + self.dropout(self.feed(self.feed_norm(c_BCd))))
 
 
+def with_keys_values(read: nn.Module, tokens: Tokens, is_tied: bool) -> Tokens:
+    """Tokens with the keys and values that this layer reads: its own, or what an earlier one has made."""
+    if not hasattr(read, "key") or (is_tied and tokens.keys_values is not None):
+        return tokens
+    return tokens._replace(keys_values=(read.key(tokens.states, tokens.angles), read.values(tokens.states)))
+
+
+class TokenRead(ConceptAttention):
+    """Concepts read the tokens of their sequence. Cost O(C * T)."""
+
+    def __init__(self, config: ConceptConfig, makes_keys: bool = True):
+        super().__init__(config, makes_keys=makes_keys)
+        self.is_tied = config.tie_layers
+
+    def forward(self, concepts_BCd: Tensor, anchor_angles: Angles | None, tokens: Tokens) -> tuple[Tensor, Tokens]:
+        """What they read, [B, C, d]; tokens with the keys and values that they were read with."""
+        q_BCHD, packed = self.query(concepts_BCd, anchor_angles), tokens.packed
+        if tokens.source is None:
+            tokens = with_keys_values(self, tokens, self.is_tied)
+            read_BCHD = concept_attention(q_BCHD, *tokens.keys_values, packed.cu_seqlens, packed.max_seqlen)
+        else:
+            tokens = tokens._replace(maker=self) if hasattr(self, "key") else tokens
+            key, value = tokens.maker.key, tokens.maker.value
+            read_BCHD = tokens.source.read(
+                q_BCHD, key.project.weight, value.weight, key.bias.bias, key.norm.weight, key.norm.eps
+            )
+        return self.out(read_BCHD.flatten(-2)), tokens
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the parameters of keys and values say all that their modules do."""
+        return not hasattr(self, "key") or (self.key.is_plain and is_plain(self.value, nn.Linear))
+
+
 class CrossLayer(ConceptLayer):
     """c += read(tokens), softmax over tokens; tokens stay as they are."""
 
-    def __init__(self, config: ConceptConfig):
-        super().__init__(config, ConceptAttention(config))
+    def __init__(self, config: ConceptConfig, makes_keys: bool = True):
+        super().__init__(config, TokenRead(config, makes_keys))
 
     def forward(
         self, c_BCd: Tensor, angles: ConceptAngles, tokens: Tokens, is_last: bool = False
     ) -> tuple[Tensor, Tokens]:
-        packed = tokens.packed
-        read = self.read(
-            self.read_norm(c_BCd), angles.reading, tokens.states, tokens.angles, packed.cu_seqlens, packed.max_seqlen
-        )
+        read, tokens = self.read(self.read_norm(c_BCd), angles.reading, tokens)
         return self.think(self.read_close(c_BCd + self.dropout(read)), angles), tokens
 
 
@@ -169,18 +206,18 @@ class SlotHeads(nn.Module):
     The first ``num_cross`` of H heads (and their share of the Hkv) read as in ``CrossLayer``, without competition.
     """
 
-    def __init__(self, config: ConceptConfig, is_hybrid: bool):
+    def __init__(self, config: ConceptConfig, is_hybrid: bool, makes_keys: bool = True):
         super().__init__()
         H, Hkv = config.num_attention_heads, config.num_key_value_heads
         self.normalize, self.head_dim = config.slot_normalize, config.head_dim
         self.num_cross, self.num_cross_kv = (H // 2, Hkv // 2) if is_hybrid else (0, 0)
         self.query = Heads(config, H)
-        self.key = Heads(config, Hkv)
-        self.value = nn.Linear(config.hidden_size, Hkv * config.head_dim, bias=False)
+        if makes_keys:
+            self.key = Heads(config, Hkv)
+            self.value = nn.Linear(config.hidden_size, Hkv * config.head_dim, bias=False)
 
-    def keys_values(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        values = self.value(tokens.states).unflatten(-1, (-1, self.head_dim))
-        return self.key(tokens.states, tokens.angles), values
+    def values(self, x: Tensor) -> Tensor:
+        return self.value(x).unflatten(-1, (-1, self.head_dim))
 
     def forward(
         self, concepts_BCd: Tensor, anchor_angles: Angles | None, k_TKD: Tensor, v_TKD: Tensor, packed: Packed
@@ -242,17 +279,18 @@ class SlotLayer(ConceptLayer):
     Source: Locatello et al. 2020, arXiv:2006.15055, here with several heads and with concepts that start distinct.
     """
 
-    def __init__(self, config: ConceptConfig, is_hybrid: bool = False):
-        super().__init__(config, SlotHeads(config, is_hybrid))
+    def __init__(self, config: ConceptConfig, makes_keys: bool = True, is_hybrid: bool = False):
+        super().__init__(config, SlotHeads(config, is_hybrid, makes_keys))
+        self.is_tied = config.tie_layers
         self.num_reads = config.slot_iterations
         self.update = GatedUpdate(config) if config.slot_update == "gated" else ResidualUpdate(config)
 
     def forward(
         self, c_BCd: Tensor, angles: ConceptAngles, tokens: Tokens, is_last: bool = False
     ) -> tuple[Tensor, Tokens]:
-        k_TKD, v_TKD = self.read.keys_values(tokens)
+        tokens = with_keys_values(self.read, tokens, self.is_tied)
         for _ in range(self.num_reads):
-            read = self.read(self.read_norm(c_BCd), angles.reading, k_TKD, v_TKD, tokens.packed)
+            read = self.read(self.read_norm(c_BCd), angles.reading, *tokens.keys_values, tokens.packed)
             c_BCd = self.read_close(self.update(c_BCd, read))
         return self.think(c_BCd, angles), tokens
 
@@ -260,8 +298,8 @@ class SlotLayer(ConceptLayer):
 class HybridLayer(SlotLayer):
     """A slot layer in which half of the heads read without competition."""
 
-    def __init__(self, config: ConceptConfig):
-        super().__init__(config, is_hybrid=True)
+    def __init__(self, config: ConceptConfig, makes_keys: bool = True):
+        super().__init__(config, makes_keys, is_hybrid=True)
 
 
 LAYERS = {"cross": CrossLayer, "bixt": BixtLayer, "slot": SlotLayer, "hybrid": HybridLayer}
@@ -272,12 +310,13 @@ def build_layers(config: ConceptConfig) -> nn.ModuleList:
 
     With init_queries = state what each writes to the concepts starts at zero.
     """
+    kind, num_layers = LAYERS[config.layer_kind], config.num_hidden_layers
     if config.tie_layers:
-        layers = [LAYERS[config.layer_kind](config)]
+        layers = [kind(config)]
+    elif config.layer_kind == "bixt":
+        layers = [BixtLayer(config, updates_tokens=i < num_layers - 1) for i in range(num_layers)]
     else:
-        layers = [LAYERS[config.layer_kind](config) for _ in range(config.num_hidden_layers)]
-        if config.layer_kind == "bixt":
-            layers[-1] = BixtLayer(config, updates_tokens=False)
+        layers = [kind(config, makes_keys=i % config.share_kv == 0) for i in range(num_layers)]
     layers = nn.ModuleList(layers)
     for module in layers.modules():
         if config.init_queries == "state" and isinstance(module, ResidualLinear):

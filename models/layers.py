@@ -7,12 +7,14 @@ M target rows, V vocabulary.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..kernels.adaln.op import adaln_modulate, adaln_residual_modulate
 from ..kernels.autocast import lower_precision
 from ..kernels.concept_attention.op import concept_attention
 from ..kernels.linear_cross_entropy.op import linear_cross_entropy
 from ..kernels.token_attention.op import token_attention
+from . import heads_function
 from .config import ConceptConfig
 from .local import local_attention
 from .positions import Angles, rotate
@@ -42,6 +44,21 @@ class BranchNorm(RowNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return lower_precision(super().forward(x))[0]
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a function may take the module's parameters instead of calling it: nobody has wrapped it (an adapter),
+    hooked it or replaced its forward (offloading), its parameters are ordinary ones (not quantised, sharded or given
+    from outside), and ZeRO-3, which makes parameters whole inside their own module's forward only, has not cut them.
+    """
+    return (
+        type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
+        and not module._backward_hooks and not module._backward_pre_hooks and "forward" not in vars(module)
+        and all(
+            parameter is None or (type(parameter) in (nn.Parameter, FakeTensor) and not hasattr(parameter, "ds_id"))
+            for parameter in module._parameters.values()
+        )
+    )  # fmt: skip
 
 
 class HeadBias(nn.Module):
@@ -78,8 +95,17 @@ class Heads(nn.Module):
         self.norm = HeadNorm(config.head_dim, eps=config.norm_eps)
 
     def forward(self, x: Tensor, angles: Angles | None) -> Tensor:
+        if self.is_plain:
+            weight, bias, norm = self.project.weight, self.bias.bias, self.norm.weight
+            if heads_function.serves(x, weight, bias, norm):
+                return heads_function.heads(x, weight, bias, norm, self.norm.eps, angles)
         heads = self.project(x).unflatten(-1, (self.num_heads, self.head_dim))
         return rotate(self.norm(self.bias(heads)), angles).to(heads.dtype)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the parameters say all that the modules do."""
+        return is_plain(self.project, nn.Linear) and is_plain(self.bias, HeadBias) and is_plain(self.norm, HeadNorm)
 
 
 class ConstantHeads(nn.Module):
@@ -99,16 +125,18 @@ class Attention(nn.Module):
     """Query, key and value heads and the output projection; ``forward`` is left to the directions below.
 
     ``is_placed``: both sides stand somewhere; None: if tokens and concepts both do.
+    ``makes_keys``: without, it has queries only, and reads the keys and values of another.
     """
 
     make_heads: type[nn.Module] = Heads  # of queries and keys
 
-    def __init__(self, config: ConceptConfig, is_placed: bool | None = None):
+    def __init__(self, config: ConceptConfig, is_placed: bool | None = None, makes_keys: bool = True):
         super().__init__()
         self.num_kv_heads, self.head_dim = config.num_key_value_heads, config.head_dim
         self.query = self.make_heads(config, config.num_attention_heads, is_placed)
-        self.key = self.make_heads(config, config.num_key_value_heads, is_placed)
-        self.value = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        if makes_keys:
+            self.key = self.make_heads(config, config.num_key_value_heads, is_placed)
+            self.value = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
         self.out = ResidualLinear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
     def values(self, x: Tensor) -> Tensor:

@@ -83,7 +83,8 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
             input_ids, attention_mask, labels: [B, N]; labels are ids, or -100 where nothing is asked. The encoder reads
                 all tokens of the mask ([MASK] tokens left out if ``config.hidden_tokens`` is "drop").
             view: instead of them, what an objective made of a packed batch.
-            encoded: with a view, what the encoder made of it, where that is known already.
+            encoded: what the encoder made of the text, where that is known already; also how to encode with another C:
+                ``model.encoder(..., num_concepts=C)``.
             timesteps: [B], for ``input_ids`` and a model with timestep_conditioning; by default the share of [MASK].
             label_smoothing: of the cross entropy; keep 0 in evaluation.
             return_nll: also return the loss of each target.
@@ -114,7 +115,7 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
         else:
             result = self._of_padded(
                 input_ids, attention_mask, labels, timesteps, label_smoothing, return_nll, num_iterations, num_concepts,
-                ablate, num_items_in_batch,
+                ablate, num_items_in_batch, encoded,
             )  # fmt: skip
         return result if return_dict else result.to_tuple()
 
@@ -149,12 +150,14 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
     def _of_padded(
         self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, timesteps: Tensor | None,
         label_smoothing: float, return_nll: bool, num_iterations: int | None, num_concepts: int | None,
-        ablate: str | None, num_items_in_batch: Tensor | int | None,
+        ablate: str | None, num_items_in_batch: Tensor | int | None, encoded: ConceptEncoderOutput | None,
     ) -> ConceptMaskedLMOutput:  # fmt: skip
         if labels is not None and labels.shape != input_ids.shape:
             raise ValueError(f"labels: expected input_ids' shape {list(input_ids.shape)}, got {list(labels.shape)}")
         packed = pack_padded(input_ids, attention_mask)
-        encoded = ablated(self.encoder(packed=self.encoder.visible(packed), num_iterations=num_iterations), ablate)
+        if encoded is None:
+            encoded = self.encoder(packed=self.encoder.visible(packed), num_iterations=num_iterations)
+        encoded = ablated(encoded, ablate)
         if timesteps is None and self.config.timestep_conditioning:
             timesteps = self.masked_share(packed)
         valid_BN = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0

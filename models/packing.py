@@ -3,6 +3,7 @@
 B sequences, T packed tokens, N tokens of one sequence.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -61,6 +62,16 @@ class Packed(NamedTuple):
             self.input_ids[keep], self.position_ids[keep], kept[self.cu_seqlens.long()], self.max_seqlen,
             self.num_positions(),
         )  # fmt: skip
+
+
+def fitting_concepts(packed: Packed, tokens_per_concept: float, most: int) -> int:
+    """C for a whole batch: one concept for so many tokens of its longest text, at least 1 and at most ``most``.
+
+    Concepts of a batch are as many for all texts, [B, C, d]: sort texts by length, so that those of a batch are alike.
+    """
+    if not tokens_per_concept > 0:
+        raise ValueError(f"tokens_per_concept: expected a number above 0, got {tokens_per_concept!r}")
+    return max(1, min(most, math.ceil(packed.max_seqlen / tokens_per_concept)))
 
 
 def sequence_ids(cu_seqlens: Tensor, num_rows: int) -> Tensor:

@@ -75,6 +75,18 @@ class TokenPositions(nn.Module):
         cos, sin = angles
         return cos * sharper, sin * sharper
 
+    def read_frequencies(self, device: torch.device) -> tuple[Tensor | None, float]:
+        """What the angles of ``read_angles`` are made of, for whoever makes them chunk by chunk: radians per position
+        [D/2], None where nothing is turned, and what turned keys are multiplied by."""
+        config = self.config
+        if config.token_positions != "rope":
+            return None, 1.0
+        is_sharper = config.rope_extension == "yarn"
+        return rotary_frequencies(
+            config.head_dim, config.rope_theta, config.rope_extension, config.rope_factor,
+            config.max_position_embeddings, device,
+        ), yarn_temperature(config.rope_factor) if is_sharper else 1.0  # fmt: skip
+
     def local_angles(self, position_ids: Tensor, head_dim: int) -> Angles | None:
         """The same for attention in a window. It looks as far as in training whatever the length of the text, so that
         nothing is extended."""

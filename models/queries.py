@@ -15,12 +15,27 @@ from .packing import Packed
 from .positions import anchor_fractions, segment_offsets, sinusoids
 from .shares import share_means
 from .similarity import wide
+from .start.resize import resize
+from .token_source import TokenSource
 
 
 def orthogonal_rows(num_rows: int, width: int) -> Tensor:
     """[C, d] rows of norm sqrt(d), orthogonal in blocks of at most d rows."""
     blocks = [nn.init.orthogonal_(torch.empty(min(width, num_rows - i), width)) for i in range(0, num_rows, width)]
     return torch.cat(blocks) * math.sqrt(width)
+
+
+def concept_rows(module: nn.Module, name: str, num_concepts: int) -> Tensor:
+    """[C, d] the parameter of this name with C rows, as the module's RESIZE says, if it has another number.
+
+    Raises:
+        ValueError: it has one row only.
+    """
+    rows = getattr(module, name)
+    if len(rows) == num_concepts:
+        return rows
+    what = f"num_concepts {len(rows)} -> {num_concepts}: {name}"
+    return resize(rows, (num_concepts, rows.shape[1]), module.RESIZE[name], what)
 
 
 class AnchorFeatures(nn.Module):
@@ -73,23 +88,34 @@ class ConceptQueries(nn.Module):
         self.network = AnchorFeatures(config) if from_anchors else None
         self.places = nn.Parameter(torch.empty(C, d)) if config.concept_positions == "learned" else None
 
-    def forward(self, tokens_Td: Tensor, packed: Packed) -> Tensor:
+    def rows(self, num_concepts: int) -> Tensor:
+        """[C, d]; of init_queries = "state" they sum to nothing for any C."""
+        rows_Cd = concept_rows(self, "weight", num_concepts)
+        is_resized = self.config.init_queries == "state" and num_concepts != self.config.num_concepts
+        return rows_Cd - rows_Cd.mean(0) if is_resized else rows_Cd
+
+    def forward(self, tokens: Tensor | TokenSource, packed: Packed, num_concepts: int | None = None) -> Tensor:
+        """``num_concepts``: other than the configuration's C, which learned rows and places then follow as they do when
+        a checkpoint is loaded with another C (``start.resize``)."""
         config, B = self.config, packed.num_sequences
-        C, d = config.num_concepts, config.hidden_size
+        C, d = config.num_concepts if num_concepts is None else num_concepts, config.hidden_size
         shares_C = anchor_fractions(C, packed.cu_seqlens.device)
-        rows_Cd = self.weight if self.network is None else self.network(shares_C)
+        rows_Cd = self.rows(C) if self.network is None else self.network(shares_C)
         if config.concept_positions == "learned":
-            rows_Cd = rows_Cd + self.places
+            rows_Cd = rows_Cd + concept_rows(self, "places", C)
         elif config.concept_positions == "sinusoidal":
             size = config.initializer_range if config.init_queries == "embedding" else 1.0
             rows_Cd = rows_Cd + (math.sqrt(2) * size * sinusoids(1000.0 * shares_C, d)).to(rows_Cd.dtype)
         if config.init_queries == "state":
-            return rows_Cd + share_means(wide(tokens_Td), packed, C).to(rows_Cd.dtype)
+            return rows_Cd + share_means(wide(tokens), packed, C).to(rows_Cd.dtype)
         if config.init_queries != "segment":
             return rows_Cd.expand(B, C, d)
         offsets = segment_offsets(packed, C)
-        # unsafe skips a check of the offsets that would synchronise; they are right by construction
-        means = torch.segment_reduce(wide(tokens_Td), "mean", offsets=offsets, axis=0, unsafe=True, initial=0)
+        if isinstance(tokens, TokenSource):
+            means = tokens.segment_means(offsets)
+        else:
+            # unsafe skips a check of the offsets that would synchronise; they are right by construction
+            means = torch.segment_reduce(wide(tokens), "mean", offsets=offsets, axis=0, unsafe=True, initial=0)
         means_BCd = F.rms_norm(means, (d,), eps=config.norm_eps).view(B, C, d)
         return rows_Cd + means_BCd.to(rows_Cd.dtype)
 
@@ -104,4 +130,5 @@ class NullConcepts(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_concepts, config.hidden_size))
 
     def forward(self, concepts_BCd: Tensor, is_withheld_B: Tensor) -> Tensor:
-        return torch.where(is_withheld_B[:, None, None], self.weight.to(concepts_BCd.dtype), concepts_BCd)
+        rows_Cd = concept_rows(self, "weight", concepts_BCd.shape[1])
+        return torch.where(is_withheld_B[:, None, None], rows_Cd.to(concepts_BCd.dtype), concepts_BCd)

@@ -61,7 +61,8 @@ def apply_layers(
             c_BCd, tokens = layer(states[-1], angles, tokens, is_last=k == len(layers) - 1)
         if k == num_frozen - 1:
             c_BCd = pass_gradient(start, c_BCd)
-            tokens = tokens._replace(states=pass_gradient(start_tokens.states, tokens.states))
+            passed = pass_gradient(start_tokens.states, tokens.states)
+            tokens = tokens._replace(states=passed, keys_values=None)  # those made so far pass no gradient
         if with_changes or tolerance is not None:
             changes.append(change(states[-1][:num_texts], c_BCd[:num_texts]))
         states.append(c_BCd)

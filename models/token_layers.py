@@ -7,6 +7,7 @@ e width of tokens (token_dim).
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .config import ConceptConfig
 from .funnel import Pairs, Places, pair_up, pooled_attention
@@ -101,7 +102,7 @@ class TokenFeedForward(FeedForward):
         self.down = TokenResidualLinear(config.token_intermediate_size, config.token_dim, bias=False)
 
 
-class TokenLayer(nn.Module):
+class TokenLayer(GradientCheckpointingLayer):
     """x += attention(RMSNorm(x));  x += feed_forward(RMSNorm(x)).
 
     With a window of at least N and local attention this is a layer of Llama (Touvron et al. 2023, arXiv:2302.13971)
@@ -116,7 +117,12 @@ class TokenLayer(nn.Module):
         self.feed = TokenFeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_Re: Tensor, angles: Angles | None, places: Places) -> Tensor:
+    def forward(
+        self, x_Re: Tensor, angles: Angles | None, places: Places, pooled_angles: Angles | None = None,
+        pairs: Pairs | None = None,
+    ) -> Tensor:  # fmt: skip
+        if pairs is not None:
+            return self.halve(x_Re, angles, places, pooled_angles, pairs)
         return self.close(x_Re, self.attention(self.attention_norm(x_Re), angles, places))
 
     def halve(
@@ -156,6 +162,6 @@ class TokenLayers(nn.ModuleList):
                 continue
             pairs = pair_up(places, packed.num_sequences)
             pooled_angles = positions.local_angles(pairs.places.positions, self.head_dim)
-            x = layer.halve(x, angles, places, pooled_angles, pairs)
+            x = layer(x, angles, places, pooled_angles, pairs)
             places, angles = pairs.places, pooled_angles
         return x, places

@@ -16,15 +16,19 @@ from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from ..measure.environment import device_of
 from ..measure.exponents import (
+    FROM_IDS,
     FULL,
     GROWING,
+    LLAMA,
     LOCAL,
     OURS,
     PEERS,
     PERCEIVER,
     PHASES,
     QUANTITIES,
+    SHARED,
     UNPADDED,
+    WITH_KEYS,
     Rows,
     encoders_of,
     fits,
@@ -37,10 +41,11 @@ SUFFIXES = ("png", "svg")
 PHASE_TITLES = {"forward": "encoder, forward", "train": "encoder, forward and backward"}
 LINES = {  # encoder -> marker, line, colour; what is not listed is a variant of ours
     OURS: ("o", "-", BLUE), GROWING: ("o", "--", BLUE), FULL: ("s", "-", ORANGE), UNPADDED: ("s", "--", ORANGE),
-    LOCAL: ("^", "-", GREEN), PERCEIVER: ("v", "-", GREY),
+    FROM_IDS: ("D", "-", PURPLE), SHARED: ("P", "-", BLUE), WITH_KEYS: ("o", ":", BLUE),
+    LOCAL: ("^", "-", GREEN), LLAMA: ("^", "--", GREEN), PERCEIVER: ("v", "-", GREY),
 }  # fmt: skip
 VARIANTS = (  # marker, colour
-    ("D", PURPLE), ("P", "#b5487f"), ("X", "#0f8a8a"), ("*", "#a67c00"), ("d", "#5b6bd6"), ("p", "#7a5c3e"),
+    ("H", "#7a3fb0"), ("P", "#b5487f"), ("X", "#0f8a8a"), ("*", "#a67c00"), ("d", "#5b6bd6"), ("p", "#7a5c3e"),
     ("h", "#3b8d3b"), ("<", "#a33b3b"), (">", "#4a5560"),
 )  # fmt: skip
 

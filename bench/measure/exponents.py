@@ -16,8 +16,10 @@ from .results import write_results, write_text
 from .timing import Timing
 
 OURS, GROWING = "concept", "concept, C grows"
+FROM_IDS, SHARED, WITH_KEYS = "concept, from ids", "concept, shared keys", "concept, keys kept"
 FULL, UNPADDED, LOCAL, PERCEIVER = "full attention", "full, no padding", "local + full", "plain Perceiver"
-PEERS = (FULL, UNPADDED, LOCAL, PERCEIVER)
+LLAMA = "local + full, Llama"
+PEERS = (FULL, UNPADDED, LOCAL, LLAMA, PERCEIVER)
 Rows = Sequence[Mapping[str, Any]]
 PHASES = ("forward", "train")
 QUANTITIES = {"time_ms": "time", "peak_bytes": "memory"}

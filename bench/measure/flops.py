@@ -153,7 +153,7 @@ def queries(config: ConceptConfig) -> int:
 
 
 def read(config: ConceptConfig, sizes: Sizes) -> int:
-    """How concepts read tokens, K times:
+    """How concepts read tokens, K times; keys and values are made ceil(K / share_kv) times, once by tied layers:
 
         cross    4 R d k  +  4 B C d^2  +  4 C R d                  keys and values; queries and output; attention
         bixt     4 R d^2  +  4 B C d^2  +  4 C R d                  and where tokens read too
@@ -164,15 +164,16 @@ def read(config: ConceptConfig, sizes: Sizes) -> int:
     rows, B = funnelled(config, sizes)
     C, d, K = config.num_concepts, config.hidden_size, config.iterations
     k = config.num_key_value_heads * config.head_dim
+    made = (1 if config.tie_layers else -(-K // config.share_kv)) * 4 * rows * d * k
     match config.layer_kind:
         case "cross":
-            return K * (4 * rows * d * k + 4 * B * C * d * d + 4 * C * rows * d)
+            return made + K * (4 * B * C * d * d + 4 * C * rows * d)
         case "bixt":
             both = 2 * rows * d * d + 2 * B * C * d * d + 2 * C * rows * d
             return K * 2 * both + (K - 1) * both
     update = 12 if config.slot_update == "gated" else 2
     reads = config.slot_iterations * ((2 + update) * B * C * d * d + 4 * C * rows * d)
-    return K * (4 * rows * d * k + reads)
+    return made + K * reads
 
 
 def mix(config: ConceptConfig, sizes: Sizes) -> int:

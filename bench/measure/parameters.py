@@ -12,7 +12,7 @@ from ...models.queries import AnchorFeatures
 from ...models.token_layers import CONV_RADIUS
 
 PARTS = {  # part -> weights of ConceptForMaskedLM, the first that fits
-    "embedding": r"encoder\.(embed_tokens|positions|widen_tokens|token_norm)",
+    "embedding": r"encoder\.(embed_tokens|positions|widen_tokens|token_norm|token_reader)",
     "tokens": r"encoder\.(token_start|token_layers|layers\.\d+\.token_)",
     "concepts": r"encoder\.(concepts|out_norm)|exposure",
     "read": r"encoder\.layers\.\d+\.(read|update)",
@@ -78,11 +78,17 @@ def reads(config: ConceptConfig, num_layers: int) -> int:
     d, D, k = config.hidden_size, config.head_dim, config.num_key_value_heads * config.head_dim
     match config.layer_kind:
         case "cross":
-            return num_layers * attention(config)
+            return num_layers * attention(config) - num_borrowing(config) * (heads(d, k, D) + d * k)
         case "bixt":
             return num_layers * (2 * heads(d, d, D) + 2 * d * d) + num_telling(config) * 2 * d * d
     update = 4 * d * d + 2 * d + d * d + d * d + d if config.slot_update == "gated" else d * d
-    return num_layers * (heads(d, d, D) + heads(d, k, D) + d * k + update)
+    making = num_layers - num_borrowing(config)
+    return num_layers * (heads(d, d, D) + update) + making * (heads(d, k, D) + d * k)
+
+
+def num_borrowing(config: ConceptConfig) -> int:
+    """Layers that read the keys and values of one before them and own none."""
+    return 0 if config.tie_layers else config.num_hidden_layers - -(-config.num_hidden_layers // config.share_kv)
 
 
 def num_telling(config: ConceptConfig) -> int:

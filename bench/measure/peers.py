@@ -49,6 +49,24 @@ def modernbert(shape: Shape) -> nn.Module:
     return ModernBertModel(config)
 
 
+def ultrabert(shape: Shape) -> nn.Module:
+    """Llama's layers without the causal mask, rotary positions, full attention in every third layer and windows in the
+    others, as UltraBERT's (transformers 5), through SDPA.
+
+    Raises:
+        ImportError: this transformers does not have it.
+    """
+    from transformers import UltrabertConfig, UltrabertModel
+
+    config = UltrabertConfig(
+        vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads, intermediate_size=shape.intermediate_size,
+        max_position_embeddings=shape.max_tokens,
+    )  # fmt: skip
+    config._attn_implementation = "sdpa"
+    return UltrabertModel(config)
+
+
 class Perceiver(nn.Module):
     """The bottleneck as one would first write it (Jaegle et al. 2021): in every layer latents read the tokens through
     ``torch.nn.MultiheadAttention`` with a key padding mask, then attend to each other."""

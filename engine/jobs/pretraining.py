@@ -16,6 +16,7 @@ from ...models.masked_lm import ConceptForMaskedLM, smoothing_floor
 from ...models.objectives import Distillation, Mixed, View
 from ...models.pretraining import Cached, Pretraining, Totals, cache
 from ...models.recursion import draw_iterations
+from .. import compat
 from ..backbone import KEPT, checkpoint_activations, fill, open_backbone
 from ..data.cache import cache_folder
 from ..data.corpus import Corpus, open_corpus
@@ -124,6 +125,9 @@ class PretrainingJob:
             self.files["initialization.txt"] = self.beginning
         if recipe.train.checkpoint_backbone:
             checkpoint_activations(bare)
+        bare.encoder.keep = recipe.train.keep
+        if recipe.train.recompute:
+            compat.recompute_layers(bare)
         if recipe.init and recipe.init.embeddings == "frozen":
             bare.encoder.embed_tokens.weight.requires_grad_(False)
         distillation = None

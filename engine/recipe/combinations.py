@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from ...models.config import ConceptConfig
 from ...models.regularizers import WITHIN_TEXT
+from ...models.token_source import check_keep
 from ..errors import InputError
 from .schema import Recipe
 
@@ -114,6 +115,10 @@ def of_model(recipe: Recipe) -> Iterator[tuple[str, str]]:
         field, _, problem = str(error).removeprefix("model: ").partition(": ")
         yield f"model.{field}", problem
         return
+    try:
+        check_keep(config, recipe.train.keep)
+    except ValueError as error:
+        yield "train.keep", str(error).removeprefix("keep: ")
     halvings, shortest = len(config.funnel or ()), min(window for _, window in recipe.stages())
     if 2**halvings > shortest:
         yield "model.funnel", f"{halvings} halvings leave no two tokens of a window of {shortest} apart; use fewer"

@@ -25,7 +25,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 # What may change between an interruption and its resumption: it moves no data and no weight, or only by rounding.
 FREE = (
     "run.name", "run.folder", "run.timeout_s", "resume", "eval.", "checkpoint.", "zero.", "batch.micro_tokens",
-    "data.cache", "distill.max_gib",
+    "data.cache", "distill.max_gib", "train.keep", "train.recompute",
 )  # fmt: skip
 
 
@@ -76,6 +76,8 @@ class Train(Section):
     precision: Literal["fp32", "bf16"] = "bf16"  # bf16: autocast; weights, gradients and moments stay float32
     label_smoothing: Fraction = 0.0
     checkpoint_backbone: StrictBool = False  # what is trained of model.backbone keeps no activations: less memory
+    keep: Literal["keys", "states", "ids"] | None = None  # of a token, for the backward pass: `ConceptEncoder.keep`
+    recompute: StrictBool = False  # gradient checkpointing: layers are computed once more in the backward pass
     max_bad_steps: Count = 5  # consecutive steps with a non-finite gradient after which the run stops
 
 

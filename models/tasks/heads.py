@@ -77,20 +77,22 @@ class ConceptForSequenceClassification(ConceptPooledModel):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None, *,
         packed: Packed | None = None, input_ids_b: Tensor | None = None, attention_mask_b: Tensor | None = None,
-        packed_b: Packed | None = None, ablate: str | None = None, return_dict: bool = True,
+        packed_b: Packed | None = None, num_concepts: int | None = None, ablate: str | None = None,
+        return_dict: bool = True,
     ) -> ConceptTaskOutput | tuple:  # fmt: skip
         """
         Args:
             input_ids, attention_mask: [B, N]; or packed: B packed texts.
             input_ids_b, attention_mask_b, packed_b: the second texts of separate pairs, likewise.
             labels: [B] whole numbers, -100 for none; [B] or [B, L] values; [B, L] of 0 and 1. On any device.
+            num_concepts: C of this call, see ``ConceptEncoder``.
             ablate: None, "zero" or "shuffle" (``ablation.ablated``); both texts of a pair then move together.
 
         Raises:
             ValueError: a text is missing, one too many came, or a shape does not fit.
         """
         packed = open_door(input_ids, attention_mask, packed)
-        encoded = self.read(packed, ablate)
+        encoded = self.read(packed, ablate, num_concepts)
         if self.config.pair == "separate":
             packed_b = open_door(input_ids_b, attention_mask_b, packed_b, suffix="_b")
             if packed_b.num_sequences != packed.num_sequences:
@@ -98,7 +100,7 @@ class ConceptForSequenceClassification(ConceptPooledModel):
                     f"input_ids_b: expected {packed.num_sequences} texts, as many as the first of each pair, "
                     f"got {packed_b.num_sequences}"
                 )
-            x_BL = self.compare(encoded, packed, self.read(packed_b, ablate), packed_b)
+            x_BL = self.compare(encoded, packed, self.read(packed_b, ablate, num_concepts), packed_b)
         elif packed_b is not None or input_ids_b is not None:
             raise ValueError("input_ids_b: config.pair is 'joint': give both texts as one sequence, or set 'separate'")
         else:
@@ -117,6 +119,11 @@ class ConceptForSequenceClassification(ConceptPooledModel):
         """[B, L] of two texts."""
         if self.config.pair_features == "slots":
             cosines_BC = (unit(encoded_a.last_hidden_state) * unit(encoded_b.last_hidden_state)).sum(-1)
+            if cosines_BC.shape[1] != self.config.num_concepts:
+                raise ValueError(
+                    f"num_concepts: expected the model's C = {self.config.num_concepts} with pair_features = slots, "
+                    f"which has a weight for each, got {cosines_BC.shape[1]}"
+                )
             return self.classifier(cosines_BC.to(encoded_a.last_hidden_state.dtype))
         a_Bd, b_Bd = self.pooled(encoded_a, packed_a), self.pooled(encoded_b, packed_b)
         if self.config.pair_features == "cosine":
@@ -137,14 +144,15 @@ class ConceptForMultipleChoice(ConceptPooledModel):
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None, *,
-        packed: Packed | None = None, num_choices: int | None = None, ablate: str | None = None,
-        return_dict: bool = True,
+        packed: Packed | None = None, num_choices: int | None = None, num_concepts: int | None = None,
+        ablate: str | None = None, return_dict: bool = True,
     ) -> ConceptTaskOutput | tuple:  # fmt: skip
         """
         Args:
             input_ids, attention_mask: [B, K, N], each choice with its question; or packed: the B * K texts, question by
                 question, with num_choices K.
             labels: [B] which choice is right, -100 for none.
+            num_concepts: C of this call, see ``ConceptEncoder``.
             ablate: None, "zero", or "shuffle": choice k gets the concepts of choice k of another question.
 
         Raises:
@@ -161,7 +169,7 @@ class ConceptForMultipleChoice(ConceptPooledModel):
             raise ValueError(
                 f"num_choices: expected a divisor of the {packed.num_sequences} packed texts, got {num_choices}"
             )
-        encoded = self.read(packed, ablate, step=num_choices)
+        encoded = self.read(packed, ablate, num_concepts, step=num_choices)
         scores = self.classifier(self.dropout(self.norm(self.pooled(encoded, packed))))
         result = ConceptTaskOutput(logits=scores.view(-1, num_choices), concepts=encoded.last_hidden_state)
         if labels is not None:
@@ -185,13 +193,15 @@ class ConceptForQuestionAnswering(ConceptTaskModel):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         start_positions: Tensor | None = None, end_positions: Tensor | None = None, *,
-        packed: Packed | None = None, ablate: str | None = None, return_dict: bool = True,
+        packed: Packed | None = None, num_concepts: int | None = None, ablate: str | None = None,
+        return_dict: bool = True,
     ) -> ConceptSpanOutput | tuple:  # fmt: skip
         """
         Args:
             input_ids, attention_mask: [B, N], question and text with a separator between them; or packed.
             start_positions, end_positions: [B] columns of input_ids, or for a packed batch rows counted from the start
                 of each text. What lies outside the text (or on padding) is not asked, as in transformers.
+            num_concepts: C of this call, see ``ConceptEncoder``.
             ablate: None, "zero" or "shuffle" (``ablation.ablated``).
 
         Raises:
@@ -200,7 +210,7 @@ class ConceptForQuestionAnswering(ConceptTaskModel):
         if (start_positions is None) != (end_positions is None):
             raise ValueError("end_positions: expected both start_positions and end_positions, or neither")
         rows = open_door(input_ids, attention_mask, packed)
-        encoded = self.read(rows, ablate)
+        encoded = self.read(rows, ablate, num_concepts)
         scores_T2 = self.classifier(self.dropout(self.rows(encoded, rows)))
         result = ConceptSpanOutput(concepts=encoded.last_hidden_state)
         is_padded = input_ids is not None

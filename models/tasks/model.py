@@ -80,8 +80,10 @@ class ConceptTaskModel(ConceptPreTrainedModel):
             )
         return (model, info) if output_loading_info else model
 
-    def read(self, packed: Packed, ablate: str | None, step: int = 1) -> ConceptEncoderOutput:
-        return ablated(self.encoder(packed=packed), ablate, step)
+    def read(
+        self, packed: Packed, ablate: str | None, num_concepts: int | None = None, step: int = 1
+    ) -> ConceptEncoderOutput:
+        return ablated(self.encoder(packed=packed, num_concepts=num_concepts), ablate, step)
 
     def rows(self, encoded: ConceptEncoderOutput, packed: Packed) -> Tensor:
         """[T, d]: the decoder's answer at every token. O(C * T)."""

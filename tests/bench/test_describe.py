@@ -16,6 +16,7 @@ from conceptron.bench.describe import (
     by_part,
     encoder_activation_bytes,
     example_views,
+    kept_bytes,
     main,
     short,
 )  # fmt: skip
@@ -92,6 +93,17 @@ def test_the_peer_keeps_a_line():
     assert four - two == pytest.approx(2 * (two - one), rel=0.01)
     least = 2 * 4 * (32 + 3 * 32 + 32 + 32 + 64)  # input, q k v, what was read, the feed-forward's inputs
     assert least <= one / 256 <= 3 * least
+
+
+def test_what_is_kept_of_a_token():
+    """One state, keys and values in every layer, or the id; None where a layer cannot."""
+
+    def of_a_token(keep):
+        return (kept_bytes(configure(), 2048, "fp32", keep) - kept_bytes(configure(), 1024, "fp32", keep)) / 1024
+
+    states, keys, ids = map(of_a_token, (None, "keys", "ids"))
+    assert ids == 0 and states == 4 * 32 + 8 and keys > 2 * 2 * 4 * 32  # of ids only, the batch's own
+    assert kept_bytes(configure(layer_kind="slot"), 64, "fp32", "ids") is None
 
 
 def test_against_full_attention():

@@ -4,7 +4,18 @@ from torch import nn
 
 from conceptron.bench.measure import resident
 from conceptron.bench.measure.peers import Shape
-from conceptron.bench.memory import FULL, OURS, longest_that_fits, make_model, make_view, saved_by_part, training_case
+from conceptron.bench.memory import (
+    ENCODERS,
+    FULL,
+    OURS,
+    encoder_case,
+    longest_that_fits,
+    make_model,
+    make_view,
+    run_encoder_case,
+    saved_by_part,
+    training_case,
+)
 
 TINY = Shape(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, vocab_size=256, max_tokens=512)
 
@@ -45,6 +56,17 @@ def test_a_case_accounts_for_its_peak(kind):
     kept = sum(size for name, size in result.items() if name.startswith("activations"))
     assert kept > 0
     assert result["allocator_peak"] > result["parameters"] + result["optimizer"] + result["gradients"]
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_case_of_encoders(name):
+    result = encoder_case(name, list(TINY.__dict__.values()), 64, "cpu")()
+    assert result["tokens"] == 64 + 48 and result["peak"] is None and result["seconds"] > 0
+
+
+def test_a_fresh_process_has_its_peak():
+    row = run_encoder_case(OURS, TINY, 64, "cpu")
+    assert row["peak"] > 0 and row["bytes_per_token"] == round(row["peak"] / 112, 1)
 
 
 def test_both_models_answer_the_same_targets():

@@ -356,3 +356,13 @@ def test_the_size_of_a_micro_batch_changes_nothing_but_rounding(recipe):
         torch.testing.assert_close(
             torch.tensor([e[name] for e in small]), torch.tensor([e[name] for e in large]), rtol=2e-4, atol=0
         )
+
+
+def test_what_is_kept_for_the_backward_pass_changes_nothing_but_rounding(recipe):
+    runs = [
+        lines(train(recipe, ["train.steps=3", f"run.name={i}", "eval.every=0", "checkpoint.every=0", *overrides]))
+        for i, overrides in enumerate((["train.keep=keys"], ["train.keep=ids", "train.recompute=true"]))
+    ]
+    for name in ("loss", "grad_norm"):
+        first, second = (torch.tensor([entry[name] for entry in run]) for run in runs)
+        torch.testing.assert_close(first, second, rtol=2e-4, atol=0)

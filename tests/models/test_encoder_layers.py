@@ -13,7 +13,7 @@ from transformers import AutoModel
 from conceptron.kernels.slot_attention.op import slot_attention
 from conceptron.models.config import ConceptConfig
 from conceptron.models.encoder import ConceptEncoder
-from conceptron.models.encoder_layers import BixtLayer, ConceptAngles, GatedUpdate, Tokens
+from conceptron.models.encoder_layers import BixtLayer, ConceptAngles, GatedUpdate, Tokens, with_keys_values
 from conceptron.models.layers import ZeroLinear
 from conceptron.models.packing import pack
 from conceptron.models.positions import rotary_angles
@@ -90,7 +90,8 @@ def test_autocast_gives_the_same_concepts_within_rounding(options):
     model, batch = encoder(torch.float32, token_dim=24, **options), pack(words(9, 0, 30))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = model(packed=batch, output_hidden_states=True)
-        states = model.read_tokens(batch).states
+        tokens = model.read_tokens(batch)
+        states = tokens.states if tokens.source is None else tokens.source.states
     is_stream = options["layer_kind"] == "bixt"  # others only read tokens, as matrices do
     assert states.dtype == (torch.float32 if is_stream else torch.bfloat16)
     assert all(state.dtype == torch.float32 for state in out.hidden_states)  # streams are not rounded to 16 bits
@@ -224,7 +225,7 @@ def test_concepts_share_every_token_out(kind, normalize):
     tokens = model.read_tokens(batch)
     c = layer.read_norm(model.concepts(tokens.states, batch))
     with torch.no_grad():
-        k, v = layer.read.keys_values(tokens)
+        k, v = with_keys_values(layer.read, tokens, is_tied=False).keys_values
         q = layer.read.query(c, angles_of(model, tokens).reading)
         got = layer.read(c, angles_of(model, tokens).reading, k, v, batch).unflatten(-1, (4, 8))
     num_cross = 2 if kind == "hybrid" else 0
@@ -251,7 +252,7 @@ def test_hybrid_heads_each_read_in_their_own_way():
     tokens = model.read_tokens(batch)
     angles = angles_of(model, tokens).reading
     with torch.no_grad():
-        k, v = layer.read.keys_values(tokens)
+        k, v = with_keys_values(layer.read, tokens, is_tied=False).keys_values
         c = model.concepts(tokens.states, batch).clone()
         before = layer.read(c, angles, k, v, batch).unflatten(-1, (4, 8))
         c[0, 0] = -c[0, 0]

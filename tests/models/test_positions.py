@@ -129,7 +129,7 @@ def test_concepts_depend_on_differences_of_positions_only(extension, monkeypatch
     there, anchors = here._replace(position_ids=here.position_ids + 40), model.anchors(here)
     with torch.no_grad():
         base = model(packed=here).last_hidden_state
-        monkeypatch.setattr(model, "anchors", lambda packed: anchors + 40)
+        monkeypatch.setattr(model, "anchors", lambda packed, num_concepts=None: anchors + 40)
         assert torch.allclose(model(packed=there).last_hidden_state, base, atol=1e-4)
         assert (model(packed=here).last_hidden_state - base).abs().max() > 1e-2
 

@@ -1,0 +1,104 @@
+"""Keys of a chunk for the torch backend, with tokens last: [Hkv, D, n]. In place wherever a tensor is ours."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .arguments import Arguments
+
+
+class Weights(NamedTuple):
+    """What makes tokens, keys and values, in the dtype of computation."""
+
+    w_key: Tensor
+    w_value: Tensor
+    bias: Tensor | None  # [Hkv * D, 1]
+    norm: Tensor | None  # [D, 1]
+    token_norm: Tensor | None  # [E]
+
+
+class Keys(NamedTuple):
+    """Keys, and what their gradient needs: z = u / rms(u) before weight and rotation (u itself without a norm)."""
+
+    keys: Tensor  # [Hkv, D, n]
+    z: Tensor  # [Hkv, D, n]
+    inverse: Tensor | None  # [Hkv, 1, n], 1 / rms(u)
+    tables: tuple[Tensor, Tensor] | None  # cos, sin [D/2, n]
+
+
+def weights(a: Arguments, dtype: torch.dtype) -> Weights:
+    return Weights(
+        *(w.to(dtype, copy=True) for w in (a.w_key, a.w_value)),  # aligned: the last bit of a product depends on it
+        None if a.key_bias is None else a.key_bias.to(dtype)[:, None],
+        None if a.key_norm is None else a.key_norm.to(dtype)[:, None],
+        None if a.token_norm is None else a.token_norm.to(dtype),
+    )  # fmt: skip
+
+
+def tokens(a: Arguments, w: Weights, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """(x [n, E], and 1 / rms [n, 1] where x is made of ids)."""
+    if a.ids is None:
+        return a.x[start:stop].to(a.q.dtype).to(dtype), None
+    rows = a.x.index_select(0, a.ids[start:stop]).to(dtype)
+    inverse = (rows.square().mean(1, keepdim=True) + a.token_eps).rsqrt_()
+    return rows.mul_(inverse).mul_(w.token_norm).to(a.q.dtype).to(dtype), inverse
+
+
+def turning(a: Arguments, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """cos and sin [D/2, n] of tokens ``start`` to ``stop``."""
+    if a.cos is not None:
+        return tuple(part[start:stop].t().to(dtype).contiguous() for part in (a.cos, a.sin))
+    if a.positions is None:
+        return None
+    angles = a.frequencies[:, None] * a.positions[start:stop].float()
+    cos, sin = angles.cos(), angles.sin()
+    if a.temperature != 1:
+        cos, sin = cos * a.temperature, sin * a.temperature
+    return cos.to(dtype), sin.to(dtype)
+
+
+def make(x: Tensor, w: Weights, tables: tuple[Tensor, Tensor] | None, num_heads: int, eps: float) -> Keys:
+    u = torch.mm(w.w_key, x.t()) if w.bias is None else torch.addmm(w.bias, w.w_key, x.t())
+    z = u.unflatten(0, (num_heads, -1))
+    inverse, keys = None, z
+    if w.norm is not None:
+        inverse = torch.mul(z, z).mean(1, keepdim=True).add_(eps).rsqrt_()
+        keys = torch.mul(z.mul_(inverse), w.norm)
+    return Keys(keys if tables is None else _turn(keys, *tables, 1), z, inverse, tables)
+
+
+def backward(
+    dkeys: Tensor, keys: Keys, w: Weights, dbias: Tensor | None, dnorm: Tensor | None
+) -> Tensor:
+    """du [Hkv * D, n]; adds to the gradients of bias [Hkv * D, 1] and norm [D, 1]."""
+    du = dkeys if keys.tables is None else _turn(dkeys, *keys.tables, -1)
+    if w.norm is not None:
+        product = torch.mul(du, keys.z)
+        dnorm += product.sum((0, 2))[:, None]
+        mean = torch.matmul(w.norm.t() / w.norm.shape[0], product)  # [Hkv, 1, n]
+        du = torch.mul(du, w.norm).addcmul_(keys.z, mean, value=-1).mul_(keys.inverse)
+    du = du.flatten(0, 1)
+    if dbias is not None:
+        dbias += du.sum(1, keepdim=True)
+    return du
+
+
+def tokens_backward(
+    dx: Tensor, x_rows: Tensor, inverse: Tensor, w: Weights, dtoken_norm: Tensor
+) -> Tensor:
+    """The gradient of table rows [n, E] from that of the states; adds to that of the norm's weight."""
+    z = x_rows * inverse
+    dtoken_norm += (dx * z).sum(0)
+    dz = dx * w.token_norm
+    return dz.addcmul_(z, (dz * z).mean(1, keepdim=True), value=-1).mul_(inverse)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    """[Hkv, D, n] by angles (sign 1) or back (sign -1); the pair (x[i], x[i + D/2]) by angle i."""
+    out = torch.empty_like(x)
+    a, b = x.chunk(2, dim=1)
+    to_a, to_b = out.chunk(2, dim=1)
+    torch.mul(a, cos, out=to_a).addcmul_(b, sin, value=-sign)
+    torch.mul(b, cos, out=to_b).addcmul_(a, sin, value=sign)
+    return out
