@@ -2,7 +2,9 @@
 
 from typing import ClassVar
 
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
+
+from .auto import register_models
 
 CHOICES = {
     "layer_kind": ("cross", "bixt", "slot", "hybrid"),
@@ -121,6 +123,11 @@ class ConceptConfig(PretrainedConfig):
             self.token_intermediate_size = 2 * self.token_dim
         self.check_tokens()
         super().__init__(tie_word_embeddings=tie_word_embeddings, pad_token_id=pad_token_id, **kwargs)
+        register_models()
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        register_models()
 
     @property
     def head_dim(self) -> int:
@@ -265,6 +272,9 @@ class ConceptConfig(PretrainedConfig):
         value = getattr(self, name)
         if not holds(value):
             raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+AutoConfig.register(ConceptConfig.model_type, ConceptConfig)
 
 
 def _is_int(value: object) -> bool:
