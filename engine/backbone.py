@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from ..models.backbone import inner_config
+from ..models.backbone_config import inner_config
 from ..models.backbone_source import around, backbone_of, describe, load
 from ..models.objectives.view import SpecialTokens
 from ..models.packing import pack

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
-from .backbone import Backbone, inner_config, keep_layers, layer_numbers
+from .backbone import Backbone, keep_layers
+from .backbone_config import inner_config, layer_numbers
 
 IGNORED = ("pooler.", "cls.", "lm_head.", "vocab_transform.", "vocab_layer_norm.", "vocab_projector.", "head.",
            "decoder.", "classifier.", "qa_outputs.", "embeddings.position_ids")  # fmt: skip

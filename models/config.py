@@ -2,9 +2,10 @@
 
 from typing import ClassVar
 
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
-from .backbone import CAUSAL, inner_config, layer_numbers, position_limit
+from .auto import register_models
+from .backbone_config import CAUSAL, inner_config, layer_numbers, position_limit
 
 CHOICES = {
     "layer_kind": ("cross", "bixt", "slot", "hybrid"),
@@ -133,6 +134,11 @@ class ConceptConfig(PretrainedConfig):
             self.token_intermediate_size = 2 * self.token_dim
         self.check_tokens()
         super().__init__(tie_word_embeddings=tie_word_embeddings, pad_token_id=pad_token_id, **kwargs)
+        register_models()
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        register_models()
 
     @property
     def head_dim(self) -> int:
@@ -350,3 +356,6 @@ def _is_int(value: object) -> bool:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+AutoConfig.register(ConceptConfig.model_type, ConceptConfig)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
@@ -393,7 +393,3 @@ class ConceptEncoder(ConceptPreTrainedModel):
         if self.config.concept_positions != "rope":
             return num_positions_B.new_zeros((packed.num_sequences, C), dtype=torch.float32)
         return anchors(num_positions_B, C)
-
-
-AutoConfig.register(ConceptConfig.model_type, ConceptConfig)
-AutoModel.register(ConceptConfig, ConceptEncoder)

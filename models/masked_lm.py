@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForMaskedLM
 from transformers.utils import ModelOutput
 
 from .ablation import ablated
@@ -248,6 +247,3 @@ def smoothing_floor(label_smoothing: float, vocab_size: int) -> float:
     each = label_smoothing / vocab_size
     true = 1 - label_smoothing + each
     return -true * math.log(true) - (vocab_size - 1) * each * math.log(each)
-
-
-AutoModelForMaskedLM.register(ConceptConfig, ConceptForMaskedLM)

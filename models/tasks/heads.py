@@ -11,11 +11,6 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForMultipleChoice,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-)
 from transformers.utils import ModelOutput
 
 from ..config import ConceptConfig
@@ -305,8 +300,3 @@ def span_loss(scores_T2: Tensor, packed: Packed, spans_B2: Tensor) -> Tensor:
     rows_B2 = (packed.cu_seqlens[:-1, None] + torch.where(is_asked, spans_B2, 0)).clamp_max(packed.num_tokens - 1)
     nll_B2 = top_B2 + torch.where(is_text_B1, sums_B2, 1).log() - scores_T2.gather(0, rows_B2.long())
     return (nll_B2 * is_asked).sum() / is_asked.sum().clamp_min(1)
-
-
-AutoModelForSequenceClassification.register(ConceptConfig, ConceptForSequenceClassification)
-AutoModelForMultipleChoice.register(ConceptConfig, ConceptForMultipleChoice)
-AutoModelForQuestionAnswering.register(ConceptConfig, ConceptForQuestionAnswering)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from conceptron.models.backbone import LAYERS, Backbone, calls, cut
+from conceptron.models.backbone import Backbone, calls, cut
+from conceptron.models.backbone_config import LAYERS
 from conceptron.models.backbone_source import backbone_of, describe, load
 from conceptron.models.config import ConceptConfig
 from conceptron.models.encoder import ConceptEncoder
