@@ -74,8 +74,6 @@ def bench(arguments: argparse.Namespace) -> int:
             from .bench.ablation import main
         case "meaning":
             from .bench.meaning import main
-        case "meaning":
-            from .bench.meaning import main
         case "suite":
             from .bench.suite import main
         case "report":
