@@ -102,3 +102,35 @@ def test_every_recipe_says_how_to_run_it():
         head = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
         for word in ("conceptron train", "Hardware", "Time", "Result"):
             assert word in head, f"{path}: its opening comment lacks {word!r}"
+
+
+def test_no_circle_of_imports():
+    """Of what modules import when they are loaded; a function may import what it alone needs."""
+    paths = [path for floor in FLOORS for path in sources(floor)]
+    files = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
+    names = {name.removesuffix(".__init__"): name for name in files}
+    graph: dict[str, set[str]] = {}
+    for name, path in files.items():
+        top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom) and node.level]
+        found = {inside(path, node.level, part) for node in top
+                 for part in (node.module or "", *(f"{node.module or ''}.{a.name}".strip(".") for a in node.names))
+                 if part}  # fmt: skip
+        graph[name] = {names[target] for target in found if target in names} - {name}
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join((*above[above.index(name) :], name))
+        if name not in done:
+            for target in sorted(graph[name]):
+                visit(target, (*above, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_bench_shows_itself():
+    """The files at the top of bench/ are the words of its command line; everything else has a room."""
+    words = re.search(r'"what", choices=\((.*?)\)', (ROOT / "__main__.py").read_text(), re.DOTALL)[1]
+    at_top = {path.stem for path in (ROOT / "bench").glob("*.py")} | {"kernels"}
+    assert at_top == {*re.findall(r'"(\w+)"', words), "analyze", "describe"}
