@@ -69,15 +69,16 @@ def backward_kernel(
         dtoken_out_ptr += head * dtoken_stride_h
         scale_log2 = scale * LOG2E
         n = tl.arange(0, BLOCK_N)
+        wide_n = n.to(tl.int64)  # times a stride it may pass 2^31
         for i in range(0, length, BLOCK_N):
             in_n = n < length - i
             cell = ((token + i) * num_heads + head) * D
             # token_qk, token_v, dtoken [BLOCK_N, BLOCK_D]
             token_qk = load_tile(
-                token_qk_ptr + (token + i) * token_qk_stride_t, n * token_qk_stride_t, in_n, D, BLOCK_D, True
+                token_qk_ptr + (token + i) * token_qk_stride_t, wide_n * token_qk_stride_t, in_n, D, BLOCK_D, True
             )
             dtoken = load_tile(
-                dtoken_out_ptr + (token + i) * dtoken_stride_t, n * dtoken_stride_t, in_n, D, BLOCK_D, True
+                dtoken_out_ptr + (token + i) * dtoken_stride_t, wide_n * dtoken_stride_t, in_n, D, BLOCK_D, True
             )
             s = tl.dot(concept_qk, tl.trans(token_qk), input_precision=PRECISION)  # [BLOCK_C, BLOCK_N]
             row_n = (token + i + n) * num_heads + head  # of [T, H]
@@ -92,7 +93,7 @@ def backward_kernel(
             ds = w * (dw - tl.sum(w * dw, 0)[None, :])
 
             token_v = load_tile(
-                token_v_ptr + (token + i) * token_v_stride_t, n * token_v_stride_t, in_n, D, BLOCK_D, True
+                token_v_ptr + (token + i) * token_v_stride_t, wide_n * token_v_stride_t, in_n, D, BLOCK_D, True
             )
             # but s = 0 and p = exp(-lse), which may be infinite
             p = tl.exp2(tl.where(in_n[None, :], s * scale_log2 - lse_log2[:, None], -float("inf")))

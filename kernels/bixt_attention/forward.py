@@ -52,10 +52,11 @@ def read_again(
     concept_qk = load_tile(concept_qk_ptr, c.to(tl.int64) * concept_qk_stride_c, in_c, D, BLOCK_D, not EVEN_C)
     concept_v = load_tile(concept_v_ptr, c.to(tl.int64) * concept_v_stride_c, in_c, D, BLOCK_D, not EVEN_C)
     n = tl.arange(0, BLOCK_N)
+    wide_n = n.to(tl.int64)  # times a stride it may pass 2^31
     for i in tl.range(0, length, BLOCK_N, num_stages=1):  # too rare to spend registers on
         in_n = n < length - i
         token_qk = load_tile(
-            token_qk_ptr + (token + i) * token_qk_stride_t, n * token_qk_stride_t, in_n, D, BLOCK_D, True
+            token_qk_ptr + (token + i) * token_qk_stride_t, wide_n * token_qk_stride_t, in_n, D, BLOCK_D, True
         )
         s = tl.dot(concept_qk, tl.trans(token_qk), input_precision=PRECISION) * scale_log2  # [BLOCK_C, BLOCK_N]
         if not EVEN_C:
@@ -107,11 +108,12 @@ def forward_kernel(
         token_v_ptr += head * token_v_stride_h
         scale_log2 = scale * LOG2E
         n = tl.arange(0, BLOCK_N)
+        wide_n = n.to(tl.int64)  # times a stride it may pass 2^31
         for i in range(0, length, BLOCK_N):
             in_n = n < length - i
             # token_qk, token_v [BLOCK_N, BLOCK_D]
             token_qk = load_tile(
-                token_qk_ptr + (token + i) * token_qk_stride_t, n * token_qk_stride_t, in_n, D, BLOCK_D, True
+                token_qk_ptr + (token + i) * token_qk_stride_t, wide_n * token_qk_stride_t, in_n, D, BLOCK_D, True
             )
             s = tl.dot(concept_qk, tl.trans(token_qk), input_precision=PRECISION)  # [BLOCK_C, BLOCK_N]
             s = tl.where(in_n[None, :], s, -float("inf"))
@@ -129,7 +131,7 @@ def forward_kernel(
             read = tl.dot(tl.trans(concept_v), w.to(concept_v.dtype), input_precision=PRECISION)  # [BLOCK_D, BLOCK_N]
             store_tile(token_out_ptr + cell * D, n * num_heads * D, tl.trans(read), in_n, D, BLOCK_D, True)
             token_v = load_tile(
-                token_v_ptr + (token + i) * token_v_stride_t, n * token_v_stride_t, in_n, D, BLOCK_D, True
+                token_v_ptr + (token + i) * token_v_stride_t, wide_n * token_v_stride_t, in_n, D, BLOCK_D, True
             )
             acc = tl.dot(spread, token_v, acc * alpha[:, None], input_precision=PRECISION)
     # a sequence without tokens: acc = 0, l = 0, and lse = -inf

@@ -100,11 +100,12 @@ def row_kernel(
         scale_log2 = scale * LOG2E
         seed = tl.load(seed_ptr) if seed_ptr is not None else 0
         n = tl.arange(0, BLOCK_N)
+        wide_n = n.to(tl.int64)  # times a stride it may pass 2^31
         for i in range(0, length, BLOCK_N):
             in_n = n < length - i
             # k, v [BLOCK_N, BLOCK_D]
-            k = load_tile(k_ptr + (token + i) * k_stride_t, n * k_stride_t, in_n, D, BLOCK_D, True)
-            v = load_tile(v_ptr + (token + i) * v_stride_t, n * v_stride_t, in_n, D, BLOCK_D, True)
+            k = load_tile(k_ptr + (token + i) * k_stride_t, wide_n * k_stride_t, in_n, D, BLOCK_D, True)
+            v = load_tile(v_ptr + (token + i) * v_stride_t, wide_n * v_stride_t, in_n, D, BLOCK_D, True)
             applied, ds = _gradients(
                 q, dout, k, v, lse_log2, delta, scale_log2, in_n, seed, threshold, keep_scale, b, h, c, first + i,
                 BLOCK_R, BLOCK_N, seed_ptr is not None, PRECISION,
@@ -144,12 +145,13 @@ def dkv_kernel(
     if length > 0:
         sequence, head_row = b.to(tl.int64), (b.to(tl.int64) * num_kv_heads + head) * num_rows
         n = tl.arange(0, BLOCK_N)
+        wide_n = n.to(tl.int64)  # times a stride it may pass 2^31
         in_n = n < length
         token = (start + first).to(tl.int64)
         k_base = k_ptr + token * k_stride_t + head.to(tl.int64) * k_stride_h
         v_base = v_ptr + token * v_stride_t + head.to(tl.int64) * v_stride_h
-        k = load_tile(k_base, n * k_stride_t, in_n, D, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
-        v = load_tile(v_base, n * v_stride_t, in_n, D, BLOCK_D, True)
+        k = load_tile(k_base, wide_n * k_stride_t, in_n, D, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
+        v = load_tile(v_base, wide_n * v_stride_t, in_n, D, BLOCK_D, True)
         seed = tl.load(seed_ptr) if seed_ptr is not None else 0
         dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)

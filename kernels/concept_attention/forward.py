@@ -66,11 +66,12 @@ def forward_kernel(
         scale_log2 = scale * LOG2E
         seed = tl.load(seed_ptr) if seed_ptr is not None else 0
         n = tl.arange(0, BLOCK_N)
+        wide_n = n.to(tl.int64)  # times a stride it may pass 2^31
         for i in range(0, length, BLOCK_N):
             in_n = n < length - i
             # k, v [BLOCK_N, BLOCK_D]
-            k = load_tile(k_ptr + (token + i) * k_stride_t, n * k_stride_t, in_n, D, BLOCK_D, True)
-            v = load_tile(v_ptr + (token + i) * v_stride_t, n * v_stride_t, in_n, D, BLOCK_D, True)
+            k = load_tile(k_ptr + (token + i) * k_stride_t, wide_n * k_stride_t, in_n, D, BLOCK_D, True)
+            v = load_tile(v_ptr + (token + i) * v_stride_t, wide_n * v_stride_t, in_n, D, BLOCK_D, True)
             m, l, acc = attend_block(
                 q, k, v, m, l, acc, in_n, scale_log2, seed, threshold, b, h, c, first + i,
                 BLOCK_R, BLOCK_N, False, True, seed_ptr is not None, PRECISION,

@@ -44,8 +44,9 @@ def scores(x_rows, w_rows, stride_xd, stride_wd, width, EVEN_D: tl.constexpr, BL
            BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """z = x W^T in float32, [BLOCK_M, BLOCK_V], from pointers to the first element of each row."""
     d = tl.arange(0, BLOCK_D)
-    x_cells = x_rows[:, None] + d[None, :] * stride_xd
-    w_cells = w_rows[None, :] + d[:, None] * stride_wd
+    wide_d = d.to(tl.int64)  # times a stride it may pass 2^31
+    x_cells = x_rows[:, None] + wide_d[None, :] * stride_xd
+    w_cells = w_rows[None, :] + wide_d[:, None] * stride_wd
     z = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     for start in range(0, width, BLOCK_D):
         if EVEN_D:
@@ -55,8 +56,8 @@ def scores(x_rows, w_rows, stride_xd, stride_wd, width, EVEN_D: tl.constexpr, BL
             x = tl.load(x_cells, mask=(start + d < width)[None, :], other=0.0)
             w = tl.load(w_cells, mask=(start + d < width)[:, None], other=0.0)
         z = tl.dot(x, w, z, input_precision="ieee")
-        x_cells += BLOCK_D * stride_xd
-        w_cells += BLOCK_D * stride_wd
+        x_cells += tl.cast(stride_xd, tl.int64) * BLOCK_D
+        w_cells += tl.cast(stride_wd, tl.int64) * BLOCK_D
     return z
 
 

@@ -76,11 +76,12 @@ def backward_kernel(
         dv_scale = 1.0 / gain
         scale_log2 = scale * LOG2E
         n = tl.arange(0, BLOCK_N)
+        wide_n = n.to(tl.int64)  # times a stride it may pass 2^31
         for i in range(0, length, BLOCK_N):
             in_n = n < length - i
             # k, v [BLOCK_N, BLOCK_D]
-            k = load_tile(k_ptr + (token + i) * k_stride_t, n * k_stride_t, in_n, D, BLOCK_D, True)
-            v = load_tile(v_ptr + (token + i) * v_stride_t, n * v_stride_t, in_n, D, BLOCK_D, True)
+            k = load_tile(k_ptr + (token + i) * k_stride_t, wide_n * k_stride_t, in_n, D, BLOCK_D, True)
+            v = load_tile(v_ptr + (token + i) * v_stride_t, wide_n * v_stride_t, in_n, D, BLOCK_D, True)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_C, BLOCK_N]
             if not EVEN_C:
                 s = tl.where(in_c[:, None], s, -float("inf"))

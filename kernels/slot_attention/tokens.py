@@ -84,12 +84,13 @@ def token_kernel(
                 dmass_ptr += sequence * dmass_stride_b + head * dmass_stride_h
         scale_log2 = scale * LOG2E
         n = tl.arange(0, BLOCK_N)
+        wide_n = n.to(tl.int64)  # times a stride it may pass 2^31
         for i in range(0, length, BLOCK_N):
             in_n = n < length - i
             # k, v [BLOCK_N, BLOCK_D]
-            k = load_tile(k_ptr + (token + i) * k_stride_t, n * k_stride_t, in_n, D, BLOCK_D, True)
+            k = load_tile(k_ptr + (token + i) * k_stride_t, wide_n * k_stride_t, in_n, D, BLOCK_D, True)
             if delta_ptr is not None:
-                v = load_tile(v_ptr + (token + i) * v_stride_t, n * v_stride_t, in_n, D, BLOCK_D, True)
+                v = load_tile(v_ptr + (token + i) * v_stride_t, wide_n * v_stride_t, in_n, D, BLOCK_D, True)
             m = tl.full([BLOCK_N], -float("inf"), tl.float32)
             l = tl.zeros([BLOCK_N], tl.float32)
             delta = tl.zeros([BLOCK_N], tl.float32)
