@@ -185,6 +185,7 @@ def test_concepts_read_them_like_any_tokens(folder_of):
     model = encoder_on(folder_of("bert"), "bert", ConceptForMaskedLM)
     encoder = model.encoder
     packed = pack(words(20, 7))
+    encoder.keep = "keys"
     read = encoder.read_tokens(packed)
     expected = encoder.token_norm(encoder.widen_tokens(encoder.backbone(packed)))
     assert torch.equal(read.states, expected) and encoder.widen_tokens.weight.shape == (32, 24)
@@ -193,6 +194,31 @@ def test_concepts_read_them_like_any_tokens(folder_of):
 
 
 STATE = dict(hidden_size=24, init_queries="state", num_hidden_layers=2)
+
+
+@pytest.mark.parametrize("num_concepts", [1, 3, 11])
+def test_the_mean_stays_the_backbones_with_any_number_of_concepts(num_concepts, folder_of):
+    encoder = encoder_on(folder_of("bert"), "bert", **{**STATE, "num_concepts": 7})
+    packed = pack(words(30, 5))
+    output = encoder(packed=packed, num_concepts=num_concepts)
+    means = torch.stack([text.mean(0) for text in encoder.backbone(packed).split((30, 5))])
+    assert output.last_hidden_state.shape == (2, num_concepts, 24)
+    assert (output.pooler_output - means).abs().max() < 1e-5
+    assert encoder.as_states(output.last_hidden_state).shape == (2, num_concepts, 24)
+
+
+def test_states_that_are_kept_give_the_gradients_of_keys(folder_of):
+    encoder, found = encoder_on(folder_of("bert"), "bert", **STATE, backbone_train="all").double(), {}
+    for module in encoder.layers.modules():
+        if getattr(module, "starts_at_zero", False):  # what is written would have no gradient beyond it
+            torch.nn.init.normal_(module.weight, std=0.1)
+    for encoder.keep in ("keys", None):
+        encoder.zero_grad()
+        encoder(packed=pack(words(20, 7))).last_hidden_state.square().sum().backward()
+        found[encoder.keep] = {name: x.grad.clone() for name, x in encoder.named_parameters() if x.grad is not None}
+    assert found["keys"].keys() == found[None].keys() and any("backbone" in name for name in found[None])
+    for name, expected in found["keys"].items():
+        assert (found[None][name] - expected).abs().max() <= 1e-9 * expected.abs().max() + 1e-12, name
 
 
 @pytest.mark.parametrize("lengths", [(3, 1, 40, 17, 100), (0, 5)])

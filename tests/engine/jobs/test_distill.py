@@ -204,7 +204,7 @@ def test_a_student_of_bare_word_embeddings(recipe, wide, kind):
 
 @pytest.mark.parametrize("override, found", [
     ("init={source: NARROW, embeddings: frozen}", "its embeddings are 16 wide, the model's 30; set model.token_dim"),
-    ("init={source: NARROW, embeddings: frozen, layers: 2}", "init.layers: expected nothing with init.embeddings"),
+    ("init={source: NARROW, embeddings: frozen, layers: 2}", "init.layers: unknown key"),
 ])
 def test_embeddings_that_do_not_fit(recipe, narrow, override, found):
     with pytest.raises(InputError, match=found):
