@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # what the tables say, for those who read without running
     from .models.tasks.heads import ConceptForMultipleChoice as ConceptForMultipleChoice
     from .models.tasks.heads import ConceptForQuestionAnswering as ConceptForQuestionAnswering
     from .models.tasks.heads import ConceptForSequenceClassification as ConceptForSequenceClassification
+    from .models.tasks.tokens import ConceptForTokenClassification as ConceptForTokenClassification
 
 __version__ = "0.1.0"
 
@@ -39,7 +40,8 @@ OPERATORS = {  # name -> its folder in kernels/
 MODELS = {  # name -> its file in models/
     "ConceptConfig": "config", "ConceptEncoder": "encoder", "ConceptForMaskedLM": "masked_lm",
     "ConceptForMultipleChoice": "tasks.heads", "ConceptForQuestionAnswering": "tasks.heads",
-    "ConceptForSequenceClassification": "tasks.heads", "pack": "packing",
+    "ConceptForSequenceClassification": "tasks.heads", "ConceptForTokenClassification": "tasks.tokens",
+    "pack": "packing",
 }  # fmt: skip
 __all__ = ["kernels", *OPERATORS, *MODELS]
 

@@ -19,6 +19,7 @@ from ..models.tasks.heads import (
     ConceptForQuestionAnswering,
     ConceptForSequenceClassification,
 )
+from ..models.tasks.tokens import ConceptForTokenClassification
 from .data.tokenizer import Vocabulary, describe, load
 from .errors import InputError
 
@@ -26,6 +27,7 @@ MODELS = {
     model.__name__: model
     for model in (
         ConceptForMaskedLM, ConceptForSequenceClassification, ConceptForMultipleChoice, ConceptForQuestionAnswering,
+        ConceptForTokenClassification,
     )
 }  # fmt: skip
 
@@ -47,6 +49,7 @@ def load_model(folder: Path) -> nn.Module:
     if loaded["missing_keys"]:
         names = sorted(loaded["missing_keys"])
         raise InputError(f"{folder}: {len(names)} weights are missing, {names[0]} among them; save the model again")
+    model.config.return_dict = True  # whatever the folder says: the rest of this program reads outputs by name
     return model.float().to(device).eval()
 
 

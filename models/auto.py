@@ -52,12 +52,14 @@ def register_models() -> None:
         AutoModelForMultipleChoice,
         AutoModelForQuestionAnswering,
         AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
     )
 
     from .config import ConceptConfig
     from .encoder import ConceptEncoder
     from .masked_lm import ConceptForMaskedLM
     from .tasks.heads import ConceptForMultipleChoice, ConceptForQuestionAnswering, ConceptForSequenceClassification
+    from .tasks.tokens import ConceptForTokenClassification
 
     for auto, model in (
         (AutoModel, ConceptEncoder),
@@ -65,5 +67,6 @@ def register_models() -> None:
         (AutoModelForMultipleChoice, ConceptForMultipleChoice),
         (AutoModelForQuestionAnswering, ConceptForQuestionAnswering),
         (AutoModelForSequenceClassification, ConceptForSequenceClassification),
+        (AutoModelForTokenClassification, ConceptForTokenClassification),
     ):
         auto.register(ConceptConfig, model)

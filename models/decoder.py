@@ -122,7 +122,7 @@ class ConceptDecoder(ConceptPreTrainedModel):
 
     def forward(
         self, concepts: Tensor, anchors: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int,
-        *, input_ids: Tensor | None = None, timesteps: Tensor | None = None,
+        *, input_ids: Tensor | None = None, timesteps: Tensor | None = None, inputs_embeds: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """
         Args:
@@ -130,6 +130,7 @@ class ConceptDecoder(ConceptPreTrainedModel):
             position_ids: [M] positions of the rows, rising strictly inside a sequence; cu_seqlens [B+1] int32 and
                 max_seqlen say whose they are.
             input_ids: [M] ids at those positions, for token+position queries; others ignore it.
+            inputs_embeds: [M, e] in their place.
             timesteps: [B] in (0, 1], for a model with timestep_conditioning; one without it ignores them.
 
         Returns:
@@ -138,7 +139,7 @@ class ConceptDecoder(ConceptPreTrainedModel):
         Raises:
             ValueError: input_ids or timesteps are missing where the configuration needs them.
         """
-        x_Md = self.query_norm(self.queries(position_ids, input_ids, max_seqlen))
+        x_Md = self.query_norm(self.queries(position_ids, input_ids, max_seqlen, inputs_embeds))
         condition_Bd = self.condition(concepts, timesteps)
         row_angles, anchor_angles = (self.positions.angles(where) for where in (position_ids, anchors))
         if self.config.decoder_mixing == "local":
@@ -178,9 +179,13 @@ class ConceptDecoder(ConceptPreTrainedModel):
             branch_Md = self.dropout(branch_Md)
         return x_Md, branch_Md, concepts
 
-    def queries(self, position_ids: Tensor, input_ids: Tensor | None, max_seqlen: int) -> Tensor:
+    def queries(
+        self, position_ids: Tensor, input_ids: Tensor | None, max_seqlen: int, inputs_embeds: Tensor | None = None
+    ) -> Tensor:
         if self.query is not None:
             return self.positions(self.query(position_ids), position_ids, max_seqlen)
+        if inputs_embeds is not None:
+            return self.widen_tokens(self.positions(inputs_embeds, position_ids, max_seqlen))
         if input_ids is None:
             raise ValueError("input_ids: this decoder has token+position queries and needs the ids of the target rows")
         return self.widen_tokens(self.positions(self.embed_tokens(input_ids), position_ids, max_seqlen))

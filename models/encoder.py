@@ -5,6 +5,7 @@ B sequences, T packed tokens, C concepts, d model width.
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from transformers.utils import ModelOutput
 from ..kernels.autocast import lower_precision
 from .backbone import Backbone
 from .config import ConceptConfig
+from .door import open_door
 from .encoder_layers import ConceptAngles, Tokens, build_layers
 from .layers import (
     ConstantHeads,
@@ -28,7 +30,7 @@ from .layers import (
     widening,
 )
 from .mixing import CopeMixing
-from .packing import Packed, pack_padded
+from .packing import Packed
 from .positions import TokenPositions, anchors
 from .queries import ConceptQueries, NullConcepts, orthogonal_rows
 from .recursion import apply_layers
@@ -58,6 +60,33 @@ class ConceptPreTrainedModel(LoadsOtherSizes, PreTrainedModel):
         config.check()  # again: from_pretrained(folder, field=other) sets fields one by one
         config.check_tokens()
         super().__init__(config)
+
+    def post_init(self) -> None:
+        super().post_init()  # it adds what the parts ignore when they are loaded by themselves
+        self._keys_to_ignore_on_load_unexpected = set(type(self)._keys_to_ignore_on_load_unexpected or ())
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
+        """As in transformers for a class of somebody else's module. The models of this package are registered when it
+        is imported, and a folder holds no copy of their code: it is loaded with the package installed."""
+        if cls.__module__.partition(".")[0] != __name__.partition(".")[0]:
+            super().register_for_auto_class(auto_class)
+
+    def wants(
+        self, output_attentions: bool | None, output_hidden_states: bool | None, return_dict: bool | None
+    ) -> tuple[bool, bool]:
+        """Whether a call gives hidden states, and whether named: as it says, or else the configuration.
+
+        Raises:
+            ValueError: attention weights were asked for.
+        """
+        config = self.config
+        if config.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError(
+                "output_attentions: expected False, got True: attention weights are never made, only what they weigh"
+            )
+        with_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return bool(with_states), bool(config.return_dict if return_dict is None else return_dict)
 
     def _set_gradient_checkpointing(self, *args, **kwargs):
         options = getattr(kwargs.get("gradient_checkpointing_func"), "keywords", {})
@@ -131,7 +160,6 @@ class ConceptPreTrainedModel(LoadsOtherSizes, PreTrainedModel):
         if isinstance(module, nn.Linear | LanguageModelHead) and module.bias is not None:
             init.zeros_(module.bias)
 
-
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         """As in transformers, which gives every parameter a gradient: those of a frozen backbone lose it again."""
@@ -172,6 +200,10 @@ class ConceptEncoder(ConceptPreTrainedModel):
     """
 
     keep: str | None = None
+    # of the folder of a model with a head, whose encoder this is: what AutoModel leaves there is no surprise
+    _keys_to_ignore_on_load_unexpected: ClassVar = [
+        rf"^{part}\." for part in ("decoder", "exposure", "lm_head", "norm", "pool", "classifier", "qa_outputs")
+    ]
 
     def __init__(self, config: ConceptConfig):
         super().__init__(config)
@@ -208,41 +240,52 @@ class ConceptEncoder(ConceptPreTrainedModel):
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, *,
+        token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
         packed: Packed | None = None, num_concepts: int | None = None, num_iterations: int | None = None,
-        tolerance: float | None = None, output_hidden_states: bool = False, output_convergence: bool = False,
-        return_dict: bool = True,
+        tolerance: float | None = None, cu_seq_lens_q: Tensor | None = None, cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None, max_length_k: int | None = None, output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None, output_convergence: bool = False, return_dict: bool | None = None,
     ) -> ConceptEncoderOutput | tuple:  # fmt: skip
-        """Encodes ``packed``, or ``input_ids`` [B, N] with ``attention_mask`` [B, N], packed at the door.
+        """Encodes texts, in one of the forms of ``door.open_door``: ``packed``, or ``input_ids`` [B, N] (or
+        ``inputs_embeds``) with ``attention_mask`` [B, N], or [1, T] under the names of transformers' flattening
+        collator. Those of the last two are packed at the door, [MASK] tokens left out if ``config.hidden_tokens`` is
+        "drop" (of ``inputs_embeds`` nobody can tell: leave them out of the mask).
 
         Args:
+            token_type_ids: not read: which of two texts a token is of, the separator says.
             num_concepts: C, any, of all texts of the batch; the configuration's by default. Learned rows follow as when
                 a checkpoint is loaded with another C. ``packing.fitting_concepts`` finds one that fits the texts.
             num_iterations: K of a tied layer, any; the configuration's by default.
             tolerance: in evaluation, ends the iterations of a tied layer after one that changed the concepts of every
                 sequence by less, |c_k+1 - c_k| < tolerance * |c_k|. Synchronises with the host once an iteration.
+            output_hidden_states, return_dict: as in transformers; None: what the configuration says.
 
         Raises:
-            ValueError: neither or both of ``packed`` and ``input_ids`` came, a shape does not fit, or iterations were
-                asked of layers that are not tied.
+            ValueError: not exactly one form of the texts came, a shape does not fit, iterations were asked of layers
+                that are not tied, or output_attentions, which there are none of.
         """
-        if (packed is None) == (input_ids is None):
-            raise ValueError("input_ids: expected either input_ids [B, N] or packed, got both or neither")
+        with_states, as_dict = self.wants(output_attentions, output_hidden_states, return_dict)
+        door = open_door(
+            input_ids, attention_mask, packed, inputs_embeds=inputs_embeds, position_ids=position_ids,
+            cu_seq_lens_q=cu_seq_lens_q, cu_seq_lens_k=cu_seq_lens_k, max_length_q=max_length_q,
+            max_length_k=max_length_k,
+        )  # fmt: skip
         self.check_iterations(num_iterations, tolerance)
         is_count = isinstance(num_concepts, int | torch.SymInt) and not isinstance(num_concepts, bool)
         if num_concepts is not None and not (is_count and num_concepts >= 1):
             raise ValueError(f"num_concepts: expected a whole number of at least 1, got {num_concepts!r}")
         if packed is None:
-            packed = self.visible(self.bare(pack_padded(input_ids, attention_mask)))
+            packed = self.visible(self.bare(door.packed))
         states, changes = self.encode(packed, num_iterations, tolerance, output_convergence, num_concepts)
-        output_hidden_states |= self.training and self.config.loss_every_iteration
+        with_states |= self.training and self.config.loss_every_iteration
         result = ConceptEncoderOutput(
             last_hidden_state=states[-1],
             pooler_output=self.pooled(states[-1]),
             anchors=self.anchors(packed, num_concepts),
-            hidden_states=tuple(states) if output_hidden_states else None,
+            hidden_states=tuple(states) if with_states else None,
             convergence=torch.stack(changes) if output_convergence else None,
         )
-        return result if return_dict else result.to_tuple()
+        return result if as_dict else result.to_tuple()
 
     def encode(
         self, packed: Packed, num_iterations: int | None = None, tolerance: float | None = None,
@@ -273,13 +316,15 @@ class ConceptEncoder(ConceptPreTrainedModel):
     def read_tokens(self, packed: Packed) -> Tokens:
         """Tokens as concepts read them: through their own layers, as wide as the model, normalised."""
         keep = self.kept_of_tokens()
+        if packed.embeds is not None:
+            self.check_embeds(packed.embeds)
         if keep == "keys":
             return self.whole_tokens(packed)
-        has_plain_embeddings = self.has_plain_embeddings
+        has_plain_embeddings = self.has_plain_embeddings and packed.embeds is None
         if keep == "ids" and not has_plain_embeddings:
             raise ValueError(
-                "keep: expected keys or states, got 'ids': the embeddings are a backbone's, or have an adapter, a hook "
-                "or ZeRO-3"
+                "keep: expected keys or states, got 'ids': the embeddings are given, are a backbone's, or have an "
+                "adapter, a hook or ZeRO-3"
             )
         dtype = raw = None
         if has_plain_embeddings:
@@ -294,6 +339,13 @@ class ConceptEncoder(ConceptPreTrainedModel):
         frequencies, temperature = self.positions.read_frequencies(packed.input_ids.device)
         source = self.token_reader(states, places, Where(positions, frequencies, temperature), dtype)
         return Tokens(None, None, places, raw=raw, source=source)
+
+    def check_embeds(self, embeds_Te: Tensor) -> None:
+        if self.backbone is not None:
+            raise ValueError("inputs_embeds: expected input_ids: a backbone embeds the tokens of each window itself")
+        if embeds_Te.shape[1] != self.config.token_dim:
+            expected = f"[B, N, {self.config.token_dim}], as wide as token embeddings"
+            raise ValueError(f"inputs_embeds: expected shape {expected}, got a width of {embeds_Te.shape[1]}")
 
     def kept_of_tokens(self) -> str:
         """What is kept of a token in this call, see ``keep``."""
@@ -320,7 +372,8 @@ class ConceptEncoder(ConceptPreTrainedModel):
         """States [R, d], their positions [R], whose they are, and of a backbone from which concepts start ``raw``."""
         raw = None
         if self.backbone is None:
-            rows_Te = self.positions(self.embed_tokens(packed.input_ids), packed.position_ids, packed.max_seqlen)
+            embeds = self.embed_tokens(packed.input_ids) if packed.embeds is None else packed.embeds
+            rows_Te = self.positions(embeds, packed.position_ids, packed.max_seqlen)
             rows_Re, places = self.token_layers(self.token_start(rows_Te), packed, self.positions)
         else:
             rows_Re = self.backbone(packed) if packed.states is None else packed.states.to(self.token_norm.weight.dtype)
@@ -384,7 +437,7 @@ class ConceptEncoder(ConceptPreTrainedModel):
 
     def visible(self, packed: Packed) -> Packed:
         """What the encoder reads of a text with [MASK] tokens in it: without them if it was configured to drop them."""
-        if self.config.hidden_tokens != "drop" or self.config.mask_token_id is None:
+        if self.config.hidden_tokens != "drop" or self.config.mask_token_id is None or packed.embeds is not None:
             return packed
         return packed.select(packed.input_ids != self.config.mask_token_id)
 

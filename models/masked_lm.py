@@ -13,11 +13,12 @@ from transformers.utils import ModelOutput
 from .ablation import ablated
 from .config import ConceptConfig
 from .decoder import ConceptDecoder
+from .door import open_door
 from .encoder import ConceptEncoder, ConceptEncoderOutput, ConceptPreTrainedModel
 from .exposure import Exposure
 from .layers import LanguageModelHead
 from .objectives.view import View
-from .packing import Packed, pack_padded
+from .packing import Packed
 
 IGNORE = -100  # the label that transformers gives to rows without a target
 
@@ -25,9 +26,11 @@ IGNORE = -100  # the label that transformers gives to rows without a target
 @dataclass
 class ConceptMaskedLMOutput(ModelOutput):
     loss: Tensor | None = None  # 0-d
-    logits: Tensor | None = None  # [B, N, V], zero at padding; None in a training step
+    logits: Tensor | None = None  # [B, N, V], zero at padding, or [1, T, V]; None in a training step
     concepts: Tensor | None = None  # [B, C, d]
     nll: Tensor | None = None  # [M] float32, one a target, smoothed if the loss is
+    hidden_states: tuple[Tensor, ...] | None = None  # of the concepts, as the encoder gives them
+    token_states: Tensor | None = None  # [B, N, d] the decoder's row at every token, zero at padding
 
 
 class ConceptForMaskedLM(ConceptPreTrainedModel):
@@ -61,31 +64,27 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
         return self.lm_head
 
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        *,
-        view: View | None = None,
-        encoded: ConceptEncoderOutput | None = None,
-        timesteps: Tensor | None = None,
-        label_smoothing: float = 0.0,
-        return_nll: bool = False,
-        num_iterations: int | None = None,
-        num_concepts: int | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        ablate: str | None = None,
-        return_dict: bool = True,
-    ) -> ConceptMaskedLMOutput | tuple:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None, *,
+        token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
+        view: View | None = None, encoded: ConceptEncoderOutput | None = None, timesteps: Tensor | None = None,
+        smoothing: float = 0.0, return_nll: bool = False, num_iterations: int | None = None,
+        num_concepts: int | None = None, num_items_in_batch: Tensor | int | None = None, ablate: str | None = None,
+        cu_seq_lens_q: Tensor | None = None, cu_seq_lens_k: Tensor | None = None, max_length_q: int | None = None,
+        max_length_k: int | None = None, output_token_states: bool = False, output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None, return_dict: bool | None = None,
+    ) -> ConceptMaskedLMOutput | tuple:  # fmt: skip
         """
         Args:
-            input_ids, attention_mask, labels: [B, N]; labels are ids, or -100 where nothing is asked. The encoder reads
-                all tokens of the mask ([MASK] tokens left out if ``config.hidden_tokens`` is "drop").
+            input_ids, attention_mask, labels: [B, N], or [1, T] with cu_seq_lens_q, or inputs_embeds in place of ids:
+                see ``door.open_door``; labels are ids, or -100 where nothing is asked. The encoder reads all tokens of
+                the mask ([MASK] tokens left out if ``config.hidden_tokens`` is "drop"; of embeddings nobody can tell).
+            token_type_ids: not read: which of two texts a token is of, the separator says.
             view: instead of them, what an objective made of a packed batch.
             encoded: what the encoder made of the text, where that is known already; also how to encode with another C:
                 ``model.encoder(..., num_concepts=C)``.
             timesteps: [B], for ``input_ids`` and a model with timestep_conditioning; by default the share of [MASK].
-            label_smoothing: of the cross entropy; keep 0 in evaluation.
+            smoothing: label smoothing of the cross entropy; keep 0 in evaluation. (transformers' Trainer takes every
+                argument with "label" in its name for labels that a batch must have.)
             return_nll: also return the loss of each target.
             num_iterations: of a tied encoder, see ``ConceptEncoder``; a training step whose iterations are to be drawn
                 needs what ``recursion.draw_iterations`` drew, the same on every rank.
@@ -93,14 +92,19 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
                 all, and in training what the configuration leaves it.
             num_items_in_batch: with labels, what their sum is divided by; by default their number.
             ablate: None, "zero" or "shuffle": what the loss is without the concepts of the text (``ablation.ablated``).
+            output_token_states: also the decoder's row at every token, where logits are made.
+            output_hidden_states, return_dict: as in transformers; None: what the configuration says. Hidden states are
+                the encoder's; of a view there are none.
 
         Returns:
             loss if there are targets; logits if there are none, and with labels in eval mode; concepts always.
 
         Raises:
-            ValueError: the inputs name neither or both doors, or a shape does not fit.
+            ValueError: the inputs name neither or both doors, a shape does not fit, or output_attentions, which there
+                are none of.
         """
-        if (view is None) == (input_ids is None):
+        with_states, as_dict = self.wants(output_attentions, output_hidden_states, return_dict)
+        if (view is None) == (input_ids is None and inputs_embeds is None):
             raise ValueError("input_ids: expected either input_ids [B, N] or view, got both or neither")
         is_drawn = self.training and self.config.iteration_sampling == "random" and encoded is None
         if is_drawn and num_iterations is None:
@@ -110,23 +114,44 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
             )
         if view is not None:
             encoded = self.encode(view.encoder, num_iterations) if encoded is None else encoded
-            result = self._of_view(view, ablated(encoded, ablate), label_smoothing, return_nll, num_concepts)
-        else:
-            result = self._of_padded(
-                input_ids, attention_mask, labels, timesteps, label_smoothing, return_nll, num_iterations, num_concepts,
-                ablate, num_items_in_batch, encoded,
-            )  # fmt: skip
-        return result if return_dict else result.to_tuple()
+            result = self._of_view(view, ablated(encoded, ablate), smoothing, return_nll, num_concepts)
+            return result if as_dict else result.to_tuple()
+        door = open_door(
+            input_ids, attention_mask, inputs_embeds=inputs_embeds, position_ids=position_ids,
+            cu_seq_lens_q=cu_seq_lens_q, cu_seq_lens_k=cu_seq_lens_k, max_length_q=max_length_q,
+            max_length_k=max_length_k,
+        )  # fmt: skip
+        targets_T = None if labels is None else door.rows(labels, "labels")
+        if encoded is None:
+            read = self.encoder.visible(self.encoder.bare(door.packed))
+            encoded = self.encoder(
+                packed=read, num_iterations=num_iterations, output_hidden_states=with_states, return_dict=True
+            )
+        encoded = ablated(encoded, ablate)
+        if timesteps is None and self.config.timestep_conditioning:
+            timesteps = self.masked_share(door.packed)
+        result = ConceptMaskedLMOutput(concepts=encoded.last_hidden_state)
+        result.hidden_states = encoded.hidden_states if with_states else None
+        seen = self.expose(encoded, num_concepts)
+        if targets_T is not None:
+            result.loss, result.nll = self._loss_of_rows(
+                door.packed, seen, targets_T, timesteps, smoothing, return_nll, num_items_in_batch
+            )
+        if labels is None or not self.training:
+            hidden_Td = self.decode_rows(seen, door.packed, timesteps)
+            result.logits = door.spread(self.lm_head(hidden_Td))
+            result.token_states = door.spread(hidden_Td) if output_token_states else None
+        return result if as_dict else result.to_tuple()
 
     def _of_view(
-        self, view: View, encoded: ConceptEncoderOutput, label_smoothing: float, return_nll: bool,
+        self, view: View, encoded: ConceptEncoderOutput, smoothing: float, return_nll: bool,
         num_concepts: int | None,
     ) -> ConceptMaskedLMOutput:  # fmt: skip
         divisor = torch.where(view.divisor > 0, view.divisor, 1.0)  # a batch without text has loss 0
         losses = []
         for iteration in [*self.before_last(encoded), encoded] if self.answers_every_iteration else [encoded]:
             hidden_Md = self.decode_view(self.expose(iteration, num_concepts), view)
-            loss, nll = self.loss(hidden_Md, view.targets, view.weights, divisor, label_smoothing, return_nll)
+            loss, nll = self.loss(hidden_Md, view.targets, view.weights, divisor, smoothing, return_nll)
             losses.append(loss)
         return ConceptMaskedLMOutput(loss=sum(losses) / len(losses), concepts=encoded.last_hidden_state, nll=nll)
 
@@ -138,7 +163,7 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
         """With what a training step needs: states to answer from, how far iterations still move the concepts."""
         return self.encoder(
             packed=packed, num_iterations=num_iterations, output_hidden_states=self.answers_every_iteration,
-            output_convergence=self.training and self.config.tie_layers,
+            output_convergence=self.training and self.config.tie_layers, return_dict=True,
         )  # fmt: skip
 
     def before_last(self, encoded: ConceptEncoderOutput) -> list[ConceptEncoderOutput]:
@@ -146,44 +171,28 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
         states = encoded.hidden_states[1:-1]
         return [ConceptEncoderOutput(self.encoder.out_norm(c), anchors=encoded.anchors) for c in states]
 
-    def _of_padded(
-        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, timesteps: Tensor | None,
-        label_smoothing: float, return_nll: bool, num_iterations: int | None, num_concepts: int | None,
-        ablate: str | None, num_items_in_batch: Tensor | int | None, encoded: ConceptEncoderOutput | None,
-    ) -> ConceptMaskedLMOutput:  # fmt: skip
-        if labels is not None and labels.shape != input_ids.shape:
-            raise ValueError(f"labels: expected input_ids' shape {list(input_ids.shape)}, got {list(labels.shape)}")
-        packed = pack_padded(input_ids, attention_mask)
-        if encoded is None:
-            encoded = self.encoder(packed=self.encoder.visible(packed), num_iterations=num_iterations)
-        encoded = ablated(encoded, ablate)
-        if timesteps is None and self.config.timestep_conditioning:
-            timesteps = self.masked_share(packed)
-        valid_BN = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
-        result = ConceptMaskedLMOutput(concepts=encoded.last_hidden_state)
-        encoded = self.expose(encoded, num_concepts)
-        if labels is not None:
-            targets_T = labels[valid_BN]
-            is_asked_T = targets_T != IGNORE
-            targets_M = targets_T[is_asked_T]
-            if self.mixes_rows:  # the others are context
-                hidden_Md = self.decode(encoded, packed.position_ids, packed.cu_seqlens, packed.max_seqlen,
-                                        packed.input_ids, timesteps)[is_asked_T]  # fmt: skip
-            else:
-                asked = packed.select(is_asked_T)
-                hidden_Md = self.decode(encoded, asked.position_ids, asked.cu_seqlens, asked.max_seqlen,
-                                        asked.input_ids, timesteps)  # fmt: skip
-            num_items = max(targets_M.shape[0], 1) if num_items_in_batch is None else num_items_in_batch
-            divisor = torch.as_tensor(num_items, dtype=torch.float32, device=hidden_Md.device)
-            weights_M = torch.ones_like(targets_M, dtype=torch.float32)
-            result.loss, result.nll = self.loss(hidden_Md, targets_M, weights_M, divisor, label_smoothing, return_nll)
-        if labels is None or not self.training:
-            hidden_Td = self.decode(encoded, packed.position_ids, packed.cu_seqlens, packed.max_seqlen,
-                                    packed.input_ids, timesteps)  # fmt: skip
-            logits_TV = self.lm_head(hidden_Td)
-            result.logits = logits_TV.new_zeros(*input_ids.shape, logits_TV.shape[-1])
-            result.logits[valid_BN] = logits_TV
-        return result
+    def _loss_of_rows(
+        self, packed: Packed, encoded: ConceptEncoderOutput, targets_T: Tensor, timesteps: Tensor | None,
+        smoothing: float, return_nll: bool, num_items_in_batch: Tensor | int | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        is_asked_T = targets_T != IGNORE
+        targets_M = targets_T[is_asked_T]
+        if self.mixes_rows:  # the others are context
+            hidden_Md = self.decode_rows(encoded, packed, timesteps)[is_asked_T]
+        else:
+            hidden_Md = self.decode_rows(encoded, packed.select(is_asked_T), timesteps)
+        if num_items_in_batch is None:
+            num_items_in_batch = is_asked_T.sum().clamp_min(1)
+        divisor = torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=hidden_Md.device)
+        weights_M = torch.ones_like(targets_M, dtype=torch.float32)
+        return self.loss(hidden_Md, targets_M, weights_M, divisor, smoothing, return_nll)
+
+    def decode_rows(self, encoded: ConceptEncoderOutput, packed: Packed, timesteps: Tensor | None) -> Tensor:
+        """Hidden states [T, d] of the rows at all of these tokens."""
+        return self.decoder(
+            encoded.last_hidden_state, encoded.anchors, packed.position_ids, packed.cu_seqlens, packed.max_seqlen,
+            input_ids=packed.input_ids, timesteps=timesteps, inputs_embeds=packed.embeds,
+        )  # fmt: skip
 
     @property
     def mixes_rows(self) -> bool:
@@ -215,20 +224,22 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
 
     def loss(
         self, hidden_Md: Tensor, targets_M: Tensor, weights_M: Tensor, divisor: Tensor,
-        label_smoothing: float, return_nll: bool,
+        smoothing: float, return_nll: bool,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         if not return_nll:
             total = self.lm_head(
-                hidden_Md, targets_M, token_weight=weights_M, label_smoothing=label_smoothing, reduction="sum"
+                hidden_Md, targets_M, token_weight=weights_M, label_smoothing=smoothing, reduction="sum"
             )
             return total / divisor, None
-        nll_M = self.lm_head(hidden_Md, targets_M, label_smoothing=label_smoothing, reduction="none").float()
+        nll_M = self.lm_head(hidden_Md, targets_M, label_smoothing=smoothing, reduction="none").float()
         return (weights_M * nll_M).sum() / divisor, nll_M
 
     def masked_share(self, packed: Packed) -> Tensor:
         """[B] share of [MASK] among the tokens of each sequence, at least 0.001: the time a diffusion model is at."""
         if self.config.mask_token_id is None:
             raise ValueError("timesteps: config.mask_token_id is not set, so the time cannot be read from input_ids")
+        if packed.embeds is not None:
+            raise ValueError("timesteps: expected [B] with inputs_embeds, of which nobody can tell what is hidden")
         is_mask = (packed.input_ids == self.config.mask_token_id).float()
         counts = torch.zeros(packed.num_tokens + 1, device=is_mask.device)
         counts[1:] = is_mask.cumsum(0)

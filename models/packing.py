@@ -25,6 +25,7 @@ class Packed(NamedTuple):
     max_seqlen: int  # at least the longest sequence; a Python int, so that nothing is read back from the device
     extents: Tensor | None = None  # [B] int64, N before tokens were left out; None: none was at the end
     states: Tensor | None = None  # [T, e] what a frozen backbone made of these very texts, where that is known
+    embeds: Tensor | None = None  # [T, e] in place of the rows of the table of embeddings; input_ids are then -1
 
     @property
     def num_sequences(self) -> int:
@@ -39,7 +40,8 @@ class Packed(NamedTuple):
             return None if x is None else x.to(device, non_blocking=non_blocking)
 
         tensors = (self.input_ids, self.position_ids, self.cu_seqlens)
-        return Packed(*(move(x) for x in tensors), self.max_seqlen, move(self.extents), move(self.states))
+        others = (self.extents, self.states, self.embeds)
+        return Packed(*(move(x) for x in tensors), self.max_seqlen, *(move(x) for x in others))
 
     def num_positions(self) -> Tensor:
         """[B] int64: sequence b has the positions 0 to ``num_positions[b] - 1``, whether or not they hold a token."""
@@ -60,7 +62,7 @@ class Packed(NamedTuple):
         kept[1:] = keep.cumsum(0)
         return Packed(
             self.input_ids[keep], self.position_ids[keep], kept[self.cu_seqlens.long()], self.max_seqlen,
-            self.num_positions(),
+            self.num_positions(), embeds=None if self.embeds is None else self.embeds[keep],
         )  # fmt: skip
 
 
@@ -135,13 +137,15 @@ def positions_within(lengths: np.ndarray) -> np.ndarray:
     return np.arange(lengths.sum(), dtype=np.int64) - np.repeat(starts, lengths)
 
 
-def pack_padded(input_ids: Tensor, attention_mask: Tensor | None = None) -> Packed:
-    """Packs a padded batch, on its own device. Costs one host synchronisation (two with a mask).
+def pack_padded(input_ids: Tensor, attention_mask: Tensor | None = None, max_seqlen: int | None = None) -> Packed:
+    """Packs a padded batch, on its own device. With a mask, costs two host synchronisations (one with max_seqlen).
 
     Args:
         input_ids: [B, N] int64.
         attention_mask: [B, N], non-zero where a token is real; None means everywhere. Padding may stand on either side
             or in between: positions count real tokens only, so a padded batch and a packed one give the same result.
+        max_seqlen: at least the longest text; by default read from the mask, and N where torch.compile or torch.export
+            look on, which cannot read it.
 
     Raises:
         ValueError: a shape does not fit.
@@ -151,7 +155,8 @@ def pack_padded(input_ids: Tensor, attention_mask: Tensor | None = None) -> Pack
     B, N = input_ids.shape
     if attention_mask is None:
         cu_seqlens = torch.arange(B + 1, device=input_ids.device, dtype=torch.int32) * N
-        return Packed(input_ids.reshape(-1), torch.arange(N, device=input_ids.device).repeat(B), cu_seqlens, N)
+        positions = torch.arange(N, device=input_ids.device).repeat(B)
+        return Packed(input_ids.reshape(-1), positions, cu_seqlens, N)
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask: expected input_ids' shape {list(input_ids.shape)}, got {list(attention_mask.shape)}"
@@ -161,5 +166,6 @@ def pack_padded(input_ids: Tensor, attention_mask: Tensor | None = None) -> Pack
     positions_BN = valid_BN.cumsum(1) - 1
     cu_seqlens = torch.zeros(B + 1, device=input_ids.device, dtype=torch.int32)
     cu_seqlens[1:] = lengths_B.cumsum(0)
-    max_seqlen = int(lengths_B.max()) if B else 0
+    if max_seqlen is None:
+        max_seqlen = N if torch.compiler.is_compiling() or B == 0 else int(lengths_B.max())
     return Packed(input_ids[valid_BN], positions_BN[valid_BN], cu_seqlens, max_seqlen)

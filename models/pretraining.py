@@ -124,7 +124,7 @@ class Pretraining(nn.Module):
                 parameter.requires_grad_(parameter.requires_grad and id(parameter) in of_encoder)
 
     def forward(
-        self, view: View | None = None, *, totals: Totals | None = None, step: int = 0, label_smoothing: float = 0.0,
+        self, view: View | None = None, *, totals: Totals | None = None, step: int = 0, smoothing: float = 0.0,
         num_iterations: int | None = None, cached: Cached | None = None, pair: Pair | None = None,
         encoder: Packed | None = None, return_nll: bool = False, lesson: Lesson | None = None,
     ) -> PretrainingOutput | ConceptMaskedLMOutput | Compared | Tensor:  # fmt: skip
@@ -159,7 +159,7 @@ class Pretraining(nn.Module):
         if self.has_task:
             encoded.last_hidden_state = z_BCd
             of_step = replace(view, divisor=totals.divisor)
-            loss = self.model(view=of_step, encoded=encoded, label_smoothing=label_smoothing).loss
+            loss = self.model(view=of_step, encoded=encoded, smoothing=smoothing).loss
             figures["task"] = loss.detach()
             if encoded.convergence is not None:  # of the last iteration, averaged over texts
                 figures["convergence"] = encoded.convergence[-1].sum() / totals.num_texts

@@ -155,7 +155,7 @@ class PretrainingJob:
         num_iterations = draw_iterations(engine.module.model.config, (self.recipe.run.seed, step))
         ahead = look_ahead(engine, batches, seeds, totals, num_iterations)
         shared = {"totals": totals, "step": step, "num_iterations": num_iterations,
-                  "label_smoothing": self.recipe.train.label_smoothing}  # fmt: skip
+                  "smoothing": self.recipe.train.label_smoothing}  # fmt: skip
         return [{"view": view, "cached": cached, **shared} for view, cached in zip(batches, ahead, strict=True)]
 
     def loss(self, engine: Any, given: dict[str, Any]) -> Loss:

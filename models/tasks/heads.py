@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from ..config import ConceptConfig
+from ..door import open_door
 from ..encoder import ConceptEncoderOutput
 from ..layers import RowNorm, ZeroLinear
 from ..packing import Packed
 from ..similarity import unit, wide
-from .model import ConceptPooledModel, ConceptTaskModel, open_door
+from .model import ConceptPooledModel, ConceptTaskModel
 from .pooling import reduce_rows
 
 IGNORE = -100  # the label that transformers gives to what is not asked
@@ -29,6 +30,7 @@ class ConceptTaskOutput(ModelOutput):
     loss: Tensor | None = None  # 0-d
     logits: Tensor | None = None  # [B, L]; of a regression the predicted values; of multiple choice [B, K]
     concepts: Tensor | None = None  # [B, C, d] as the head saw them; of a pair those of the first text
+    hidden_states: tuple[Tensor, ...] | None = None  # of the concepts, as the encoder gives them, likewise
 
 
 @dataclass
@@ -37,6 +39,7 @@ class ConceptSpanOutput(ModelOutput):
     start_logits: Tensor | None = None  # [B, N], the lowest number at padding; [T] for a packed batch
     end_logits: Tensor | None = None
     concepts: Tensor | None = None  # [B, C, d]
+    hidden_states: tuple[Tensor, ...] | None = None  # of the concepts, as the encoder gives them
 
 
 class ConceptForSequenceClassification(ConceptPooledModel):
@@ -67,29 +70,41 @@ class ConceptForSequenceClassification(ConceptPooledModel):
         self.norm = None if is_bare else RowNorm(config.hidden_size, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = ZeroLinear(width, config.num_labels) if width else None
+        if config.problem_type is None and config.num_labels == 1:
+            config.problem_type = "regression"  # else transformers' pipeline takes a sigmoid of the score
         self.post_init()
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None, *,
+        token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
         packed: Packed | None = None, input_ids_b: Tensor | None = None, attention_mask_b: Tensor | None = None,
         packed_b: Packed | None = None, num_concepts: int | None = None, ablate: str | None = None,
-        return_dict: bool = True,
+        cu_seq_lens_q: Tensor | None = None, cu_seq_lens_k: Tensor | None = None, max_length_q: int | None = None,
+        max_length_k: int | None = None, output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None, return_dict: bool | None = None,
     ) -> ConceptTaskOutput | tuple:  # fmt: skip
         """
         Args:
-            input_ids, attention_mask: [B, N]; or packed: B packed texts.
+            input_ids, attention_mask: [B, N]; or packed: B packed texts; or another form of ``door.open_door``.
+            token_type_ids: not read: the separator says which of two texts a token is of.
             input_ids_b, attention_mask_b, packed_b: the second texts of separate pairs, likewise.
-            labels: [B] whole numbers, -100 for none; [B] or [B, L] values; [B, L] of 0 and 1. On any device.
+            labels: [B] whole numbers, -100 for none; [B] or [B, L] values, any number; [B, L] of 0 and 1, -100 for
+                none. On any device. The first that come settle ``config.problem_type``, as in transformers.
             num_concepts: C of this call, see ``ConceptEncoder``.
             ablate: None, "zero" or "shuffle" (``ablation.ablated``); both texts of a pair then move together.
 
         Raises:
             ValueError: a text is missing, one too many came, or a shape does not fit.
         """
-        packed = open_door(input_ids, attention_mask, packed)
-        encoded = self.read(packed, ablate, num_concepts)
+        with_states, as_dict = self.wants(output_attentions, output_hidden_states, return_dict)
+        packed = open_door(
+            input_ids, attention_mask, packed, inputs_embeds=inputs_embeds, position_ids=position_ids,
+            cu_seq_lens_q=cu_seq_lens_q, cu_seq_lens_k=cu_seq_lens_k, max_length_q=max_length_q,
+            max_length_k=max_length_k,
+        ).packed  # fmt: skip
+        encoded = self.read(packed, ablate, num_concepts, with_states)
         if self.config.pair == "separate":
-            packed_b = open_door(input_ids_b, attention_mask_b, packed_b, suffix="_b")
+            packed_b = open_door(input_ids_b, attention_mask_b, packed_b, suffix="_b").packed
             if packed_b.num_sequences != packed.num_sequences:
                 raise ValueError(
                     f"input_ids_b: expected {packed.num_sequences} texts, as many as the first of each pair, "
@@ -101,12 +116,14 @@ class ConceptForSequenceClassification(ConceptPooledModel):
         else:
             x_BL = self.classifier(self.dropout(self.norm(self.pooled(encoded, packed))))
         result = ConceptTaskOutput(logits=x_BL, concepts=encoded.last_hidden_state)
+        result.hidden_states = encoded.hidden_states
         kind = problem_type(self.config, labels)
         if kind == "regression":
             result.logits = self.config.label_offset + self.config.label_scale * wide(x_BL)  # 16 bits would tie values
         if labels is not None:
             result.loss = label_loss(self.config, kind, x_BL, labels)
-        return result if return_dict else result.to_tuple()
+            self.config.problem_type = kind  # so that a saved model says what its logits are
+        return result if as_dict else result.to_tuple()
 
     def compare(
         self, encoded_a: ConceptEncoderOutput, packed_a: Packed, encoded_b: ConceptEncoderOutput, packed_b: Packed
@@ -139,13 +156,17 @@ class ConceptForMultipleChoice(ConceptPooledModel):
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None, *,
+        token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
         packed: Packed | None = None, num_choices: int | None = None, num_concepts: int | None = None,
-        ablate: str | None = None, return_dict: bool = True,
+        ablate: str | None = None, cu_seq_lens_q: Tensor | None = None, cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None, max_length_k: int | None = None, output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None, return_dict: bool | None = None,
     ) -> ConceptTaskOutput | tuple:  # fmt: skip
         """
         Args:
-            input_ids, attention_mask: [B, K, N], each choice with its question; or packed: the B * K texts, question by
-                question, with num_choices K.
+            input_ids (or inputs_embeds), attention_mask, position_ids: [B, K, N], each choice with its question; or the
+                B * K texts, question by question, with num_choices K: packed, or [1, T] with cu_seq_lens_q.
+            token_type_ids: not read: the separator says which of two texts a token is of.
             labels: [B] which choice is right, -100 for none.
             num_concepts: C of this call, see ``ConceptEncoder``.
             ablate: None, "zero", or "shuffle": choice k gets the concepts of choice k of another question.
@@ -153,23 +174,32 @@ class ConceptForMultipleChoice(ConceptPooledModel):
         Raises:
             ValueError: a shape does not fit.
         """
-        if input_ids is not None:
-            if input_ids.ndim != 3:
-                raise ValueError(f"input_ids: expected shape [B, K, N], got {list(input_ids.shape)}")
-            num_choices = input_ids.shape[1]
-            input_ids = input_ids.flatten(0, 1)
-            attention_mask = None if attention_mask is None else attention_mask.flatten(0, 1)
-        packed = open_door(input_ids, attention_mask, packed)
+        with_states, as_dict = self.wants(output_attentions, output_hidden_states, return_dict)
+        texts, num_dims = (input_ids, 3) if inputs_embeds is None else (inputs_embeds, 4)
+        if texts is not None and cu_seq_lens_q is None:
+            if texts.ndim != num_dims:
+                name, e = ("input_ids", "") if num_dims == 3 else ("inputs_embeds", ", e")
+                raise ValueError(f"{name}: expected shape [B, K, N{e}], got {list(texts.shape)}")
+            num_choices = texts.shape[1]
+            input_ids, inputs_embeds, attention_mask, position_ids = (
+                None if x is None else x.flatten(0, 1) for x in (input_ids, inputs_embeds, attention_mask, position_ids)
+            )
+        packed = open_door(
+            input_ids, attention_mask, packed, inputs_embeds=inputs_embeds, position_ids=position_ids,
+            cu_seq_lens_q=cu_seq_lens_q, cu_seq_lens_k=cu_seq_lens_k, max_length_q=max_length_q,
+            max_length_k=max_length_k,
+        ).packed  # fmt: skip
         if not num_choices or packed.num_sequences % num_choices:
             raise ValueError(
                 f"num_choices: expected a divisor of the {packed.num_sequences} packed texts, got {num_choices}"
             )
-        encoded = self.read(packed, ablate, num_concepts, step=num_choices)
+        encoded = self.read(packed, ablate, num_concepts, with_states, num_choices)
         scores = self.classifier(self.dropout(self.norm(self.pooled(encoded, packed))))
         result = ConceptTaskOutput(logits=scores.view(-1, num_choices), concepts=encoded.last_hidden_state)
+        result.hidden_states = encoded.hidden_states
         if labels is not None:
             result.loss = class_loss(result.logits, labels)
-        return result if return_dict else result.to_tuple()
+        return result if as_dict else result.to_tuple()
 
 
 class ConceptForQuestionAnswering(ConceptTaskModel):
@@ -182,20 +212,26 @@ class ConceptForQuestionAnswering(ConceptTaskModel):
     def __init__(self, config: ConceptConfig):
         super().__init__(config, reads_rows=True)
         self.dropout = nn.Dropout(config.dropout)
-        self.classifier = ZeroLinear(config.hidden_size, 2, bias=False)  # a bias would shift all tokens alike
+        self.qa_outputs = ZeroLinear(config.hidden_size, 2, bias=False)  # a bias would shift all tokens alike
         self.post_init()
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         start_positions: Tensor | None = None, end_positions: Tensor | None = None, *,
+        token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
         packed: Packed | None = None, num_concepts: int | None = None, ablate: str | None = None,
-        return_dict: bool = True,
+        cu_seq_lens_q: Tensor | None = None, cu_seq_lens_k: Tensor | None = None, max_length_q: int | None = None,
+        max_length_k: int | None = None, output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None, return_dict: bool | None = None,
     ) -> ConceptSpanOutput | tuple:  # fmt: skip
         """
         Args:
-            input_ids, attention_mask: [B, N], question and text with a separator between them; or packed.
-            start_positions, end_positions: [B] columns of input_ids, or for a packed batch rows counted from the start
-                of each text. What lies outside the text (or on padding) is not asked, as in transformers.
+            input_ids, attention_mask: [B, N], question and text with a separator between them; or packed; or another
+                form of ``door.open_door``.
+            token_type_ids: not read: the separator says which of two texts a token is of.
+            start_positions, end_positions: [B] columns of input_ids, or for texts end to end (packed, [1, T]) rows
+                counted from the start of each. What lies outside the text (or on padding) is not asked, as in
+                transformers.
             num_concepts: C of this call, see ``ConceptEncoder``.
             ablate: None, "zero" or "shuffle" (``ablation.ablated``).
 
@@ -204,26 +240,26 @@ class ConceptForQuestionAnswering(ConceptTaskModel):
         """
         if (start_positions is None) != (end_positions is None):
             raise ValueError("end_positions: expected both start_positions and end_positions, or neither")
-        rows = open_door(input_ids, attention_mask, packed)
-        encoded = self.read(rows, ablate, num_concepts)
-        scores_T2 = self.classifier(self.dropout(self.rows(encoded, rows)))
+        with_states, as_dict = self.wants(output_attentions, output_hidden_states, return_dict)
+        door = open_door(
+            input_ids, attention_mask, packed, inputs_embeds=inputs_embeds, position_ids=position_ids,
+            cu_seq_lens_q=cu_seq_lens_q, cu_seq_lens_k=cu_seq_lens_k, max_length_q=max_length_q,
+            max_length_k=max_length_k,
+        )  # fmt: skip
+        packed = door.packed
+        encoded = self.read(packed, ablate, num_concepts, with_states)
+        scores_T2 = self.qa_outputs(self.dropout(self.rows(encoded, packed)))
         result = ConceptSpanOutput(concepts=encoded.last_hidden_state)
-        is_padded = input_ids is not None
-        valid_BN = None
-        if is_padded:
-            valid_BN = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            valid_BN = valid_BN != 0
+        result.hidden_states = encoded.hidden_states
         if start_positions is not None:
             spans_B2 = torch.stack((start_positions, end_positions), dim=1).to(scores_T2.device)
-            if spans_B2.shape[0] != rows.num_sequences:
-                raise ValueError(f"start_positions: expected shape [{rows.num_sequences}], got [{spans_B2.shape[0]}]")
-            result.loss = span_loss(scores_T2, rows, rows_of_columns(spans_B2, valid_BN) if is_padded else spans_B2)
-        if is_padded:
-            dense_BN2 = scores_T2.new_full((*valid_BN.shape, 2), torch.finfo(scores_T2.dtype).min)
-            dense_BN2[valid_BN] = scores_T2
-            scores_T2 = dense_BN2
-        result.start_logits, result.end_logits = scores_T2.unbind(-1)
-        return result if return_dict else result.to_tuple()
+            if spans_B2.shape[0] != packed.num_sequences:
+                raise ValueError(f"start_positions: expected shape [{packed.num_sequences}], got [{spans_B2.shape[0]}]")
+            if door.valid is not None:
+                spans_B2 = rows_of_columns(spans_B2, door.valid)
+            result.loss = span_loss(scores_T2, packed, spans_B2)
+        result.start_logits, result.end_logits = door.spread(scores_T2, torch.finfo(scores_T2.dtype).min).unbind(-1)
+        return result if as_dict else result.to_tuple()
 
 
 def feature_width(config: ConceptConfig) -> int:
@@ -250,7 +286,7 @@ def problem_type(config: ConceptConfig, labels: Tensor | None) -> str | None:
 
 
 def label_loss(config: ConceptConfig, kind: str, x_BL: Tensor, labels: Tensor) -> Tensor:
-    """The mean over the batch of what ``kind`` calls for, 0-d; 0 for a batch without labels."""
+    """The mean over the labels of what ``kind`` calls for, 0-d; 0 without. -100: none, but a value to regression."""
     if kind == "single_label_classification":
         return class_loss(x_BL, labels)
     if labels.numel() != x_BL.numel():
@@ -259,9 +295,10 @@ def label_loss(config: ConceptConfig, kind: str, x_BL: Tensor, labels: Tensor) -
     values_BL = labels.to(x_BL.device, x_BL.dtype).view_as(x_BL)
     if kind == "regression":
         losses = (x_BL - (values_BL - config.label_offset) / config.label_scale).square()
-    else:
-        losses = F.binary_cross_entropy_with_logits(x_BL, values_BL, reduction="none")
-    return losses.sum() / max(losses.numel(), 1)
+        return losses.sum() / max(losses.numel(), 1)
+    is_asked = values_BL != IGNORE
+    losses = F.binary_cross_entropy_with_logits(x_BL, values_BL.where(is_asked, 0), weight=is_asked, reduction="sum")
+    return losses / is_asked.sum().clamp_min(1)
 
 
 def class_loss(logits_BL: Tensor, labels: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from ..ablation import ablated
 from ..config import ConceptConfig
 from ..decoder import ConceptDecoder
 from ..encoder import ConceptEncoder, ConceptEncoderOutput, ConceptPreTrainedModel
-from ..packing import Packed, pack_padded
+from ..packing import Packed
 from .pooling import DECODER_POOLS, concept_pool, mean_of_rows
 
 QUERY_PARTS = ("decoder.query.", "decoder.embed_tokens.", "decoder.widen_tokens.")  # may be new: queries can change
@@ -81,9 +81,15 @@ class ConceptTaskModel(ConceptPreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def read(
-        self, packed: Packed, ablate: str | None, num_concepts: int | None = None, step: int = 1
-    ) -> ConceptEncoderOutput:
-        return ablated(self.encoder(packed=packed, num_concepts=num_concepts), ablate, step)
+        self, packed: Packed, ablate: str | None, num_concepts: int | None = None, with_states: bool = False,
+        step: int = 1,
+    ) -> ConceptEncoderOutput:  # fmt: skip
+        """What the encoder makes of the texts; with its hidden states."""
+        encoded = self.encoder(
+            packed=self.encoder.bare(packed), num_concepts=num_concepts, output_hidden_states=with_states,
+            return_dict=True,
+        )  # fmt: skip
+        return ablated(encoded, ablate, step)
 
     def rows(self, encoded: ConceptEncoderOutput, packed: Packed) -> Tensor:
         """[T, d]: the decoder's answer at every token. O(C * T)."""
@@ -93,7 +99,7 @@ class ConceptTaskModel(ConceptPreTrainedModel):
             timesteps = torch.full((packed.num_sequences,), time, device=packed.cu_seqlens.device)
         return self.decoder(
             encoded.last_hidden_state, encoded.anchors, packed.position_ids, packed.cu_seqlens, packed.max_seqlen,
-            input_ids=packed.input_ids, timesteps=timesteps,
+            input_ids=packed.input_ids, timesteps=timesteps, inputs_embeds=packed.embeds,
         )  # fmt: skip
 
 
@@ -120,16 +126,3 @@ class ConceptPooledModel(ConceptTaskModel):
         if self.pool is not None:
             return self.pool(encoded.last_hidden_state)
         return mean_of_rows(self.rows(encoded, packed), packed.cu_seqlens)
-
-
-def open_door(
-    input_ids: Tensor | None, attention_mask: Tensor | None, packed: Packed | None, suffix: str = ""
-) -> Packed:
-    """``packed`` as it is, or input_ids [B, N] with their mask, packed. ``suffix``: of the argument's names in errors.
-
-    Raises:
-        ValueError: neither or both came, or a shape does not fit.
-    """
-    if (packed is None) == (input_ids is None):
-        raise ValueError(f"input_ids{suffix}: expected either input_ids{suffix} or packed{suffix}, got both or neither")
-    return pack_padded(input_ids, attention_mask) if packed is None else packed

@@ -72,7 +72,7 @@ def gradients(built: ConceptForMaskedLM, loss: torch.Tensor) -> dict[str, torch.
 def test_the_loss_is_the_written_out_one(smoothing):
     """Against full logits and torch's cross entropy: value, per-target losses and every gradient."""
     built, given = model(), view(Diffusion(weighting="mdlm"))
-    out = built(view=given, label_smoothing=smoothing, return_nll=True)
+    out = built(view=given, smoothing=smoothing, return_nll=True)
     encoded = built.encoder(packed=given.encoder)
     hidden = built.decode(encoded, given.decoder_position_ids, given.decoder_cu_seqlens, given.decoder_max_seqlen,
                           given.decoder_input_ids, given.timesteps)  # fmt: skip
@@ -82,7 +82,7 @@ def test_the_loss_is_the_written_out_one(smoothing):
     expected = (given.weights * nll).sum() / given.divisor
     assert out.logits is None and out.nll.dtype == torch.float32
     assert torch.allclose(out.nll, nll.float(), atol=1e-5) and torch.allclose(out.loss.double(), expected, rtol=1e-5)
-    lean = built(view=given, label_smoothing=smoothing).loss
+    lean = built(view=given, smoothing=smoothing).loss
     assert torch.allclose(lean, expected, rtol=1e-5)
     want, got = gradients(built, expected), gradients(built, lean)
     assert want.keys() == got.keys()

@@ -71,7 +71,7 @@ def test_spans_without_the_concepts_keep_the_tokens_of_their_text():
         input_ids=packed.input_ids,
     )  # fmt: skip
     out = built(packed=packed, ablate="shuffle")
-    assert torch.allclose(torch.stack((out.start_logits, out.end_logits), -1), built.classifier(hidden), atol=1e-9)
+    assert torch.allclose(torch.stack((out.start_logits, out.end_logits), -1), built.qa_outputs(hidden), atol=1e-9)
 
 
 def test_a_masked_language_model_without_its_concepts():
