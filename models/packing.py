@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -47,10 +48,9 @@ class Packed(NamedTuple):
         """[B] int64: sequence b has the positions 0 to ``num_positions[b] - 1``, whether or not they hold a token."""
         if self.extents is not None:
             return self.extents
-        if self.num_tokens == 0:
-            return torch.zeros(self.num_sequences, dtype=torch.int64, device=self.cu_seqlens.device)
         starts, ends = self.cu_seqlens[:-1].long(), self.cu_seqlens[1:].long()
-        return torch.where(ends > starts, self.position_ids[(ends - 1).clamp_min(0)] + 1, 0)
+        before = F.pad(self.position_ids, (1, 0))  # row i holds the position of row i - 1: no case for T = 0
+        return torch.where(ends > starts, before[ends] + 1, 0)
 
     def sequence_ids(self) -> Tensor:
         """[T] int64: the sequence that each row belongs to."""
