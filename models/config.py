@@ -136,6 +136,13 @@ class ConceptConfig(PretrainedConfig):
         super().__init__(tie_word_embeddings=tie_word_embeddings, pad_token_id=pad_token_id, **kwargs)
         register_models()
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """As in transformers for a class of somebody else's module; this package registers its own, and a folder holds
+        no copy of its code."""
+        if cls.__module__.partition(".")[0] != __name__.partition(".")[0]:
+            super().register_for_auto_class(auto_class)
+
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         register_models()

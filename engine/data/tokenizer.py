@@ -1,6 +1,7 @@
 """Tokenizers: the byte-level BPE that is trained on pydocs, or any fast one from a folder or the hub."""
 
 import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +100,39 @@ def describe(tokenizer: PreTrainedTokenizerFast, place: str) -> Vocabulary:
         fingerprint=hashlib.sha256(text.encode()).hexdigest()[:16],
         plain=plain,
     )
+
+
+def for_use(tokenizer: PreTrainedTokenizerFast, length: int) -> PreTrainedTokenizerFast:
+    """The tokenizer that is exported with a model: a call gives what the model was trained on, and nothing else.
+
+    One rule for every vocabulary. A text is its own tokens: nothing is put before or behind it, since training never
+    showed [CLS], BOS or EOS there. A pair is the first text, one separator, the second; the separator is the
+    tokenizer's own, else its end of text, else its [CLS] or beginning of text. One space before the mask token belongs
+    to the hidden word, as ``conceptron generate`` has it. ``length``: of training, where ``truncation=True`` cuts.
+
+    Padding, where a vocabulary has no token for it, is the separator: the attention mask says where it is.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    for entry in state["added_tokens"]:
+        if entry["content"] == tokenizer.mask_token:
+            entry["lstrip"] = True
+    names = ("sep_token", "eos_token", "cls_token", "bos_token")
+    separator = next((getattr(tokenizer, name) for name in names if getattr(tokenizer, name) is not None), None)
+    pieces, special = [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}], {}
+    if separator is not None:
+        pieces.insert(1, {"SpecialToken": {"id": separator, "type_id": 0}})
+        ids = [tokenizer.convert_tokens_to_ids(separator)]
+        special[separator] = {"id": separator, "ids": ids, "tokens": [separator]}
+    template = {"type": "TemplateProcessing", "single": pieces[:1], "pair": pieces, "special_tokens": special}
+    state |= {"post_processor": template, "truncation": None, "padding": None}
+    tokens = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    if separator is not None:
+        tokens = {"sep_token": separator, "pad_token": separator} | tokens
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), model_max_length=length, padding_side="right",
+        truncation_side=tokenizer.truncation_side, clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"], **tokens,
+    )  # fmt: skip
 
 
 def save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, Any]:
