@@ -1,6 +1,8 @@
-"""The result of a run: a Hugging Face folder with float32 safetensors and the tokenizer."""
+"""The result of a run: a Hugging Face folder with float32 safetensors, the tokenizer and a model card."""
 
 import contextlib
+import copy
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,12 +11,15 @@ from typing import Any
 from torch import nn
 from transformers.utils import logging
 
+from .. import __version__
 from . import compat
+from .card import INSTALL, About, card
+from .data.tokenizer import for_use
 from .launch import World
 
 
-def export(world: World, model: nn.Module, tokenizer: Any, folder: Path) -> Path:
-    """Writes `folder` so that `AutoModelForMaskedLM` and `AutoTokenizer` load it. Collective; any ZeRO stage.
+def export(world: World, model: nn.Module, tokenizer: Any, folder: Path, about: About) -> Path:
+    """Writes `folder` so that transformers' Auto classes and `SentenceTransformer` load it. Collective; any ZeRO stage.
 
     Weights are gathered one by one and kept on rank 0 only; a tied weight is written once. The folder appears when it
     is complete.
@@ -32,11 +37,15 @@ def export(world: World, model: nn.Module, tokenizer: Any, folder: Path) -> Path
         unfinished = folder.with_name(f".unfinished-{folder.name}")
         shutil.rmtree(unfinished, ignore_errors=True)
         try:
-            bare = type(model)(model.config)
+            bare = type(model)(finished(model.config, about.length))
             bare.load_state_dict(gathered)
             with quiet():
                 bare.save_pretrained(unfinished)
-            tokenizer.save_pretrained(unfinished)
+            for_use(tokenizer, about.length).save_pretrained(unfinished)
+            for name, content in sentence_transformers_files(about.length).items():
+                (unfinished / name).parent.mkdir(exist_ok=True)
+                (unfinished / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            (unfinished / "README.md").write_text(card(bare, about), encoding="utf-8")
             for weights in unfinished.glob("*.safetensors"):
                 shutil.copymode(unfinished / "config.json", weights)  # safetensors lets only the owner read
             shutil.rmtree(folder, ignore_errors=True)
@@ -47,6 +56,40 @@ def export(world: World, model: nn.Module, tokenizer: Any, folder: Path) -> Path
 
     world.first_then_share(write)
     return folder
+
+
+def finished(config: Any, length: int) -> Any:
+    """The configuration that a folder gets: what to install, and where nothing in the model depends on
+    max_position_embeddings, the trained length in it, since other programs cut texts there."""
+    config = copy.deepcopy(config)
+    config.conceptron_version, config.install = __version__, INSTALL
+    if config.token_positions != "learned" and config.rope_extension == "none":
+        config.max_position_embeddings = length
+    return config
+
+
+def sentence_transformers_files(length: int) -> dict[str, Any]:
+    """What `SentenceTransformer(folder)` reads: the vector is `pooler_output`, normalised. Without it the library would
+    average concepts under the mask of the tokens."""
+    module = "sentence_transformers.base.modules"
+    of_forward = {"method": "forward", "method_output_name": "pooler_output"}
+    return {
+        "modules.json": [
+            {"idx": 0, "name": "0", "path": "", "type": f"{module}.transformer.Transformer"},
+            {"idx": 1, "name": "1", "path": "1_Normalize", "type": f"{module}.normalize.Normalize"},
+        ],
+        "sentence_bert_config.json": {
+            "transformer_task": "feature-extraction", "modality_config": {"text": of_forward},
+            "module_output_name": "sentence_embedding", "max_seq_length": length,
+        },
+        "config_sentence_transformers.json": {
+            "model_type": "SentenceTransformer", "similarity_fn_name": "cosine", "prompts": {},
+            "default_prompt_name": None,
+        },
+        "1_Normalize/config.json": {
+            "module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding",
+        },
+    }  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from ..models.objectives.view import SpecialTokens
 from ..models.packing import Packed, pack
 from .data.tokenizer import Vocabulary
 from .errors import InputError
+from .initialize import find
 from .saved_model import load_model, load_vocabulary
 
 MODES = ("prefix", "fill", "infill", "concepts")
@@ -23,7 +24,7 @@ def generate(
     """``num_samples`` texts from one.
 
     Args:
-        checkpoint: a Hugging Face folder of a masked language model with its tokenizer.
+        checkpoint: a Hugging Face folder of a masked language model with its tokenizer, or its hub id.
         text: what the model reads.
         mode: "prefix" continues the text by ``length`` tokens; "fill" replaces each mask token written in it by one
             token, "infill" by ``length`` tokens; "concepts" writes ``length`` tokens from the concepts of the text
@@ -37,7 +38,7 @@ def generate(
         InputError: the folder holds no such model, the text is empty, there is nothing to fill, or the model cannot
             sample in this way.
     """
-    folder = Path(checkpoint)
+    folder = find(str(checkpoint), "CHECKPOINT")
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no config.json; give a Hugging Face folder such as runs/demo/model")
     model = load_model(folder)

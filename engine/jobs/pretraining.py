@@ -18,6 +18,7 @@ from ...models.pretraining import Cached, Pretraining, Totals, cache
 from ...models.recursion import draw_iterations
 from .. import compat
 from ..backbone import KEPT, checkpoint_activations, fill, open_backbone
+from ..card import About
 from ..data.cache import cache_folder
 from ..data.corpus import Corpus, open_corpus
 from ..data.lessons import learn
@@ -47,6 +48,7 @@ class PretrainingJob:
     def __init__(self, recipe: Recipe, world: World, corpora: Sequence[Corpus] | None = None) -> None:
         """``corpora``: what to read in each stage of length; left out: what the recipe names."""
         self.recipe, self.world, self.beginning, self.files = recipe, world, "", {}
+        self.figures: dict[str, Any] = {}  # of the last evaluation
         self.objective, self.contrastive = recipe.build_objective(), recipe.build_contrastive()
         *shorter, self.corpus = corpora or [self.open(window) for _, window in recipe.stages()]
         self.loader = Stages([
@@ -166,10 +168,13 @@ class PretrainingJob:
         return {} if scale is None else {"cap_scale": scale / num_batches}
 
     def evaluate(self, engine: Any) -> dict[str, Any]:
-        return evaluate(engine, self.held_out, self.recipe.eval.tokens, self.world)
+        self.figures = evaluate(engine, self.held_out, self.recipe.eval.tokens, self.world)
+        return self.figures
 
     def export(self, module: nn.Module, folder: Path) -> Path:
-        return export(self.world, module.model, self.corpus.tokenizer, folder)
+        recipe = self.recipe
+        about = About(recipe.run.name, recipe.data.window, recipe.resolved(), described(self.corpus), self.figures)
+        return export(self.world, module.model, self.corpus.tokenizer, folder, about)
 
 
 def look_ahead(
@@ -186,6 +191,14 @@ def look_ahead(
             torch.manual_seed(seed)
             compared.append(engine(pair=view.pair, encoder=view.encoder, num_iterations=num_iterations))
     return cache(compared, [pair.ids for pair in pairs], contrastive, totals)
+
+
+def described(corpus: Corpus) -> list[str]:
+    """One line a source, for the model card."""
+    return [
+        f"{source['path']}: {source['train']['tokens']:,} tokens in {source['train']['documents']:,} documents"
+        for source in corpus.description["sources"]
+    ]
 
 
 def text_identity(corpus: Corpus) -> dict[str, Any]:
