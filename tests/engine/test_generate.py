@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from conceptron.__main__ import main
+from conceptron.engine import initialize
 from conceptron.engine.data.tokenizer import describe, train
 from conceptron.engine.errors import InputError
 from conceptron.engine.generate import canvas_of, generate, read
@@ -113,3 +114,20 @@ def test_what_is_no_model_is_refused(folder, tmp_path):
     encoder.save_pretrained(tmp_path / "encoder")
     with pytest.raises(InputError, match="a ConceptEncoder cannot generate"):
         generate(tmp_path / "encoder", TEXT, mode="prefix", length=4, sampling=Sampling())
+
+
+def test_a_hub_id_is_fetched(folder, monkeypatch):
+    """Without code and pickles of the repository; what cannot be fetched is one line."""
+    asked = []
+
+    def fetch(name, **options):
+        asked.append((name, options))
+        return folder
+
+    monkeypatch.setattr(initialize, "snapshot_download", fetch)
+    drawn = generate("org/name", "The [MASK] brown", mode="fill", sampling=Sampling(steps=2))
+    assert drawn == generate(folder, "The [MASK] brown", mode="fill", sampling=Sampling(steps=2))
+    assert [name for name, _ in asked] == ["org/name"] and "*.py" not in asked[0][1]["allow_patterns"]
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="CHECKPOINT: org/none: no such folder here, and it cannot be fetched"):
+        generate("org/none", TEXT, mode="prefix", sampling=Sampling())

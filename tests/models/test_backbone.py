@@ -15,6 +15,7 @@ from conceptron.models.config import ConceptConfig
 from conceptron.models.encoder import ConceptEncoder
 from conceptron.models.masked_lm import ConceptForMaskedLM
 from conceptron.models.packing import Packed, pack
+from conceptron.models.tasks.heads import ConceptForSequenceClassification
 
 SIZES = dict(
     vocab_size=60, hidden_size=24, num_hidden_layers=4, num_attention_heads=4, intermediate_size=40, pad_token_id=1,
@@ -175,6 +176,18 @@ def test_special_tokens_of_a_tokenizer_are_not_read_twice(folder_of):
     assert torch.equal(got.anchors, expected.anchors)
     bare = encoder(input_ids=texts[0][None])
     assert torch.allclose(bare.last_hidden_state[0], expected.last_hidden_state[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [ConceptForMaskedLM, ConceptForSequenceClassification])
+def test_nor_by_models_with_a_head(kind, folder_of):
+    model, (text,) = encoder_on(folder_of("bert"), "bert", kind), words(5)
+    got = model(torch.tensor([[2, *text.tolist(), 3]]))
+    assert torch.allclose(got.concepts, model(text[None]).concepts, atol=1e-6)
+
+
+def test_a_backbone_embeds_for_itself(folder_of):
+    with pytest.raises(ValueError, match="inputs_embeds: expected input_ids: a backbone"):
+        encoder_on(folder_of("bert"), "bert")(inputs_embeds=torch.ones(1, 3, 24))
 
 
 # --- concepts
