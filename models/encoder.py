@@ -420,7 +420,9 @@ class ConceptEncoder(ConceptPreTrainedModel):
     def bare(self, packed: Packed) -> Packed:
         """Without the special tokens that the backbone's tokenizer put around each text: every window has its own."""
         backbone = self.backbone
-        if backbone is None or not (backbone.prefix or backbone.suffix) or packed.num_tokens == 0:
+        if backbone is None or packed.embeds is not None or packed.num_tokens == 0:
+            return packed
+        if not (backbone.prefix or backbone.suffix):
             return packed
         keep = torch.ones(packed.num_tokens, dtype=torch.bool, device=packed.input_ids.device)
         starts, ends = packed.cu_seqlens[:-1].long(), packed.cu_seqlens[1:].long()
