@@ -98,6 +98,7 @@ def world() -> Iterator[World]:
     if dist.is_initialized():
         yield _world(int(os.environ.get("LOCAL_RANK", 0)))
         return
+    before = {name: os.environ.get(name) for name in LAUNCH_VARIABLES}  # whoever comes after us reads them too
     place = os.environ if "RANK" in os.environ else slurm_place(os.environ)
     local_rank = int(place.get("LOCAL_RANK", 0))
     backend = "nccl" if compat.uses_cuda() else "gloo"
@@ -118,6 +119,10 @@ def world() -> Iterator[World]:
         yield _world(local_rank)
     finally:
         compat.destroy_process_group()
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

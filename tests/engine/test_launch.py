@@ -153,3 +153,14 @@ def test_srun_variables():
     assert place == dict(pair.split("=") for pair in expected.split())
     assert launch.slurm_place({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) == {}  # a shell inside an allocation
     assert launch.slurm_place({}) == {}
+
+
+def test_nothing_of_a_launcher_is_left_behind(monkeypatch):
+    """What runs after us in the same process, such as the Trainer of transformers, would take it for its own launch."""
+    for name in launch.LAUNCH_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    before = dict(os.environ)
+    with launch.world():
+        assert os.environ["LOCAL_RANK"] == "0"
+    assert {name: os.environ.get(name) for name in launch.LAUNCH_VARIABLES} == dict.fromkeys(launch.LAUNCH_VARIABLES)
+    assert before.keys() - os.environ.keys() == set()
