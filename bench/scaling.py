@@ -24,7 +24,6 @@ growth so far says, is not run, and its row says so. Rows are written after each
 """
 
 import argparse
-import inspect
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -36,6 +35,7 @@ import yaml
 from torch import Tensor, nn
 
 from ..models.config import ConceptConfig
+from ..models.decisions import FIELDS
 from ..models.encoder import ConceptEncoder
 from ..models.packing import pack_padded
 from ..models.token_source import KEEPS
@@ -122,7 +122,7 @@ def parse_variant(text: str) -> dict[str, Any]:
     Raises:
         ValueError: not of this form, or no field of ConceptConfig.
     """
-    known, fields = {*inspect.signature(ConceptConfig).parameters, "keep"}, {}
+    known, fields = {*FIELDS, "keep"}, {}
     for part in re.split(r",(?![^\[]*\])", text):  # not the commas of a list
         name, sign, value = part.partition("=")
         if not sign or name not in known:

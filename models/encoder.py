@@ -44,8 +44,7 @@ class ConceptEncoderOutput(ModelOutput):
     last_hidden_state: Tensor | None = None  # [B, C, d] the concepts
     pooler_output: Tensor | None = None  # [B, d] their mean; with init_queries = state in the backbone's own space
     anchors: Tensor | None = None  # [B, C] float32, where each concept stands among the tokens
-    hidden_states: tuple[Tensor, ...] | None = None  # the concepts before each layer, and the last of all; also where
-    # loss_every_iteration needs them in training
+    hidden_states: tuple[Tensor, ...] | None = None  # the concepts before each layer, and the last of all
     convergence: Tensor | None = None  # [K, B] float32, |c_k+1 - c_k| / |c_k| of each layer or iteration
 
 
@@ -277,7 +276,6 @@ class ConceptEncoder(ConceptPreTrainedModel):
         if packed is None:
             packed = self.visible(self.bare(door.packed))
         states, changes = self.encode(packed, num_iterations, tolerance, output_convergence, num_concepts)
-        with_states |= self.training and self.config.loss_every_iteration
         result = ConceptEncoderOutput(
             last_hidden_state=states[-1],
             pooler_output=self.pooled(states[-1]),

@@ -262,7 +262,7 @@ class GatedUpdate(nn.Module):
         self.from_read = nn.Linear(d, d, bias=False)
         self.from_concept = ZeroLinear(d, d)
         self.dropout = nn.Dropout(config.dropout)
-        self.keep = math.log(2 * config.iterations * config.slot_iterations - 1)  # sigmoid^-1(1 - 1/2L)
+        self.keep = math.log(2 * config.iterations - 1)  # sigmoid^-1(1 - 1/2L)
 
     def forward(self, c_BCd: Tensor, read_BCd: Tensor) -> Tensor:
         read_BCd = self.dropout(read_BCd)
@@ -272,7 +272,7 @@ class GatedUpdate(nn.Module):
 
 
 class SlotLayer(ConceptLayer):
-    """Concepts compete for tokens, ``slot_iterations`` times with the same weights, before they think.
+    """Concepts compete for tokens before they think.
 
         c <- update(c, read)        gated or residual
 
@@ -282,16 +282,14 @@ class SlotLayer(ConceptLayer):
     def __init__(self, config: ConceptConfig, makes_keys: bool = True, is_hybrid: bool = False):
         super().__init__(config, SlotHeads(config, is_hybrid, makes_keys))
         self.is_tied = config.tie_layers
-        self.num_reads = config.slot_iterations
         self.update = GatedUpdate(config) if config.slot_update == "gated" else ResidualUpdate(config)
 
     def forward(
         self, c_BCd: Tensor, angles: ConceptAngles, tokens: Tokens, is_last: bool = False
     ) -> tuple[Tensor, Tokens]:
         tokens = with_keys_values(self.read, tokens, self.is_tied)
-        for _ in range(self.num_reads):
-            read = self.read(self.read_norm(c_BCd), angles.reading, *tokens.keys_values, tokens.packed)
-            c_BCd = self.read_close(self.update(c_BCd, read))
+        read = self.read(self.read_norm(c_BCd), angles.reading, *tokens.keys_values, tokens.packed)
+        c_BCd = self.read_close(self.update(c_BCd, read))
         return self.think(c_BCd, angles), tokens
 
 

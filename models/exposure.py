@@ -32,7 +32,6 @@ class Exposure(nn.Module):
         (classifier-free guidance), arXiv:2207.12598.
     ``nested_concepts``: the first k in ``nested_order`` are kept, k drawn evenly from 1 .. C. Source: Kusupati et al.
         2022 (Matryoshka), arXiv:2205.13147.
-    ``concept_dropout``: of those, this share is left out, any of them, but never all.
 
     Which ones is the same for a whole micro-batch: concepts are then simply fewer, [B, K, d], and no operator needs a
     mask. Draws come from torch's generators, as dropout does; that of k from the one of the CPU, since it is a size;
@@ -42,7 +41,7 @@ class Exposure(nn.Module):
     def __init__(self, config: ConceptConfig):
         super().__init__()
         self.null = NullConcepts(config) if config.condition_dropout > 0 else None
-        self.condition_dropout, self.concept_dropout = config.condition_dropout, config.concept_dropout
+        self.condition_dropout = config.condition_dropout
         self.nested = config.nested_concepts
 
     def forward(
@@ -61,13 +60,9 @@ class Exposure(nn.Module):
         kept = C if num_concepts is None else num_concepts
         if self.training and self.nested and num_concepts is None:
             kept = int(torch.randint(1, C + 1, ()))
-        order_K = nested_order(C, device)[:kept] if kept < C else None
-        if self.training and self.concept_dropout > 0:
-            some_K = torch.randperm(kept, device=device)[: max(1, round((1 - self.concept_dropout) * kept))]
-            order_K = some_K if order_K is None else order_K[some_K]
-        if order_K is None:
+        if kept == C:
             return concepts_BCd, anchors_BC
-        order_K = order_K.sort().values
+        order_K = nested_order(C, device)[:kept].sort().values
         return concepts_BCd[:, order_K], anchors_BC[:, order_K]
 
     def withhold(self, concepts_BCd: Tensor) -> Tensor:

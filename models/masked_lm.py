@@ -148,28 +148,16 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
         num_concepts: int | None,
     ) -> ConceptMaskedLMOutput:  # fmt: skip
         divisor = torch.where(view.divisor > 0, view.divisor, 1.0)  # a batch without text has loss 0
-        losses = []
-        for iteration in [*self.before_last(encoded), encoded] if self.answers_every_iteration else [encoded]:
-            hidden_Md = self.decode_view(self.expose(iteration, num_concepts), view)
-            loss, nll = self.loss(hidden_Md, view.targets, view.weights, divisor, smoothing, return_nll)
-            losses.append(loss)
-        return ConceptMaskedLMOutput(loss=sum(losses) / len(losses), concepts=encoded.last_hidden_state, nll=nll)
-
-    @property
-    def answers_every_iteration(self) -> bool:
-        return self.training and self.config.loss_every_iteration
+        hidden_Md = self.decode_view(self.expose(encoded, num_concepts), view)
+        loss, nll = self.loss(hidden_Md, view.targets, view.weights, divisor, smoothing, return_nll)
+        return ConceptMaskedLMOutput(loss=loss, concepts=encoded.last_hidden_state, nll=nll)
 
     def encode(self, packed: Packed, num_iterations: int | None = None) -> ConceptEncoderOutput:
-        """With what a training step needs: states to answer from, how far iterations still move the concepts."""
+        """With what a training step needs to log: how far iterations still move the concepts."""
         return self.encoder(
-            packed=packed, num_iterations=num_iterations, output_hidden_states=self.answers_every_iteration,
-            output_convergence=self.training and self.config.tie_layers, return_dict=True,
+            packed=packed, num_iterations=num_iterations, return_dict=True,
+            output_convergence=self.training and self.config.tie_layers,
         )  # fmt: skip
-
-    def before_last(self, encoded: ConceptEncoderOutput) -> list[ConceptEncoderOutput]:
-        """What the encoder would have returned after each iteration but the last (deep supervision)."""
-        states = encoded.hidden_states[1:-1]
-        return [ConceptEncoderOutput(self.encoder.out_norm(c), anchors=encoded.anchors) for c in states]
 
     def _loss_of_rows(
         self, packed: Packed, encoded: ConceptEncoderOutput, targets_T: Tensor, timesteps: Tensor | None,

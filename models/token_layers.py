@@ -26,17 +26,17 @@ class TokenResidualLinear(ResidualLinear):
 class WindowAttention(nn.Module):
     """Each token reads those at most ``token_window`` positions away: Llama's attention, two-sided and in a window.
 
-    Grouped heads, RoPE, no norm of queries and keys, no biases.
+    RoPE, no norm of queries and keys, no biases.
     """
 
     def __init__(self, config: ConceptConfig):
         super().__init__()
         e, D = config.token_dim, config.token_head_dim
-        H, Hkv = config.token_num_attention_heads, config.token_num_key_value_heads
+        H = config.num_token_heads
         self.window, self.head_dim = config.token_window, D
         self.query = nn.Linear(e, H * D, bias=False)
-        self.key = nn.Linear(e, Hkv * D, bias=False)
-        self.value = nn.Linear(e, Hkv * D, bias=False)
+        self.key = nn.Linear(e, H * D, bias=False)
+        self.value = nn.Linear(e, H * D, bias=False)
         self.out = TokenResidualLinear(H * D, e, bias=False)
 
     def forward(self, rows_Re: Tensor, angles: Angles | None, places: Places) -> Tensor:
@@ -98,8 +98,8 @@ class TokenFeedForward(FeedForward):
 
     def __init__(self, config: ConceptConfig):
         nn.Module.__init__(self)
-        self.gate_up = nn.Linear(config.token_dim, 2 * config.token_intermediate_size, bias=False)
-        self.down = TokenResidualLinear(config.token_intermediate_size, config.token_dim, bias=False)
+        self.gate_up = nn.Linear(config.token_dim, 4 * config.token_dim, bias=False)
+        self.down = TokenResidualLinear(2 * config.token_dim, config.token_dim, bias=False)
 
 
 class TokenLayer(GradientCheckpointingLayer):

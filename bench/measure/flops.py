@@ -64,13 +64,8 @@ def encoder_flops(config: ConceptConfig, sizes: Sizes) -> dict[str, int]:
 
 
 def training_flops(config: ConceptConfig, sizes: Sizes) -> dict[str, int]:
-    """FLOPs of forward and backward together, by part; iterations that pass no gradient have no backward.
-
-    With ``loss_every_iteration`` the decoder answers K times.
-    """
+    """FLOPs of forward and backward together, by part; iterations that pass no gradient have no backward."""
     forward = forward_flops(config, sizes)
-    if config.loss_every_iteration:
-        forward |= {part: config.iterations * forward[part] for part in ("decoder", "head")}
     through = forward
     if config.backprop_iterations is not None and config.iterations > config.backprop_iterations:
         short = {"num_iterations": config.backprop_iterations, "backprop_iterations": None}
@@ -98,8 +93,8 @@ def token_layers(config: ConceptConfig, sizes: Sizes) -> int:
 
     W is the window, or the longest text. Blocks of W rows read three, as they are computed.
     """
-    e, inner = config.token_dim, config.token_intermediate_size
-    k = config.token_num_key_value_heads * config.token_head_dim
+    e, inner = config.token_dim, 2 * config.token_dim
+    k = config.num_token_heads * config.token_head_dim
     taps, total = 2 * CONV_RADIUS + 1, 0
     for rows, rows_out, longest in token_stages(config, sizes):
         total += 6 * rows_out * e * inner
@@ -172,8 +167,7 @@ def read(config: ConceptConfig, sizes: Sizes) -> int:
             both = 2 * rows * d * d + 2 * B * C * d * d + 2 * C * rows * d
             return K * 2 * both + (K - 1) * both
     update = 12 if config.slot_update == "gated" else 2
-    reads = config.slot_iterations * ((2 + update) * B * C * d * d + 4 * C * rows * d)
-    return made + K * reads
+    return made + K * ((2 + update) * B * C * d * d + 4 * C * rows * d)
 
 
 def mix(config: ConceptConfig, sizes: Sizes) -> int:

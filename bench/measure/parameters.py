@@ -106,8 +106,8 @@ def token_updates(config: ConceptConfig) -> int:
 
 
 def token_layer(config: ConceptConfig) -> int:
-    e, inner = config.token_dim, config.token_intermediate_size
-    k = config.token_num_key_value_heads * config.token_head_dim
+    e, inner = config.token_dim, 2 * config.token_dim
+    k = config.num_token_heads * config.token_head_dim
     is_conv = config.token_mixer == "conv"
     mixer = (2 * CONV_RADIUS + 1) * e + e * e if is_conv else 2 * e * e + 2 * e * k
     return 2 * e + mixer + 3 * e * inner

@@ -2,14 +2,13 @@
 
 import dataclasses
 import difflib
-import inspect
 import typing
 from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, TypeAdapter, ValidationError, create_model
 
-from ...models.config import ConceptConfig
+from ...models.decisions import DECISIONS
 from ...models.objectives import OBJECTIVES, NoTask
 from ..errors import InputError
 
@@ -98,9 +97,9 @@ KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text
 
 def model_section() -> type[BaseModel]:
     """A schema with the fields of `ConceptConfig` that a recipe may set."""
-    hints = typing.get_type_hints(ConceptConfig.__init__) | {"backbone": str | None}  # which the trainer opens
-    names = [name for name in inspect.signature(ConceptConfig).parameters if name not in (*FROM_TOKENIZER, "kwargs")]
-    return strict_schema("Model", {name: (hints[name], None) for name in names})
+    hints = {name: hint for group in DECISIONS.values() for name, hint in typing.get_type_hints(group).items()}
+    hints |= {"backbone": str | None, "tie_word_embeddings": bool}  # a folder or hub id, which the job opens
+    return strict_schema("Model", {name: (hints[name], None) for name in hints if name not in FROM_TOKENIZER})
 
 
 def options_schema(options: type) -> type[BaseModel]:

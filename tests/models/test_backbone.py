@@ -432,3 +432,10 @@ def test_a_frozen_backbone_builds_no_graph(folder_of):
     encoder = encoder_on(folder_of("bert"), "bert").train()
     assert isinstance(encoder.backbone, Backbone) and not encoder.backbone(pack(words(5))).requires_grad
     assert encoder(packed=pack(words(5))).last_hidden_state.requires_grad
+
+
+def test_rows_are_as_large_as_row_scale_says(folder_of):
+    for row_scale in (0.5, 1.5):
+        encoder = encoder_on(folder_of("bert"), "bert", **STATE, num_concepts=16, row_scale=row_scale)
+        assert encoder.concepts.weight.square().mean().sqrt().item() == pytest.approx(row_scale, rel=0.05)
+        assert encoder.concepts.weight.mean(0).abs().max() < 1e-6

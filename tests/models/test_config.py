@@ -1,9 +1,16 @@
 """The configuration: refusals in one line, and a round trip."""
 
+import re
+from dataclasses import fields
+from pathlib import Path
+
 import pytest
 from transformers import AutoConfig
 
 from conceptron.models.config import ConceptConfig
+from conceptron.models.decisions import DECISIONS, FIELDS
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -48,3 +55,21 @@ def test_defaults_fit_and_survive_a_round_trip(tmp_path):
 def test_special_ids_reach_transformers():
     config = ConceptConfig(pad_token_id=0, bos_token_id=1, tie_word_embeddings=False)
     assert (config.pad_token_id, config.bos_token_id, config.tie_word_embeddings) == (0, 1, False)
+
+
+def test_five_decisions_hold_every_field_once():
+    config = ConceptConfig(num_concepts=16, layer_kind="slot")
+    found = config.decisions()
+    assert list(found) == ["size", "tokens", "places", "reading", "answers"]
+    assert found["size"].num_concepts == 16 and found["reading"].layer_kind == "slot"
+    names = [each.name for group in DECISIONS.values() for each in fields(group)]
+    assert len(names) == len(set(names)) == len(FIELDS) and set(names) <= set(config.to_dict())
+
+
+def test_every_field_has_a_reason():
+    """A recipe sets it, or a test of what it claims does."""
+    texts = [path.read_text() for path in ROOT.glob("recipes/**/*.yaml")]
+    texts += [path.read_text() for path in ROOT.glob("tests/models/**/test_*.py") if path != Path(__file__)]
+    whole = "\n".join(texts)
+    idle = [name for name in FIELDS if not re.search(rf'\b{name}["\']?\s*[=:]', whole)]
+    assert idle == []

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from conceptron.models.config import CHOICES, ConceptConfig
+from conceptron.models.config import ConceptConfig
+from conceptron.models.decisions import CHOICES
 from conceptron.models.encoder import ConceptEncoder, ConceptQueries
 from conceptron.models.packing import Packed, pack, pack_padded
 

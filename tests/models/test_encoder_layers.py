@@ -27,10 +27,10 @@ KINDS = {
     "bixt": dict(layer_kind="bixt"),
     "bixt, sandwich": dict(layer_kind="bixt", block_norm="sandwich"),
     "slot, gated": dict(layer_kind="slot", num_key_value_heads=2),
-    "slot, residual, sum, 3 reads": dict(
-        layer_kind="slot", slot_update="residual", slot_normalize="sum", slot_iterations=3, block_norm="sandwich"
+    "slot, residual, sum": dict(
+        layer_kind="slot", slot_update="residual", slot_normalize="sum", block_norm="sandwich"
     ),
-    "hybrid": dict(layer_kind="hybrid", slot_iterations=2, num_key_value_heads=2),
+    "hybrid": dict(layer_kind="hybrid", num_key_value_heads=2),
 }
 every_kind = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 
@@ -283,7 +283,7 @@ def test_the_gated_update_is_a_gru_cell():
 
 def test_a_gate_starts_by_keeping_its_share():
     """z = 1 - 1 / 2L over all updates of a forward pass, whatever was read."""
-    for options, L in (({}, 2), ({"slot_iterations": 3}, 6), ({"tie_layers": True, "num_iterations": 8}, 8)):
+    for options, L in (({}, 2), ({"tie_layers": True, "num_iterations": 8}, 8)):
         torch.manual_seed(0)
         model = ConceptEncoder(ConceptConfig(**SMALL, layer_kind="slot", **options))
         c = torch.randn(1, 6, 32)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from conceptron.models.config import CHOICES, ConceptConfig
+from conceptron.models.config import ConceptConfig
+from conceptron.models.decisions import CHOICES
 from conceptron.models.encoder import ConceptEncoder
 from conceptron.models.masked_lm import ConceptForMaskedLM
 from conceptron.models.packing import fitting_concepts, pack

@@ -9,7 +9,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from conceptron.models.config import CHOICES, ConceptConfig
+from conceptron.models.config import ConceptConfig
+from conceptron.models.decisions import CHOICES
 from conceptron.models.decoder import ConceptDecoder
 from conceptron.models.encoder import ConceptEncoder
 from conceptron.models.masked_lm import ConceptForMaskedLM

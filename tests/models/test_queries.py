@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from conceptron.models.config import CHOICES, ConceptConfig
+from conceptron.models.config import ConceptConfig
+from conceptron.models.decisions import CHOICES
 from conceptron.models.encoder import ConceptEncoder
 from conceptron.models.packing import pack
 from conceptron.models.queries import ConceptQueries

@@ -200,23 +200,6 @@ def test_a_training_step_must_be_told_what_was_drawn():
     assert len(set(losses)) == 3 and torch.equal(torch_state, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("backprop_iterations", [None, 1])
-def test_the_loss_of_every_iteration_is_their_mean(backprop_iterations):
-    options = dict(tie_layers=True, backprop_iterations=backprop_iterations)
-    model = encoder(ConceptForMaskedLM, loss_every_iteration=True, **options)
-    given = view(12, 0, 7)
-    each = [model(view=given, num_iterations=K).loss for K in (1, 2, 3)]
-    assert torch.equal(model(view=given).loss, each[2])  # evaluation asks the last one only
-    model.train()
-    out = model(view=given, return_nll=True)
-    assert torch.allclose(out.loss.double(), sum(each).double() / 3, rtol=1e-6)
-    last = (out.nll * given.weights).sum() / given.divisor
-    assert torch.allclose(last.double(), each[2].double(), rtol=1e-5)
-    out.loss.backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
-
-
 @pytest.mark.parametrize("layer_kind", ["cross", "bixt"])
 @pytest.mark.parametrize(
     "saved, started",
@@ -267,11 +250,11 @@ def test_warm_start_that_fills_nothing_is_an_error(tmp_path):
 
 
 def test_the_objective_reaches_every_iteration_of_a_whole_model():
-    """A tied model with a drawn K, truncation and deep supervision learns what it is shown."""
+    """A tied model with a drawn K and truncation learns what it is shown."""
     torch.manual_seed(0)
     model = ConceptForMaskedLM(ConceptConfig(**{**SMALL, "layer_kind": "bixt"}, tie_layers=True, num_iterations=3,
                                block_norm="sandwich", iteration_sampling="random", backprop_iterations=2,
-                               loss_every_iteration=True, max_iterations=6)).train()  # fmt: skip
+                               max_iterations=6)).train()  # fmt: skip
     optimizer, given, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), view(*[12] * 8), []
     given = replace(given, divisor=given.weights.sum())
     for step in range(30):

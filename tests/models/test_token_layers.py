@@ -18,9 +18,8 @@ from conceptron.models.positions import TokenPositions
 from conceptron.models.token_layers import TokenLayers, TokenResidualLinear, WindowConv
 
 SMALL = dict(
-    vocab_size=60, hidden_size=32, num_concepts=4, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
-    num_decoder_layers=1, token_dim=24, token_num_attention_heads=4, token_num_key_value_heads=2, num_token_layers=2,
-    token_window=4, token_intermediate_size=40,
+    vocab_size=60, hidden_size=32, num_concepts=4, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
+    num_decoder_layers=1, token_dim=24, num_token_layers=2, token_window=4,
 )  # fmt: skip
 MIXERS = {
     "local": {},
@@ -98,7 +97,7 @@ def test_a_wide_window_is_a_layer_of_llama():
     config = ConceptConfig(**{**SMALL, "token_window": 50, "norm_eps": 1e-5})
     ours = fill(TokenLayers(config).double())
     llama = LlamaConfig(
-        hidden_size=24, intermediate_size=40, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5,
+        hidden_size=24, intermediate_size=48, num_attention_heads=3, num_key_value_heads=3, rms_norm_eps=1e-5,
         rope_theta=10000.0, attn_implementation="eager",
     )  # fmt: skip
     torch.manual_seed(0)
@@ -219,18 +218,18 @@ def test_a_funnel_pools_queries_and_the_stream_only():
     assert got.shape == (4, 24) and places.positions.tolist() == [0.5, 2.5, 4.5, 6.0]
     layer = layers[0]
     pooled = torch.stack([x[0:2].mean(0), x[2:4].mean(0), x[4:6].mean(0), x[6]])
-    h, ph, frequencies = layer.attention_norm(x), layer.attention_norm(pooled), 10000 ** (-torch.arange(3) / 3)
+    h, ph, frequencies = layer.attention_norm(x), layer.attention_norm(pooled), 10000 ** (-torch.arange(4) / 4)
 
     def turned(project, rows, positions):
-        heads = project(rows).unflatten(-1, (-1, 6))
+        heads = project(rows).unflatten(-1, (-1, 8))
         angle = (torch.tensor(positions)[:, None] * frequencies)[:, None].double()
         a, b = heads.chunk(2, -1)
         return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)
 
     q = turned(layer.attention.query, ph, [0.5, 2.5, 4.5, 6.0])
-    k = turned(layer.attention.key, h, [float(i) for i in range(7)]).repeat_interleave(2, 1)
-    v = layer.attention.value(h).unflatten(-1, (-1, 6)).repeat_interleave(2, 1)
-    weights = torch.einsum("phd,rhd->hpr", q, k).div(math.sqrt(6)).softmax(-1)
+    k = turned(layer.attention.key, h, [float(i) for i in range(7)])
+    v = layer.attention.value(h).unflatten(-1, (-1, 8))
+    weights = torch.einsum("phd,rhd->hpr", q, k).div(math.sqrt(8)).softmax(-1)
     expected = pooled + layer.attention.out(torch.einsum("hpr,rhd->phd", weights, v).flatten(1))
     expected = expected + layer.feed(layer.feed_norm(expected))
     assert torch.allclose(got, expected, atol=1e-5)
@@ -255,9 +254,9 @@ def test_any_length_becomes_all_concepts(N):
 
 
 def test_parameters_equal_their_closed_form():
-    e, D, H, Hkv, I, L, d = 24, 6, 4, 2, 40, 3, 32
+    e, I, L, d = 24, 48, 3, 32
     base = encoder(num_token_layers=0).num_parameters()
-    layer = 2 * e + 2 * e * H * D + 2 * e * Hkv * D + 3 * e * I
+    layer = 2 * e + 4 * e * e + 3 * e * I
     assert encoder(num_token_layers=L).num_parameters() - base == L * layer
     assert encoder(num_token_layers=L, funnel=[1]).num_parameters() - base == L * layer
     assert encoder(num_token_layers=L, token_mixer="conv").num_parameters() - base == L * (
@@ -272,7 +271,7 @@ def test_the_stream_of_tokens_stays_as_large_as_it_starts(normalized, size):
     for options in ({}, {"token_mixer": "conv"}):
         torch.manual_seed(0)
         config = ConceptConfig(**{
-            **SMALL, "token_dim": 64, "num_token_layers": 4, "token_num_attention_heads": 8,
+            **SMALL, "token_dim": 64, "num_token_layers": 4,
             "normalize_tokens": normalized, **options,
         })  # fmt: skip
         model, seen = ConceptEncoder(config), []
@@ -282,7 +281,7 @@ def test_the_stream_of_tokens_stays_as_large_as_it_starts(normalized, size):
         assert x.std().item() == pytest.approx(size, rel=0.1) and size < y.std().item() < 1.5 * size
         assert torch.cosine_similarity(x, y, dim=1).mean() > 0.7
         weight = model.token_layers[3].feed.down.weight
-        assert weight.std().item() == pytest.approx(size / math.sqrt(2 * 4 * 40), rel=0.1)
+        assert weight.std().item() == pytest.approx(size / math.sqrt(2 * 4 * 128), rel=0.1)
 
 
 def test_a_funnel_is_one_graph_for_every_length():

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForMaskedLM
 
-from conceptron.models.config import CHOICES, ConceptConfig
+from conceptron.models.config import ConceptConfig
+from conceptron.models.decisions import CHOICES
 from conceptron.models.encoder import ConceptEncoder, ConceptPreTrainedModel
 from conceptron.models.masked_lm import ConceptForMaskedLM
 from conceptron.models.packing import pack
