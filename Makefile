@@ -8,8 +8,6 @@ READY := $(VENV)/.ready
 
 .PHONY: demo test numbers lint clean
 
-# One thread: the model is small, and two threads that wait for each other crawl when other programs want the cores.
-demo: export OMP_NUM_THREADS = 1
 demo: $(READY)
 	$(BIN)/conceptron train recipes/demo.yaml resume=auto
 	$(BIN)/conceptron analyze runs/demo

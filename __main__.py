@@ -145,6 +145,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    # Threads that spin while they wait would crawl beside another program; it is read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments, rest = parser().parse_known_args(argv)
     if rest and not getattr(arguments, "takes_rest", False):
         parser().error(f"unrecognized arguments: {' '.join(rest)}")

@@ -286,6 +286,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="also write both tables there: JSON, CSV, Markdown")
     options = parser.parse_args(argv)
     recipe = load_recipe(options.recipe, options.overrides)
+    if recipe.train.precision == "auto":
+        recipe = recipe.with_precision("bf16")  # what a GPU takes
     tokens = special_tokens(recipe, options.vocabulary)
     config = recipe.build_config(vocab_size=tokens.vocab_size, mask_token_id=tokens.mask_id)
     config.iteration_sampling = "fixed"  # the average is described

@@ -34,6 +34,7 @@ from ..engine.data.windows import Part, Windows, cut
 from ..engine.jobs.pretraining import PretrainingJob, counted
 from ..engine.launch import StopRequest
 from ..engine.optimizer import build_optimizer
+from ..engine.precision import settled
 from ..engine.recipe.load import load_recipe
 from ..engine.recipe.schema import Recipe
 from ..engine.schedule import learning_rate
@@ -140,7 +141,7 @@ def run(
 ) -> dict[str, Any]:
     """Every figure of one recipe on this device, as a flat row. ``vocabulary``: of synthetic tokens, see above."""
     with launch.world() as world:
-        corpora = None
+        recipe, corpora = settled(recipe, world), None
         if use_synthetic:
             corpora = [synthetic(recipe, vocabulary, window) for _, window in recipe.stages()]
         else:

@@ -16,6 +16,7 @@ from .jobs.job import Job
 from .jobs.pretraining import PretrainingJob, counted
 from .launch import StopRequest, World
 from .optimizer import build_optimizer
+from .precision import settled
 from .recipe.load import load_recipe
 from .recipe.schema import Recipe
 from .run import RunFolder
@@ -40,7 +41,7 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
         SystemExit: SIGTERM or SIGINT came; a checkpoint was saved. The code is 128 plus the signal's number.
     """
     recipe, stop = load_recipe(recipe_path, overrides), StopRequest()
-    with launch.world() as world, RunFolder(counted(recipe, world), world) as run:
+    with launch.world() as world, RunFolder(settled(counted(recipe, world), world), world) as run:
         notes, recipe = run.inspect(), run.recipe
         if run.is_finished:
             if world.is_first:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import compat
 from .recipe.schema import Recipe
 
 BUCKET_NUMEL = 48_000 * 1024  # elements reduced in one call; DeepSpeed's own default reserves 2 GB at 4 bytes each
@@ -21,8 +22,12 @@ def deepspeed_config(recipe: Recipe, num_parameters: int) -> dict[str, Any]:
     - The stage is 1 to 3. With 0, a NaN gradient would reach the weights.
     - The optimizer is torch's AdamW, which DeepSpeed calls untested; its own would compile an extension first.
     """
+    if recipe.train.precision == "auto":
+        raise RuntimeError("train.precision: expected what `precision.settled` makes of auto")
     bucket = min(BUCKET_NUMEL, -(-num_parameters // 1024) * 1024)  # it must be even
     zero: dict[str, Any] = {"stage": recipe.zero.stage, "reduce_bucket_size": bucket, "overlap_comm": False}
+    if recipe.zero.stage < 3 and not compat.uses_cuda():
+        zero["contiguous_gradients"] = False  # on a CPU their copies into one buffer are a part of every step
     if recipe.zero.stage < 3:
         zero["allgather_bucket_size"] = bucket
     else:

@@ -73,7 +73,8 @@ class Stage(Section):
 class Train(Section):
     steps: Count
     stages: list[Stage] = []  # what comes before the last stage, whose windows are `data.window`, as in evaluation
-    precision: Literal["fp32", "bf16"] = "bf16"  # bf16: autocast; weights, gradients and moments stay float32
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: autocast; weights, gradients and moments stay float32;
+    # auto: what pays on the machine where the run begins, written into it (`precision.py`)
     label_smoothing: Fraction = 0.0
     checkpoint_backbone: StrictBool = False  # what is trained of model.backbone keeps no activations: less memory
     keep: Literal["keys", "states", "ids"] | None = None  # of a token, for the backward pass: `ConceptEncoder.keep`
@@ -173,6 +174,9 @@ class Recipe(Section):
         if "parts" in objective:
             objective = {**objective, "parts": [fill(part) for part in objective["parts"]]}
         return self.model_copy(update={"objective": objective})
+
+    def with_precision(self, precision: str) -> "Recipe":
+        return self.model_copy(update={"train": self.train.model_copy(update={"precision": precision})})
 
     def build_contrastive(self) -> ContrastiveTerm | None:
         return None if self.contrastive is None else ContrastiveTerm(**self.contrastive)

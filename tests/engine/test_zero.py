@@ -8,7 +8,7 @@ from conceptron.engine.zero import BUCKET_NUMEL, deepspeed_config
 
 
 def config(num_parameters: int = 1_000_001, **sections) -> dict:
-    tree = {"data": {}, "objective": {"name": "mlm"}, "train": {"steps": 1}, **sections}
+    tree = {"data": {}, "objective": {"name": "mlm"}, "train": {"steps": 1, "precision": "fp32"}, **sections}
     return deepspeed_config(Recipe.model_validate(tree), num_parameters)
 
 
