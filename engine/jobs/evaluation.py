@@ -21,6 +21,7 @@ def evaluate(
     Args:
         engine: a DeepSpeed engine, or the bare model.
         of_others: also decode each text from the concepts of its neighbour in the batch; it is encoded once for both.
+            The engine is then a bare ``ConceptForMaskedLM``.
 
     Returns nats per token, none where nothing is asked for:
         loss: the objective's own weighted loss, averaged over the grid (for MDLM weights, a bound on the NLL).
@@ -58,14 +59,14 @@ def _of_targets(engine: Any, loader: Loader, max_tokens: int, world: World, of_o
     for views in loader.evaluation(max_tokens):
         for name, view in views.items():
             view = view.to(world.device)
-            encoded = engine.encode(view.encoder) if of_others else None
-            nll = engine(view=view, encoded=encoded, return_nll=True).nll.double()
+            known = {"encoded": engine.encode(view.encoder)} if of_others else {}
+            nll = engine(view=view, return_nll=True, **known).nll.double()
             seen, weights = view.seen.double(), view.weights.double()
             parts = [(weights * nll).sum(), view.divisor.double(), (seen * nll).sum(), seen.sum(),
                      ((1 - seen) * nll).sum(), (1 - seen).sum()]  # fmt: skip
             parts += [nll.new_zeros(())] * 2
             if of_others and view.encoder.num_sequences > 1:
-                others = engine(view=view, encoded=encoded, ablate="shuffle", return_nll=True).nll.double()
+                others = engine(view=view, return_nll=True, ablate="shuffle", **known).nll.double()
                 parts[NLL_OTHERS:] = [others.sum(), others.new_tensor(len(others))]
             sums[name] = sums.get(name, 0) + torch.stack(parts)
     if not sums:
