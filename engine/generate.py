@@ -55,7 +55,8 @@ def generate(
             for i in range(num_samples)
         ]
     except ValueError as error:
-        raise InputError(str(error)) from error
+        names_an_option = str(error).split(":")[0] in {field.name for field in fields(Sampling)}
+        raise InputError(f"--{error}" if names_an_option else str(error)) from error
     return [vocabulary.tokenizer.decode(packed.input_ids.tolist()) for packed in drawn]
 
 

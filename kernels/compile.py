@@ -290,34 +290,34 @@ def main(options: argparse.Namespace) -> int:
     return subprocess.run(command, env=environment, check=False).returncode
 
 
-def run(arguments: argparse.Namespace) -> int:
-    tasks, unreadable = list_tasks(arguments)
+def run(options: argparse.Namespace) -> int:
+    tasks, unreadable = list_tasks(options)
     if not tasks and not unreadable:
-        print(f"no configuration for {', '.join(arguments.arch)} has a name that contains {arguments.only!r}")
+        print(f"no configuration for {', '.join(options.arch)} has a name that contains {options.only!r}")
         return 1
     print(HEADER)
-    rows = table(tasks, arguments.jobs, not arguments.no_cache)
-    if arguments.json:
+    rows = table(tasks, options.jobs, not options.no_cache)
+    if options.json:
         entries = [{**asdict(row), "failures": row.failures()} for row in rows]
-        Path(arguments.json).write_text(json.dumps(entries, indent=1))
+        Path(options.json).write_text(json.dumps(entries, indent=1))
     return judge(rows, unreadable)
 
 
-def list_tasks(arguments: argparse.Namespace) -> tuple[list[Task], list[str]]:
+def list_tasks(options: argparse.Namespace) -> tuple[list[Task], list[str]]:
     """All that is to be compiled, and what could not be listed."""
     builds, unreadable = {}, []
-    for source in [arguments.builds] if arguments.builds else OPERATORS:
+    for source in [options.builds] if options.builds else OPERATORS:
         try:
             builds[source] = load(source)
         except Exception as error:  # one broken operator must not hide the others' rows
-            if arguments.only.split("/")[0] in source:
+            if options.only.split("/")[0] in source:
                 unreadable.append(f"{source}: its builds cannot be listed: {type(error).__name__}: {error}")
     tasks = [
         Task(source, index, build, arch)
-        for arch in arguments.arch
+        for arch in options.arch
         for source, found in builds.items()
         for index, build in enumerate(found)
-        if arguments.only in build.name and wanted(build, arch) and sampled(build.name, arch, arguments.sample)
+        if options.only in build.name and wanted(build, arch) and sampled(build.name, arch, options.sample)
     ]
     return tasks, unreadable
 

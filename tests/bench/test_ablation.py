@@ -119,7 +119,8 @@ def test_one_failing_cell_is_told_and_the_others_run(table, tmp_path, monkeypatc
 
     monkeypatch.setattr(yardsticks, "measure", broken)
     path = changed(table, tmp_path, seeds=[0])
-    assert perform(["bench", "ablation", str(path), "--workers", "0", "--threads", "1", "--out", str(tmp_path / "out")]) == 1
+    options = ["--workers", "0", "--threads", "1", "--out", str(tmp_path / "out")]
+    assert perform(["bench", "ablation", str(path), *options]) == 1
     assert "second seed 0: ArithmeticError: out of luck" in capsys.readouterr().out
     summary, _ = read_results(tmp_path / "out" / "ablation.json")
     assert [(line["seeds"], line["missing"]) for line in summary] == [
@@ -163,7 +164,7 @@ def test_a_wrong_row_is_refused_before_anything_is_trained(table, tmp_path, monk
     ran = count_trainings(monkeypatch)
     rows = [{"name": "a", "change": "-"}, {"name": "b", "change": "-", "set": {"model.num_concept": 3}}]
     with pytest.raises(InputError, match=r"did you mean model\.num_concepts"):
-        perform(["bench", "ablation", str(changed(table, tmp_path, rows=rows)), "--workers", "0", "--out", str(tmp_path / "out")])
+        perform(["bench", "ablation", str(changed(table, tmp_path, rows=rows)), "--out", str(tmp_path / "out")])
     assert not ran
 
 

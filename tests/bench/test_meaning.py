@@ -57,7 +57,8 @@ def model(data, tmp_path_factory):
 def test_the_whole_command(model, data, tmp_path, monkeypatch, capsys):
     for name, value in dict(MIN_WORDS=100, WINDOW=64, NUM_WINDOWS=6, READ_TOKENS=48, NUM_READ=4, LONG=256).items():
         monkeypatch.setattr(meaning, name, value)
-    assert perform(["bench", "meaning", str(model), "--data", str(data), "--out", str(tmp_path), "--name", "small"]) == 0
+    argv = ["bench", "meaning", str(model), "--data", str(data), "--out", str(tmp_path)]
+    assert perform([*argv, "--name", "small"]) == 0
     content = json.loads((tmp_path / "small.json").read_text())
     found = {(row["part"], row["what"]): row["value"] for row in content["rows"]}
     assert {part for part, _ in found} == set(meaning.PARTS)
@@ -67,7 +68,7 @@ def test_the_whole_command(model, data, tmp_path, monkeypatch, capsys):
     assert 0 <= found["content", "words read back"] <= 1
     assert content["environment"]["distilled_from"] == {"teacher": "some/encoder"}
     assert "STS-B test" in capsys.readouterr().out and (tmp_path / "small.md").is_file()
-    assert perform(["bench", "meaning", str(model), "--data", str(data), "--out", str(tmp_path), "--skip", *meaning.PARTS[1:]]) == 0
+    assert perform([*argv, "--skip", *meaning.PARTS[1:]]) == 0
 
 
 def test_data_that_is_not_there(model, tmp_path):

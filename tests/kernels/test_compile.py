@@ -86,7 +86,7 @@ def test_matrix_instructions_of_each_architecture():
     ("argv", "message"),
     [
         (["--arch", "sm_70"], "--arch: expected one of sm_80"),
-        (["--jobs", "0"], "--jobs: expected a whole number from 1, got '0'"),
+        (["--jobs", "0"], "--jobs: expected a whole number from 1 to 4096, got '0'"),
         (["--sample", "0"], "--sample: expected a whole number from 1, got '0'"),
         (["--builds", "nowhere.py"], "--builds: expected a file, found nothing at nowhere.py"),
     ],
