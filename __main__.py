@@ -1,4 +1,4 @@
-"""The command line: `commands.py` says what there is, each command's own module does it.
+"""The command line: `commands/table.py` says what there is, each command's own module does it.
 
 Bad input ends with one line on standard error and exit code 2, Ctrl-C with one line and 130.
 """
@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
-from .commands import COMMANDS, Command, UsageError, overview, parse
+from .commands.reading import UsageError, overview, parse
+from .commands.table import COMMANDS, Command
 
 
 def function_of(command: Command) -> Callable[[Any], int | None]:

@@ -11,12 +11,14 @@ from importlib import import_module
 import pytest
 
 from conceptron import __main__ as face
-from conceptron import commands
 from conceptron.bench import meaning
 from conceptron.bench.kernels.cases import OPERATORS
 from conceptron.bench.kernels.matrix import MATRICES
 from conceptron.bench.kernels.providers import PROVIDERS
-from conceptron.commands import COMMANDS, Command, Number, Option, Place, Text, UsageError, Whole, Word, Words, parse
+from conceptron.commands import table
+from conceptron.commands.ranges import Number, Place, Text, Whole, Word, Words
+from conceptron.commands.reading import UsageError, parse, parser_of
+from conceptron.commands.table import COMMANDS, Command, Option
 from conceptron.engine.errors import InputError
 from conceptron.engine.generate import MODES
 from conceptron.engine.recipe.load import find_recipe
@@ -94,7 +96,7 @@ def test_each_command_is_there_shows_an_example_that_parses_and_reads_its_option
     assert list(inspect.signature(getattr(source, name)).parameters) == ["options"]
     first, *words = shlex.split(command.example)
     assert first == "conceptron" and parse(words)[0] is command
-    help_text = commands.parser_of(command).format_help()
+    help_text = parser_of(command).format_help()
     assert command.example in help_text
     text = inspect.getsource(source)
     passed_on = {field.name for field in fields(Sampling)} | {"width", "layers", "heads"}  # as a whole
@@ -104,8 +106,8 @@ def test_each_command_is_there_shows_an_example_that_parses_and_reads_its_option
 
 
 def test_the_words_are_those_of_the_modules():
-    assert set(commands.OPERATORS) == set(OPERATORS) and set(commands.PROVIDERS) == set(PROVIDERS)
-    assert set(commands.ARCHITECTURES) == set(SHARED_KB)
+    assert set(table.OPERATORS) == set(OPERATORS) and set(table.PROVIDERS) == set(PROVIDERS)
+    assert set(table.ARCHITECTURES) == set(SHARED_KB)
     options = {(command.words, option.name): option.kind for command, option in EVERY}
     assert set(options["generate", "--mode"].words) == set(MODES)
     assert set(options["generate", "--schedule"].words) == set(SCHEDULES)
