@@ -33,6 +33,7 @@ from ..measure.exponents import (
     Rows,
     encoders_of,
     fits,
+    in_tokens,
     points,
 )
 from ..measure.results import read_results
@@ -44,7 +45,6 @@ from .plot import (
     ORANGE,
     PURPLE,
     canvas,
-    in_tokens,
     in_units,
     legend_below,
     length_axis,

@@ -7,6 +7,7 @@
 from pathlib import Path
 
 from ..measure.environment import device_of
+from ..measure.exponents import in_tokens
 from ..measure.results import read_results
 from .charts import LINES, title_of
 from .plot import (
@@ -17,7 +18,6 @@ from .plot import (
     ORANGE,
     PURPLE,
     canvas,
-    in_tokens,
     in_units,
     legend_below,
     length_axis,

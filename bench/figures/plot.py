@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..measure.exponents import in_tokens
 from ..measure.results import write_bytes
 
 BLUE, ORANGE, GREEN, PURPLE, GREY, INK = "#0f4cc8", "#c9771a", "#1f7a48", "#8c2289", "#878d96", "#22262b"
@@ -139,14 +140,6 @@ def unit_axis(axes: Axes, unit: str) -> None:
         inside = [mark for mark in marks if low <= mark <= high]
     axes.set_yticks(inside, [in_units(mark, unit) for mark in inside])
     axes.minorticks_off()
-
-
-def in_tokens(number: int) -> str:
-    """16384 -> 16K; 1048576 -> 1M."""
-    for size, name in ((2**20, "M"), (2**10, "K")):
-        if number % size == 0:
-            return f"{number // size}{name}"
-    return str(number)
 
 
 def length_axis(axes: Axes, lengths: Iterable[int]) -> None:

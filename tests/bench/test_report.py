@@ -5,7 +5,7 @@ import pytest
 
 from conceptron.bench.compare import compare_folders, slower
 from conceptron.bench.documents.paste import BLOCK, fill
-from conceptron.bench.figures import charts
+from conceptron.bench.figures import plot
 from conceptron.bench.kernels.best import best_peers
 from conceptron.bench.measure.results import read_results, write_results
 from conceptron.bench.measure.timing import Timing
@@ -110,13 +110,13 @@ def test_every_committed_result_says_where_it_comes_from(path):
 
 def test_a_report_of_what_a_time_limit_left(tmp_path, monkeypatch):
     """One row of each, or only rows that say why nothing was measured."""
-    monkeypatch.setattr(charts, "SUFFIXES", ("png",))
+    monkeypatch.setattr(plot, "SUFFIXES", ("png",))
     case = {"encoder": "concept", "phase": "forward", "N": 512, "C": 128}
     memory = {"parameters": 4, "gradients": 4, "optimizer": 8, "activations: encoder": 2048, "temporary": 1,
               "allocator_peak": 2**20, "resident_peak": 2**21}  # fmt: skip
     ran = {"scaling": [{**case, "time_ms": 3.0, "peak_bytes": 2**20}], "memory": [{**case, **memory}]}
-    not_run = {"scaling": [{**case, "time_ms": "not run: why", "peak_bytes": None}],
-               "memory": [{**case, "failed": "RuntimeError: why"}]}  # fmt: skip
+    not_run = {"scaling": [{**case, "time_ms": None, "peak_bytes": None, "status": "not run: why"}],
+               "memory": [{**case, "status": "RuntimeError: why"}]}  # fmt: skip
     for folder, results in (("ran", ran), ("not run", not_run)):
         for name, rows in results.items():
             write_results(tmp_path / folder / name, name, rows, {"gpu": "some gpu"})
