@@ -69,7 +69,7 @@ def test_figures_are_plain_means(build, world, tokens, windows, name, options, m
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["diffusion", "mlm", "tsdae"])
-@pytest.mark.parametrize(("micro_tokens", "has_others"), [(500, True), (1, False)])
+@pytest.mark.parametrize(("micro_tokens", "has_others"), [(500, True), (40, False)])
 def test_another_texts_concepts_cost_no_other_figure(
     build, world, tokens, windows, name, micro_tokens, has_others, monkeypatch
 ):
