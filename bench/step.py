@@ -205,7 +205,7 @@ def main(options: argparse.Namespace) -> int:
     recipe = load_recipe(source, [*preset, *options.overrides])
     stamp = environment(recipe.run.seed)
     if options.vocabulary and not options.synthetic:
-        raise InputError("--vocabulary: the recipe's own text has the ids of its tokenizer; add --synthetic, or leave it out")
+        raise InputError("--vocabulary: of random tokens only; add --synthetic, or leave it out")
     vocabulary = options.vocabulary
     if vocabulary is None and recipe.data.tokenizer == SEEDS_TOKENIZER and options.recipe in PRESETS:
         vocabulary = SEEDS_VOCABULARY

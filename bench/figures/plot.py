@@ -1,7 +1,7 @@
 """One look for every figure: drawn off screen, titled at the left, every line named under the axes, units on each axis.
 
-An axis spans what is drawn on it, and starts at 0 only under bars. Names stand under the axes and not in them, where they
-would lie on a line.
+An axis spans what is drawn on it, and starts at 0 only under bars. Names stand under the axes and not in them, where
+they would lie on a line.
 """
 
 import io
@@ -66,7 +66,8 @@ def canvas(
         yield list(axes)
         left = 0.08 / size[0]
         figure.text(left, 1 - 0.10 / size[1], title, fontsize=13, fontweight="bold", va="top")
-        figure.text(left, 1 - 0.38 / size[1], "\n".join(lines), fontsize=9.5, color="#5b636e", va="top", linespacing=1.4)
+        said = {"fontsize": 9.5, "color": "#5b636e", "va": "top", "linespacing": 1.4}
+        figure.text(left, 1 - 0.38 / size[1], "\n".join(lines), **said)
         for suffix in SUFFIXES:
             content = io.BytesIO()
             figure.savefig(content, format=suffix, dpi=200, metadata={"Date": None} if suffix == "svg" else {})

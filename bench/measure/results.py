@@ -1,6 +1,7 @@
 """Result files: JSON, CSV and Markdown of the same rows, each written whole or not at all.
 
-A column of numbers holds numbers or nothing; why there is nothing says the row's ``status``, which is "measured" otherwise.
+A column of numbers holds numbers or nothing; why there is nothing says the row's ``status``, which is "measured"
+otherwise.
 """
 
 import csv
@@ -15,7 +16,6 @@ from typing import Any
 from ...engine.errors import InputError
 from .resident import Memory
 from .timing import Refusal, Timing
-
 
 MEASURED = "measured"
 TIMED = ("ms", "time_ms", "measured_GiB", "allocator_peak", "bytes_per_token")  # whose rows have a status

@@ -39,11 +39,12 @@ def test_fill_writes_the_columns_that_the_marker_names(tmp_path):
 
 def test_words_in_a_sentence_are_written_from_the_rows(tmp_path):
     rows = [{"encoder": "a", "phase": "train", "N": n, "time_ms": ms, "peak_bytes": b, "status": status}
-            for n, ms, b, status in ((512, 1.0, 8, "measured"), (1024, 2.0, 32, "measured"), (2048, None, None, "not run"))
-            ]  # fmt: skip
+            for n, ms, b, status in ((512, 1.0, 8, "measured"), (1024, 2.0, 32, "measured"),
+                                     (2048, None, None, "not run"))]  # fmt: skip
     write_results(tmp_path, "x", rows, {})
     write_tables(tmp_path, rows, {})
-    text = "From <!-- words: x.json lengths -->stale<!-- end -->.\n<!-- words: exponents.json exponents --><!-- end -->\n"
+    text = "From <!-- words: x.json lengths -->stale<!-- end -->.\n"
+    text += "<!-- words: exponents.json exponents --><!-- end -->\n"
     filled = fill(text, tmp_path)
     assert "-->512 to 1K tokens<!-- end -->." in filled and "stale" not in filled, "what did not run does not count"
     assert "-->a (up to 1K) time N^1.00, memory N^2.00<!-- end -->" in filled

@@ -82,7 +82,7 @@ def test_the_vocabulary_is_the_recipes(monkeypatch, tmp_path, words, size):
 
 def test_a_vocabulary_without_synthetic_text_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(step, "run", lambda *given: pytest.fail("measured"))
-    with pytest.raises(InputError, match="--vocabulary: .*add --synthetic"):
+    with pytest.raises(InputError, match=r"--vocabulary: .*add --synthetic"):
         perform(["bench", "step", "demo.yaml", "--vocabulary", "300", "--out", str(tmp_path)])
 
 
