@@ -1,8 +1,8 @@
 """The repository root is the package `conceptron`; this names its folders. Everything else is in pyproject.toml.
 
 For setuptools the package lies in PACKAGES, where in a checkout a link leads back to the root. An editable install is
-then a plain entry of the path, which type checkers and editors follow; the import hook that setuptools otherwise installs
-for a package without a folder of its name shows them nothing. An sdist has the package itself there.
+then a plain entry of the path, which type checkers and editors follow; the import hook that setuptools otherwise
+installs for a package without a folder of its name shows them nothing. An sdist has the package itself there.
 """
 
 from pathlib import Path

@@ -67,7 +67,8 @@ LINES = {  # encoder -> marker, line, colour, and its name under a figure; what 
 FEW = (OURS, FROM_IDS, FULL, UNPADDED, PERCEIVER)  # of the overview
 VARIANTS = (  # marker, line, colour
     ("H", "-", PURPLE), ("P", (0, (4, 1.5)), PURPLE), ("X", "-", GREEN), ("*", "-", ORANGE),
-    ("d", (0, (4, 1.5)), ORANGE), ("p", (0, (1, 1.2)), ORANGE), ("h", "-", INK), ("<", (0, (4, 1.5)), GREEN), (">", (0, (4, 1.5)), INK),
+    ("d", (0, (4, 1.5)), ORANGE), ("p", (0, (1, 1.2)), ORANGE), ("h", "-", INK),
+    ("<", (0, (4, 1.5)), GREEN), (">", (0, (4, 1.5)), INK),
 )  # fmt: skip
 
 
