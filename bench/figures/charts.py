@@ -87,9 +87,13 @@ def height(num_names: int) -> float:
     return 4.5 + 0.22 * math.ceil(num_names / 2)
 
 
+def sizes_of(environment: Mapping[str, Any]) -> str:
+    width, layers = environment.get("width"), environment.get("layers")
+    return f"d = {width}, {layers} layer{'s' * (layers != 1)}" if width else ""
+
+
 def note_of(environment: Mapping[str, Any]) -> str:
-    sizes = f"d = {environment.get('width')}, {environment.get('layers')} layers" if "width" in environment else ""
-    return "; ".join(part for part in (sizes, "two texts of N and 3N/4 tokens", device_of(environment)) if part)
+    return "; ".join(part for part in (sizes_of(environment), "two texts of N and 3N/4 tokens", device_of(environment)) if part)
 
 
 def draw_scaling(folder: Path) -> None:

@@ -136,8 +136,8 @@ def unit_axis(axes: Axes, unit: str) -> None:
     low, high = axes.get_ylim()
     marks = [10.0**k for k in range(-4, 9)] if unit == "ms" else [4.0**k for k in range(5, 24)]
     inside = [mark for mark in marks if low <= mark <= high]
-    if unit == "ms" and len(inside) < 3:
-        marks = [step * mark for mark in marks for step in (1, 2, 5)]
+    if len(inside) < 3:
+        marks = [step * mark for mark in marks for step in ((1, 2, 5) if unit == "ms" else (1, 2))]
         inside = [mark for mark in marks if low <= mark <= high]
     axes.set_yticks(inside, [in_units(mark, unit) for mark in inside])
     axes.minorticks_off()
