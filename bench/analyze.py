@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.errors import InputError
+from ..engine.files import write_json, write_text
 from ..models.masked_lm import smoothing_floor
 from .analysis.findings import (
     NATS,
@@ -27,7 +28,6 @@ from .analysis.subject import open_subject
 from .documents.page import markdown
 from .figures import curves
 from .figures import geometry as plots
-from .measure import results
 
 
 def analyze(path: str | Path, text: Sequence[str] = ()) -> Path:
@@ -55,8 +55,8 @@ def analyze(path: str | Path, text: Sequence[str] = ()) -> Path:
     for figure in draw(findings, folder):
         if not figure.is_file():
             raise RuntimeError(f"{figure} was not written")
-    results.write_json(folder / "summary.json", summary(findings))
-    results.write_text(folder / "report.md", markdown(findings))
+    write_json(folder / "summary.json", summary(findings))
+    write_text(folder / "report.md", markdown(findings))
     print(headline(findings, folder))
     return folder
 

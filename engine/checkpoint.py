@@ -273,7 +273,7 @@ def sha256(path: Path) -> str:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, sort_keys=True))
+    path.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False))
     _sync(path)
 
 

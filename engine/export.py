@@ -44,7 +44,7 @@ def export(world: World, model: nn.Module, tokenizer: Any, folder: Path, about: 
             for_use(tokenizer, about.length).save_pretrained(unfinished)
             for name, content in sentence_transformers_files(about.length).items():
                 (unfinished / name).parent.mkdir(exist_ok=True)
-                (unfinished / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+                (unfinished / name).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
             (unfinished / "README.md").write_text(card(bare, about), encoding="utf-8")
             for weights in unfinished.glob("*.safetensors"):
                 shutil.copymode(unfinished / "config.json", weights)  # safetensors lets only the owner read

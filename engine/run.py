@@ -4,17 +4,17 @@ RUN/recipe.yaml  environment.json  metrics.jsonl  tb/  checkpoints/  model/  rep
 """
 
 import fcntl
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from . import checkpoint
+from .environment import environment
 from .errors import InputError
+from .files import write_json
 from .launch import World
 from .recipe.load import save_recipe
 from .recipe.schema import Recipe
-from .telemetry import environment
 
 
 class RunFolder:
@@ -68,7 +68,7 @@ class RunFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._take_lock()
                 save_recipe(self.recipe, self.path / "recipe.yaml")
-                (self.path / "environment.json").write_text(json.dumps(environment(self.world), indent=1))
+                write_json(self.path / "environment.json", environment(self.world))
             except OSError:
                 if is_new:
                     shutil.rmtree(self.path, ignore_errors=True)

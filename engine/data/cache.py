@@ -38,7 +38,7 @@ def cache_folder(cache: str | None) -> Path:
 
 def fingerprint(value: Any) -> str:
     """Sixteen hexadecimal digits that change with a JSON value."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=True)
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -116,7 +116,7 @@ def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, A
         index["files"] = {
             name: {"bytes": (unfinished / name).stat().st_size, "sha256": digest(unfinished / name)} for name in names
         }
-        (unfinished / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+        (unfinished / INDEX).write_text(json.dumps(index, indent=1, allow_nan=False) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(unfinished, folder)
     finally:

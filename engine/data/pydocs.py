@@ -85,7 +85,8 @@ def write(folder: Path, folders: dict[str, Path]) -> dict[str, Any]:
     num_documents = {}
     for split, held_out in (("train", False), ("validation", True)):
         chosen = [{"name": name, "text": text} for name, text in texts if is_held_out(name) == held_out]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(document) + "\n" for document in chosen))
+        lines = (json.dumps(document, allow_nan=False) + "\n" for document in chosen)
+        (folder / f"{split}.jsonl").write_text("".join(lines))
         num_documents[split] = len(chosen)
     return {
         "packages": {name or "python": package_version(name) for name in folders},

@@ -122,5 +122,5 @@ def read_progress(folder: Path) -> tuple[int, int]:
 
 def note_progress(folder: Path, windows: int, num_bytes: int) -> None:
     unfinished = folder / f".{PROGRESS}"
-    unfinished.write_text(json.dumps({"windows": windows, "bytes": num_bytes}))
+    unfinished.write_text(json.dumps({"windows": windows, "bytes": num_bytes}, allow_nan=False))
     unfinished.replace(folder / PROGRESS)

@@ -129,8 +129,8 @@ def for_use(tokenizer: PreTrainedTokenizerFast, length: int) -> PreTrainedTokeni
     if separator is not None:
         tokens = {"sep_token": separator, "pad_token": separator} | tokens
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(state)), model_max_length=length, padding_side="right",
-        truncation_side=tokenizer.truncation_side, clean_up_tokenization_spaces=False,
+        tokenizer_object=Tokenizer.from_str(json.dumps(state, allow_nan=False)), model_max_length=length,
+        padding_side="right", truncation_side=tokenizer.truncation_side, clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"], **tokens,
     )  # fmt: skip
 
