@@ -10,7 +10,7 @@ from ..models.objectives.view import SpecialTokens
 from ..models.packing import Packed, pack
 from .data.tokenizer import Vocabulary
 from .errors import InputError
-from .initialize import find
+from .model_folder import find
 from .saved_model import load_model, load_vocabulary
 
 MODES = ("prefix", "fill", "infill", "concepts")
@@ -39,8 +39,6 @@ def generate(
             sample in this way.
     """
     folder = find(str(checkpoint), "CHECKPOINT")
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder}: no config.json; give a Hugging Face folder such as runs/demo/model")
     model = load_model(folder)
     if not isinstance(model, ConceptForMaskedLM):
         raise InputError(f"{folder}: a {type(model).__name__} cannot generate; give a masked language model")

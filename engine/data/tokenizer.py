@@ -46,8 +46,8 @@ def train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIAL)
 
 
-def load(place: str) -> PreTrainedTokenizerFast:
-    """A tokenizer from a folder or the hub.
+def load(place: str, field: str = "data.tokenizer") -> PreTrainedTokenizerFast:
+    """A tokenizer from a folder or the hub. ``field``: of the recipe or the command line, for the error.
 
     Raises:
         InputError: it cannot be loaded, or it is not a fast one.
@@ -61,12 +61,12 @@ def load(place: str) -> PreTrainedTokenizerFast:
         text = " ".join(str(error).split())
         what = "" if is_folder else "no such folder here, and "
         raise InputError(
-            f"data.tokenizer: {place}: {what}the tokenizer cannot be loaded ({type(error).__name__}: {text[:200]}); "
+            f"{field}: {place}: {what}the tokenizer cannot be loaded ({type(error).__name__}: {text[:200]}); "
             "give a folder with tokenizer.json, a hub id, or pydocs"
         ) from error
     if not isinstance(getattr(tokenizer, "backend_tokenizer", None), Tokenizer):
         kind = type(tokenizer).__name__
-        raise InputError(f"data.tokenizer: {place}: {kind} is not a fast tokenizer; convert it to tokenizer.json")
+        raise InputError(f"{field}: {place}: {kind} is not a fast tokenizer; convert it to tokenizer.json")
     return tokenizer
 
 
@@ -77,7 +77,7 @@ def with_mask(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def describe(tokenizer: PreTrainedTokenizerFast, place: str) -> Vocabulary:
+def describe(tokenizer: PreTrainedTokenizerFast, place: str, field: str = "data.tokenizer") -> Vocabulary:
     """Checks that a tokenizer can serve, and takes from it what is needed.
 
     Raises:
@@ -85,7 +85,7 @@ def describe(tokenizer: PreTrainedTokenizerFast, place: str) -> Vocabulary:
     """
     if tokenizer.mask_token_id is None:
         raise InputError(
-            f"data.tokenizer: {place}: no mask token; choose another tokenizer, or add one with "
+            f"{field}: {place}: no mask token; choose another tokenizer, or add one with "
             "tokenizer.add_special_tokens({'mask_token': '[MASK]'}) and save_pretrained"
         )
     text = tokenizer.backend_tokenizer.to_str()

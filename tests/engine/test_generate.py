@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from conceptron.__main__ import main
-from conceptron.engine import initialize
+from conceptron.engine import model_folder
 from conceptron.engine.data.tokenizer import describe, train
 from conceptron.engine.errors import InputError
 from conceptron.engine.generate import canvas_of, generate, read
@@ -124,7 +124,7 @@ def test_a_hub_id_is_fetched(folder, monkeypatch):
         asked.append((name, options))
         return folder
 
-    monkeypatch.setattr(initialize, "snapshot_download", fetch)
+    monkeypatch.setattr(model_folder, "snapshot_download", fetch)
     drawn = generate("org/name", "The [MASK] brown", mode="fill", sampling=Sampling(steps=2))
     assert drawn == generate(folder, "The [MASK] brown", mode="fill", sampling=Sampling(steps=2))
     assert [name for name, _ in asked] == ["org/name"] and "*.py" not in asked[0][1]["allow_patterns"]

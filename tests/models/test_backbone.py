@@ -374,7 +374,7 @@ def test_positions_behind_the_padding_count_less(folder_of):
 
 
 def test_folders_that_are_no_backbone(folder_of, tmp_path):
-    with pytest.raises(ValueError, match=r"there is no config\.json"):
+    with pytest.raises(ValueError, match=r"no config\.json"):
         describe(tmp_path / "nowhere")
     folder = folder_of("bert")
     config = (folder / "config.json").read_text()
