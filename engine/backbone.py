@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers import AutoModel
 
 from ..models.backbone_config import inner_config
 from ..models.backbone_source import around, backbone_of, describe, load
@@ -50,11 +51,13 @@ def open_backbone(recipe: Recipe, tokenizer: Any, world: World, kept: Path | Non
         return Opened(json.loads(kept.read_text(encoding="utf-8")), None)
     folder = world.first_then_others(lambda: find(name, "model.backbone"))
     inspect(folder, "model.backbone")
-    with in_one_line("model.backbone"):
+    with in_one_line(name, "model.backbone"):
         is_folder = Path(name).expanduser().exists()
         described = describe(folder, name=None if is_folder else name)
+        with torch.device("meta"):  # sizes that no module can have are found before anything is made
+            AutoModel.from_config(inner_config(described))
     words = load_tokenizer(str(folder), "model.backbone") if has_tokenizer(folder) else tokenizer
-    with in_one_line(f"model.backbone: {name}"):
+    with in_one_line(name, "model.backbone"):
         described["prefix"], described["suffix"] = around(words)
     check_tokenizer(tokenizer, words, inner_config(described).vocab_size, name, recipe)
     return Opened(described, folder)
@@ -88,7 +91,7 @@ def fill(model: nn.Module, opened: Opened, corpus: Corpus) -> str:
         InputError: a weight is missing or does not fit.
     """
     backbone, config = backbone_of(model), model.config
-    with in_one_line("model.backbone"), quiet():
+    with in_one_line(opened.folder, "model.backbone"), quiet():
         load(backbone, opened.folder, config.backbone_layers)
     if config.init_queries == "state":
         backbone.calibrate(pack(sample(corpus)))

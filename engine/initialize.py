@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from ..models.backbone_source import check_loaded
 from ..models.config import ConceptConfig
-from ..models.folder import not_finite
+from ..models.folder import not_finite, of_other_shapes
 from ..models.masked_lm import ConceptForMaskedLM
 from ..models.start.warm_start import WarmStart, warm_start_tied
 from ..models.tasks.model import LoadReport
@@ -26,20 +26,20 @@ def initialize(model: ConceptForMaskedLM, init: Init, tokenizer: Any, world: Wor
     Raises:
         InputError: there is no such model, it is of another kind, a size does not fit, or nothing could be loaded.
     """
-    folder, field = world.first_then_others(lambda: find(init.source, "init.source")), f"init.source: {init.source}"
+    folder, field = world.first_then_others(lambda: find(init.source, "init.source")), "init.source"
     kind = inspect(folder, field)
-    with in_one_line(field):
+    with in_one_line(init.source, field):
         if init.embeddings:
             return take_embeddings(model, folder, init, tokenizer)
         if kind != ConceptConfig.model_type:
             raise InputError(
-                f"{field}: expected a model of this package, got one of type {kind}; "
+                f"{field}: {init.source}: expected a model of this package, got one of type {kind}; "
                 "model.backbone takes pretrained models of transformers"
             )
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         report = from_ours(model, folder, config, init)
     if problem := not_finite(model.named_parameters()):
-        raise InputError(f"{field}: {problem}; take an earlier checkpoint of that run")
+        raise InputError(f"{field}: {init.source}: {problem}; take an earlier checkpoint of that run")
     return str(report)
 
 
@@ -47,7 +47,8 @@ def take_embeddings(model: ConceptForMaskedLM, folder: Path, init: Init, tokeniz
     """The word embeddings of any encoder, each by its entry in the vocabulary."""
     with quiet():
         source, info = AutoModel.from_pretrained(
-            folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     check_loaded(folder, source, info)
     if not has_tokenizer(folder):
@@ -77,8 +78,11 @@ def from_ours(model: ConceptForMaskedLM, folder: Path, config: ConceptConfig, in
         raise InputError("init.layer: expected nothing unless model.tie_layers is true and those of the source are not")
     with quiet():
         source, info = ConceptForMaskedLM.from_pretrained(
-            folder, config=copy.deepcopy(model.config), use_safetensors=True, output_loading_info=True
+            folder, config=copy.deepcopy(model.config), use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
+    if problem := of_other_shapes(info):
+        raise InputError(f"init.source: {init.source}: {problem}; say under model: what its config.json says")
     new = sorted(info["missing_keys"])
     loaded = sorted({name for name, _ in source.named_parameters()} - set(new))
     if not loaded:

@@ -36,7 +36,7 @@ def find(source: str, field: str) -> Path:
         folder = Path(source).expanduser()
         exists = folder.exists() and source != ""
     except (OSError, RuntimeError, ValueError) as error:  # a name that no file can have, a home that nobody has
-        raise InputError(f"{field}: {shown}: not a path ({error}); {EXPECTED}") from error
+        raise InputError(f"{field}: {shown}: not a path ({str(error)[:40]}); {EXPECTED}") from error
     if exists and not folder.is_dir():
         raise InputError(f"{field}: {source}: expected a folder, got a file; {EXPECTED}")
     if exists:
@@ -54,32 +54,33 @@ def find(source: str, field: str) -> Path:
         ) from error
 
 
-def inspect(folder: Path, field: str = "") -> str:
+def inspect(folder: Path, field: str | None = None) -> str:
     """The model type of a folder whose config.json and safetensors can be read.
 
     Raises:
         InputError: they cannot.
     """
-    with in_one_line(field):
+    with in_one_line(folder, field):
         kind = read_config(folder)["model_type"]
         weight_files(folder)
     return kind
 
 
 @contextmanager
-def in_one_line(where: str) -> Iterator[None]:
-    """Around what opens a folder that somebody gave: what is wrong with it, as InputError behind ``where``."""
+def in_one_line(place: str | Path, field: str | None = None) -> Iterator[None]:
+    """Around what opens a folder that somebody gave as ``field``: what is wrong with it, as InputError."""
+    where = f"{field}: " if field else ""
     try:
         yield
     except InputError:
         raise
     except RecursionError as error:
-        raise InputError(f"{where}: a file of it is nested too deeply; get the model again") from error
+        raise InputError(f"{where}{place}: a file of it is nested too deeply; get the model again") from error
     except DAMAGE as error:
         line = " ".join(str(error).split())
         line = line if len(line) <= 300 else f"{line[:297]}..."
         text = line if isinstance(error, ValueError) and line else f"{type(error).__name__}: {line}"
-        raise InputError(f"{where}: {text}" if where else text) from error
+        raise InputError(where + (text if str(place) in text else f"{place}: {text}")) from error
 
 
 def has_tokenizer(folder: Path) -> bool:

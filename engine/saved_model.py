@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from ..models.config import ConceptConfig
 from ..models.encoder import ConceptEncoder
-from ..models.folder import not_finite
+from ..models.folder import not_finite, of_other_shapes
 from ..models.masked_lm import ConceptForMaskedLM
 from ..models.objectives.view import SpecialTokens
 from ..models.tasks.heads import (
@@ -42,15 +42,19 @@ def load_model(folder: Path) -> nn.Module:
     kind = inspect(folder)
     if kind != ConceptConfig.model_type:
         raise InputError(f"{folder}/config.json: expected model_type {ConceptConfig.model_type!r}, got {kind!r}")
-    with in_one_line(f"{folder}/config.json"):
+    with in_one_line(folder / "config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         made = next((MODELS[name] for name in config.architectures or () if name in MODELS), ConceptEncoder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with in_one_line(f"{folder}: not the weights of a {made.__name__}"), quiet():
-        model, loaded = made.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    with in_one_line(folder), quiet():
+        model, loaded = made.from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     if loaded["missing_keys"]:
         names = sorted(loaded["missing_keys"])
         raise InputError(f"{folder}: {len(names)} weights are missing, {names[0]} among them; save the model again")
+    if problem := of_other_shapes(loaded):
+        raise InputError(f"{folder}: {problem}; its config.json and its weights are not of one model")
     if problem := not_finite(model.named_parameters()):
         raise InputError(f"{folder}: {problem}; take an earlier checkpoint of its run")
     model.config.return_dict = True  # whatever the folder says: the rest of this program reads outputs by name

@@ -13,7 +13,7 @@ from transformers import AutoModel
 
 from .backbone import Backbone, keep_layers
 from .backbone_config import inner_config, layer_numbers
-from .folder import not_finite, read_config, weight_files
+from .folder import not_finite, of_other_shapes, read_config, weight_files
 
 IGNORED = ("pooler.", "cls.", "lm_head.", "vocab_transform.", "vocab_layer_norm.", "vocab_projector.", "head.",
            "decoder.", "classifier.", "qa_outputs.", "embeddings.position_ids")  # fmt: skip
@@ -55,7 +55,8 @@ def load(backbone: Backbone, folder: str | Path, layers: int | list[int] | None)
         ValueError: a weight is missing, has another shape, or is not finite.
     """
     source, info = AutoModel.from_pretrained(
-        folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True, dtype=torch.float32
+        folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True, dtype=torch.float32,
+        ignore_mismatched_sizes=True,  # which check_loaded names
     )
     check_loaded(folder, source, info)
     state = keep_layers(source, layer_numbers(source.config, layers)).state_dict()
@@ -72,11 +73,9 @@ def check_loaded(folder: str | Path, source: nn.Module, info: dict[str, Any]) ->
     Raises:
         ValueError: a weight is missing, has another shape, or is not finite.
     """
-    missing = sorted(name for name in info["missing_keys"] if not name.startswith(IGNORED))
-    missing += sorted(name for name, *_ in info["mismatched_keys"])
-    if missing:
-        raise ValueError(f"{folder}: {len(missing)} weights are missing or of another shape, {missing[0]} among them")
-    if problem := not_finite(source.named_parameters()):
+    if missing := sorted(name for name in info["missing_keys"] if not name.startswith(IGNORED)):
+        raise ValueError(f"{folder}: {len(missing)} weights are missing, {missing[0]} among them; get the model again")
+    if problem := of_other_shapes(info) or not_finite(source.named_parameters()):
         raise ValueError(f"{folder}: {problem}; get the model again")
 
 

@@ -67,9 +67,9 @@ def weight_files(folder: Path) -> list[Path]:
     for name in sorted(names):
         file = folder / name
         if not file.is_file():
-            others = sorted(path.name for path in folder.glob("*.bin"))
-            remedy = f"{others[0]} is pickled: " * bool(others) + "load the model and save it with save_pretrained"
-            raise ValueError(f"{folder}: expected {name}, which is not there; {remedy}")
+            pickled = "; pickled weights are never read" if any(folder.glob("*.bin")) else ""
+            remedy = "load the model elsewhere and save it with save_pretrained"
+            raise ValueError(f"{folder}: expected {name}, which is not there{pickled}; {remedy}")
         try:
             with safe_open(file, framework="pt") as opened:
                 opened.keys()
@@ -77,6 +77,15 @@ def weight_files(folder: Path) -> list[Path]:
             size = f"{file.stat().st_size} bytes"
             raise ValueError(f"{file}: damaged ({size}; {' '.join(str(error).split())}); {AGAIN}") from error
     return [folder / name for name in sorted(names)]
+
+
+def of_other_shapes(info: dict[str, Any]) -> str:
+    """What ``from_pretrained(..., ignore_mismatched_sizes=True, output_loading_info=True)`` could not place, in words;
+    "" if everything that the folder has was of the right shape."""
+    for name, saved, wanted in sorted(info["mismatched_keys"]):
+        more = f", and {len(info['mismatched_keys']) - 1} more" if len(info["mismatched_keys"]) > 1 else ""
+        return f"{name} has shape {list(saved)}, the model {list(wanted)}{more}"
+    return ""
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -42,15 +42,16 @@ class Teacher:
         self.name, self.device = place, torch.device(device)
         folder, field = find(place, "distill.teacher"), f"distill.teacher: {place}"
         inspect(folder, "distill.teacher")
-        with in_one_line(field):
+        with in_one_line(place, "distill.teacher"):
             self.pooling, limit = read_pooling(folder)
         if not has_tokenizer(folder):
             raise InputError(f"{field}: no tokenizer.json; a teacher reads text in its own tokens")
         self.tokenizer = load_tokenizer(str(folder), "distill.teacher")
-        with in_one_line(field), quiet():
+        with in_one_line(place, "distill.teacher"), quiet():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             model, info = AutoModel.from_pretrained(
-                folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+                folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
             check_loaded(folder, model, info)
         self.model = model.to(self.device).eval()
