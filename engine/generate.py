@@ -1,6 +1,6 @@
 """Text in, text out: a saved model continues, fills or rewrites a text."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from ..models.generation.canvas import blank_canvas, fill, given_text
@@ -35,8 +35,8 @@ def generate(
             with prefix_diffusion.
 
     Raises:
-        InputError: the folder holds no such model, the text is empty, there is nothing to fill, or the model cannot
-            sample in this way.
+        InputError: the folder holds no such model, the text is empty or no text, there is nothing to fill, or the model
+            cannot sample in this way or gives no finite logits.
     """
     folder = find(str(checkpoint), "CHECKPOINT")
     model = load_model(folder)
@@ -51,7 +51,10 @@ def generate(
             for i in range(num_samples)
         ]
     except ValueError as error:
-        raise InputError(f"--{error}") from error
+        option = str(error).partition(":")[0]  # of `Sampling`, or something about the model
+        is_option = option in {field.name for field in fields(Sampling)}
+        dashed = f"--{error}".replace("_", "-", option.count("_"))
+        raise InputError(dashed if is_option else f"{folder}: {error}") from error
     return [vocabulary.tokenizer.decode(packed.input_ids.tolist()) for packed in drawn]
 
 
@@ -59,7 +62,14 @@ def read(text: str, vocabulary: Vocabulary) -> list[int]:
     """The text's ids; a mask token written in it becomes the mask id, anything else stays what it says.
 
     One space before a mask token belongs to the hidden word, as it does in byte-level vocabularies.
+
+    Raises:
+        InputError: there is nothing to read, or what is there is no text.
     """
+    for place, character in enumerate(text):
+        if character == "\0" or "\ud800" <= character <= "\udfff":
+            what = "NUL" if character == "\0" else "bytes that are not UTF-8"
+            raise InputError(f"--text: expected text, got {what} at character {place + 1}; convert it to UTF-8")
     *before, last = text.split(vocabulary.tokenizer.mask_token)
     pieces = [*(piece.removesuffix(" ") for piece in before), last]
     encoded = vocabulary.encode(pieces)

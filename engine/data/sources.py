@@ -146,11 +146,14 @@ def read_text(file: Path) -> str:
     """A UTF-8 text file, with or without a byte order mark.
 
     Raises:
-        InputError: it is missing or not UTF-8.
+        InputError: it is missing, not UTF-8, or not text.
     """
     if not file.is_file():
         raise InputError(f"{file}: no such file; correct the path")
     raw = file.read_bytes()
+    if 0 in raw:
+        line = raw.count(b"\n", 0, raw.index(0)) + 1
+        raise InputError(f"{file}:{line}: a NUL byte, which no text holds; convert the file to UTF-8")
     try:
         return raw.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
