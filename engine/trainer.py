@@ -18,6 +18,7 @@ from .optimizer import build_optimizer
 from .precision import settled
 from .recipe.load import load_recipe
 from .recipe.schema import Recipe
+from .record import trajectory
 from .run import RunFolder
 from .schedule import learning_rate
 from .telemetry import Clock, Telemetry, duration, peak_memory_bytes
@@ -64,7 +65,7 @@ class Trainer:
         self.recipe, self.world, self.stop, self.run, self.progress = recipe, world, stop, run, run.progress
         self.job = job
         self.identity = {
-            "trajectory": recipe.trajectory(),
+            "trajectory": trajectory(recipe),
             "topology": {"ranks": world.size, "stage": recipe.zero.stage, "micro_tokens": recipe.batch.micro_tokens},
             **job.identity(),
         }

@@ -11,6 +11,7 @@ from torch import nn
 from ...engine.data import sources, tokenizer
 from ...engine.data.corpus import open_corpus
 from ...engine.data.loader import Loader
+from ...engine.data.phrases import open_phrases
 from ...engine.data.windows import Part, Windows, cut
 from ...engine.errors import InputError
 from ...engine.recipe.data import DataRecipe
@@ -69,6 +70,8 @@ def open_subject(path: Path, text: Sequence[str] = ()) -> Subject:
 
 def open_run(path: Path, text: Sequence[str]) -> Subject:
     recipe = load_recipe(path / "recipe.yaml")
+    if recipe.needs_phrases:
+        recipe = recipe.with_phrases(open_phrases(recipe.data))
     checkpoint = path / "model"
     if not (checkpoint / "config.json").is_file():
         raise InputError(f"{path}: the run has not finished, {checkpoint} is missing; go on with resume=auto")
