@@ -1,4 +1,4 @@
-"""What a run keeps of its recipe: nothing in it depends on where the run was started, or on a default of another day."""
+"""What a run keeps of its recipe: nothing in it depends on where the run was started, or on a later default."""
 
 import hashlib
 from collections.abc import Callable
@@ -61,7 +61,9 @@ def with_places(recipe: Recipe, change: Callable[[str], Any], of_phrases: Callab
 
     def of_objective(section: dict[str, Any]) -> dict[str, Any]:
         section = {**section, "phrases": of_phrases(section["phrases"])} if section.get("phrases") else section
-        return {**section, "parts": [of_objective(part) for part in section["parts"]]} if "parts" in section else section
+        if "parts" in section:
+            section = {**section, "parts": [of_objective(part) for part in section["parts"]]}
+        return section
 
     return recipe.model_copy(update={**changes, "objective": of_objective(recipe.objective)})
 

@@ -11,9 +11,11 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from ..errors import InputError
 
@@ -21,11 +23,20 @@ INDEX = "index.json"
 UNUSABLE = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST,
 )  # fmt: skip
+DELAY_S = 1.0
 CHECKED_BYTES = 1 << 30  # larger folders are checked by the sizes of their files only
 
 
 def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
+
+
+def progress(items: Iterable[Any], unit: str, total: int | None = None) -> Iterator[Any]:
+    """The same items, with a bar on a terminal where they take longer than a second; elsewhere nothing is said."""
+    return iter(tqdm(
+        items, total=total, unit=unit, delay=DELAY_S, leave=False, dynamic_ncols=True, file=sys.stderr,
+        disable=not sys.stderr.isatty(),
+    ))  # fmt: skip
 
 
 def cache_folder(cache: str | None) -> Path:
