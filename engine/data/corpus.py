@@ -114,18 +114,25 @@ def tokenise(documents: Documents, vocabulary: Vocabulary, cache: Path) -> Store
 def hold_out(hashes: np.ndarray, fraction: float, source: Source) -> tuple[np.ndarray, np.ndarray]:
     """Splits documents by the hash of their text, so that equal texts fall on one side.
 
+    A text that makes up more than half of the documents is trained on: held out, it would leave little to train on.
+
     Returns:
         The numbers of the documents to train on and of those to hold out: about ``fraction`` of all, at least one.
 
     Raises:
-        InputError: there are not two different documents.
+        InputError: there are not two different texts.
     """
-    count = max(1, round(fraction * len(hashes)))
-    threshold = np.sort(hashes)[min(count, len(hashes)) - 1]
-    is_held_out = hashes <= threshold
-    if is_held_out.all():
+    distinct, text_of, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+    if len(distinct) < 2:
+        found = f"{len(hashes)} documents, all of the same text" if len(hashes) > 1 else "one document"
         raise InputError(
-            f"data.source: {source.path}: {len(hashes)} document(s), too few to hold {fraction:g} of them out; "
-            "give more documents, or set data.validation to a file"
+            f"data.source: {source.path}: {found}, of which none can be held out; give more documents, or set "
+            "data.validation to a file"
         )
+    can_be = counts * 2 <= len(hashes)
+    held = np.cumsum(np.where(can_be, counts, 0))
+    wanted = max(1, round(fraction * len(hashes)))
+    of_text = can_be & (held - counts < wanted)
+    of_text[-1] &= not of_text.all()  # something has to be left to train on
+    is_held_out = of_text[text_of]
     return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
