@@ -61,7 +61,8 @@ def generate(
 def read(text: str, vocabulary: Vocabulary) -> list[int]:
     """The text's ids; a mask token written in it becomes the mask id, anything else stays what it says.
 
-    One space before a mask token belongs to the hidden word, as it does in byte-level vocabularies.
+    White space before a mask token belongs to the hidden word, as it does in byte-level vocabularies. The exported
+    tokenizer gives the same ids (`for_use`), and training masks such a text in the same places.
 
     Raises:
         InputError: there is nothing to read, or what is there is no text.
@@ -70,12 +71,7 @@ def read(text: str, vocabulary: Vocabulary) -> list[int]:
         if character == "\0" or "\ud800" <= character <= "\udfff":
             what = "NUL" if character == "\0" else "bytes that are not UTF-8"
             raise InputError(f"--text: expected text, got {what} at character {place + 1}; convert it to UTF-8")
-    *before, last = text.split(vocabulary.tokenizer.mask_token)
-    pieces = [*(piece.removesuffix(" ") for piece in before), last]
-    encoded = vocabulary.encode(pieces)
-    ids = list(encoded[0])
-    for piece in encoded[1:]:
-        ids += [vocabulary.tokens.mask_id, *piece]
+    ids = vocabulary.encode_with_masks(text)
     if not ids:
         raise InputError("--text: expected some text to read, got none")
     return ids

@@ -30,6 +30,14 @@ class Vocabulary:
     def encode(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.plain.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def encode_with_masks(self, text: str) -> list[int]:
+        """The same, but that a mask token written in the text is the mask id, and takes the white space before it."""
+        reader = Tokenizer.from_str(with_stripping_mask(self.tokenizer, special=False))
+        reader.no_truncation()
+        reader.no_padding()
+        reader.encode_special_tokens = True  # of the others
+        return reader.encode(text, add_special_tokens=False).ids
+
 
 def train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE: any text can be written in it and read back unchanged."""
@@ -107,15 +115,12 @@ def for_use(tokenizer: PreTrainedTokenizerFast, length: int) -> PreTrainedTokeni
 
     One rule for every vocabulary. A text is its own tokens: nothing is put before or behind it, since training never
     showed [CLS], BOS or EOS there. A pair is the first text, one separator, the second; the separator is the
-    tokenizer's own, else its end of text, else its [CLS] or beginning of text. One space before the mask token belongs
-    to the hidden word, as ``conceptron generate`` has it. ``length``: of training, where ``truncation=True`` cuts.
+    tokenizer's own, else its end of text, else its [CLS] or beginning of text. White space before the mask token
+    belongs to the hidden word, as ``conceptron generate`` has it. ``length``: of training, where ``truncation=True`` cuts.
 
     Padding, where a vocabulary has no token for it, is the separator: the attention mask says where it is.
     """
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    for entry in state["added_tokens"]:
-        if entry["content"] == tokenizer.mask_token:
-            entry["lstrip"] = True
+    state = json.loads(with_stripping_mask(tokenizer))
     names = ("sep_token", "eos_token", "cls_token", "bos_token")
     separator = next((getattr(tokenizer, name) for name in names if getattr(tokenizer, name) is not None), None)
     pieces, special = [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}], {}
@@ -133,6 +138,15 @@ def for_use(tokenizer: PreTrainedTokenizerFast, length: int) -> PreTrainedTokeni
         padding_side="right", truncation_side=tokenizer.truncation_side, clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"], **tokens,
     )  # fmt: skip
+
+
+def with_stripping_mask(tokenizer: PreTrainedTokenizerFast, special: bool = True) -> str:
+    """The tokenizer's own description, but that its mask token takes the space before it."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    for entry in state["added_tokens"]:
+        if entry["content"] == tokenizer.mask_token:
+            entry.update(lstrip=True, special=special)
+    return json.dumps(state, allow_nan=False)
 
 
 def save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, Any]:
