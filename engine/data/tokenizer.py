@@ -116,7 +116,8 @@ def for_use(tokenizer: PreTrainedTokenizerFast, length: int) -> PreTrainedTokeni
     One rule for every vocabulary. A text is its own tokens: nothing is put before or behind it, since training never
     showed [CLS], BOS or EOS there. A pair is the first text, one separator, the second; the separator is the
     tokenizer's own, else its end of text, else its [CLS] or beginning of text. White space before the mask token
-    belongs to the hidden word, as ``conceptron generate`` has it. ``length``: of training, where ``truncation=True`` cuts.
+    belongs to the hidden word, as ``conceptron generate`` has it. ``length``: of training, where
+    ``truncation=True`` cuts.
 
     Padding, where a vocabulary has no token for it, is the separator: the attention mask says where it is.
     """

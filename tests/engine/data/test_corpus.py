@@ -321,7 +321,7 @@ def test_pydocs_from_recipe_to_windows(recipe, tmp_path, monkeypatch):
         (tmp_path / "site" / "alpha" / f"m{i}.py").write_text(f'"""{text * 3}"""\n')
     (tmp_path / "site" / "alpha" / "__init__.py").write_text("raise SystemExit\n")
     monkeypatch.syspath_prepend(tmp_path / "site")
-    monkeypatch.setattr(pydocs, "PACKAGES", ("alpha",))
+    monkeypatch.setitem(pydocs.CORPORA, "pydocs", ("alpha",))
     monkeypatch.setattr(pydocs, "language_topics", lambda: [])
     monkeypatch.setattr(pydocs.sysconfig, "get_path", lambda name: str(tmp_path / "nothing"))
     monkeypatch.setattr(pydocs, "is_held_out", lambda name: name.endswith("7"))
