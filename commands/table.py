@@ -215,6 +215,19 @@ COMMANDS = (
         ),
     ),
     Command(
+        "bench parallel", "what one text over several GPUs sends, beside Ulysses and ring attention: counted",
+        "conceptron bench parallel --tokens 1048576 --gpus 8 64 512", "bench.parallel:main",
+        (
+            Option("--tokens", Whole(1, 2**40), "N, of the text", 2**20),
+            Option("--gpus", Whole(1, 2**20), "how many hold it", (8, 16, 32, 64, 128, 256, 512), "+", "P"),
+            Option("--concepts", Whole(1, 2**20), "C", 128),
+            Option("--width", Whole(1, 2**20), "d", 4096), Option("--heads", Whole(1, 2**16), "of a layer", 32),
+            Option("--bandwidth", Number(0, 1e6, above=True), "GB/s that a GPU receives, assumed", 50.0),
+            Option("--tflops", Number(0, 1e6, above=True), "that a GPU does, assumed", 400.0),
+            out("runs/bench/parallel"),
+        ),
+    ),
+    Command(
         "bench suite", "all of it within a time limit", "conceptron bench suite --gpu --minutes 9", "bench.suite:main",
         (
             Option("--gpu", None, "measure the GPU (without it: the CPU's small sizes)"),
