@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.errors import InputError
-from ..engine.files import write_json, write_text
+from ..engine.files import is_lost, write_json, write_text
 from ..models.masked_lm import smoothing_floor
 from .analysis.findings import (
     NATS,
@@ -129,7 +129,9 @@ def headline(findings: Findings, folder: Path) -> str:
     if training:
         speed = f", {training.tokens_per_s:,.0f} tokens/s" if training.tokens_per_s else ""
         rows.append(("training", training_line(findings) + speed))
-    if losses and losses.is_seen:
+    if losses and is_lost([losses.heldout_nll_seen if losses.is_seen else losses.heldout_nll]):
+        rows.append(("held-out NLL", "not finite"))
+    elif losses and losses.is_seen:
         rows.append(("held-out NLL", f"{losses.heldout_nll_seen:.3f} {NATS}, of tokens that the encoder SAW (copying)"))
     elif losses:
         below = losses.unigram_entropy - losses.heldout_nll

@@ -1,6 +1,5 @@
 """The pretrained module that a recipe names as `model.backbone`: found, checked against the tokenizer, filled."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ from transformers import AutoModel
 
 from ..models.backbone_config import inner_config
 from ..models.backbone_source import around, backbone_of, describe, load
+from ..models.folder import read_json
 from ..models.objectives.view import SpecialTokens
 from ..models.packing import pack
 from .data.corpus import Corpus
@@ -48,7 +48,10 @@ def open_backbone(recipe: Recipe, tokenizer: Any, world: World, kept: Path | Non
     if name is None:
         return None
     if kept is not None and kept.exists():
-        return Opened(json.loads(kept.read_text(encoding="utf-8")), None)
+        with in_one_line(kept):
+            described = read_json(kept)
+            inner_config(described)  # which knows whether it is one
+        return Opened(described, None)
     folder = world.first_then_others(lambda: find(name, "model.backbone"))
     inspect(folder, "model.backbone")
     with in_one_line(name, "model.backbone"):

@@ -135,14 +135,15 @@ def numbers(prefix: str, value: Any) -> Iterator[tuple[str, float]]:
 
 
 def forget_after(metrics: Path, step: int) -> None:
-    """Removes the lines after `step`, which will be written again, and one that a crash cut in half."""
+    """Removes the lines after `step`, which will be written again, and what is no line: a crash may cut one in half."""
     kept = []
-    for line in metrics.read_text(encoding="utf-8").splitlines():
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
-        except ValueError:
+            is_before = entry["step"] <= step and entry["kind"] != "end"
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
-        if entry["step"] <= step and entry["kind"] != "end":
+        if is_before:
             kept.append(line + "\n")
     replacement = metrics.with_suffix(".new")
     replacement.write_text("".join(kept), encoding="utf-8")

@@ -60,7 +60,8 @@ def open_subject(path: Path, text: Sequence[str] = ()) -> Subject:
         InputError: ``path`` is neither a finished run nor a checkpoint of ours, or its text cannot be used.
     """
     if not path.is_dir():
-        raise InputError(f"{path}: no such folder; give a run folder such as runs/demo, or a checkpoint")
+        found = "expected a folder, got a file" if path.exists() else "no such folder"
+        raise InputError(f"{path}: {found}; give a run folder such as runs/demo, or a checkpoint")
     if (path / "recipe.yaml").is_file():
         return open_run(path, text)
     if (path / "config.json").is_file():

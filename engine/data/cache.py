@@ -99,7 +99,7 @@ def read_index(folder: Path) -> tuple[dict[str, Any] | None, str]:
                 return None, f"{name}: {(folder / name).stat().st_size} bytes instead of {entry['bytes']}"
             if whole and digest(folder / name) != entry["sha256"]:
                 return None, f"{name}: its contents have changed"
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return None, f"{type(error).__name__}: {error}"
     return index, ""
 

@@ -172,7 +172,7 @@ def damaged(source: Path, damage: str, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("command", ["generate", "analyze"])
 def test_commands_say_it_in_one_line(command, damage, ours, text, tmp_path, capsys):
     folder = damaged(ours, damage, tmp_path)
-    more = ["--mode", "fill", "--text", "a [MASK] text"] if command == "generate" else ["--text", str(text)]
+    more = ["--mode", "fill", "--text", "a [MASK] text"] if command == "generate" else ["--text", f"{text}/00.txt"]
     assert main([command, str(folder), *more]) == 2
     said = capsys.readouterr()
     assert said.err.startswith("conceptron: error: ") and said.err.count("\n") == 1 and not said.out
