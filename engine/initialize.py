@@ -38,7 +38,7 @@ def initialize(model: ConceptForMaskedLM, init: Init, tokenizer: Any, world: Wor
             )
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         report = from_ours(model, folder, config, init)
-    if problem := not_finite(model.named_parameters()):
+    if problem := not_finite(model.state_dict().items()):
         raise InputError(f"{field}: {init.source}: {problem}; take an earlier checkpoint of that run")
     return str(report)
 

@@ -31,20 +31,9 @@ def find(source: str, field: str) -> Path:
     Raises:
         InputError: it is a file or a link to nothing, or there is no such folder here and no such model to be had.
     """
-    shown = source[:200] if source.isprintable() and source else repr(source[:200])
-    try:
-        folder = Path(source).expanduser()
-        exists = folder.exists() and source != ""
-    except (OSError, RuntimeError, ValueError) as error:  # a name that no file can have, a home that nobody has
-        raise InputError(f"{field}: {shown}: not a path ({str(error)[:40]}); {EXPECTED}") from error
-    if exists and not folder.is_dir():
-        raise InputError(f"{field}: {source}: expected a folder, got a file; {EXPECTED}")
-    if exists:
+    folder = here(source, field)
+    if folder is not None:
         return folder
-    if folder.is_symlink():
-        raise InputError(f"{field}: {source}: a link to {os.readlink(folder)}, which is not there; mend the link")
-    if not HUB_ID.fullmatch(source):
-        raise InputError(f"{field}: {shown}: no such folder here; {EXPECTED}")
     try:
         return Path(snapshot_download(source, allow_patterns=list(FILES)))
     except Exception as error:  # huggingface_hub has dozens of kinds
@@ -52,6 +41,27 @@ def find(source: str, field: str) -> Path:
             f"{field}: {source}: no such folder here, and it cannot be fetched from the hub "
             f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); {EXPECTED}"
         ) from error
+
+
+def here(source: str, field: str, expected: str = EXPECTED) -> Path | None:
+    """The folder of this name; None where only the hub can have it.
+
+    Raises:
+        InputError: it is a file or a link to nothing, or no folder and no name of the hub either.
+    """
+    shown = source[:200] if source.isprintable() and source else repr(source[:200])
+    try:
+        folder = Path(source).expanduser()
+        exists = folder.exists() and source != ""
+    except (OSError, RuntimeError, ValueError) as error:  # a name that no file can have, a home that nobody has
+        raise InputError(f"{field}: {shown}: not a path ({str(error)[:40]}); {expected}") from error
+    if exists and not folder.is_dir():
+        raise InputError(f"{field}: {source}: expected a folder, got a file; {expected}")
+    if not exists and folder.is_symlink():
+        raise InputError(f"{field}: {source}: a link to {os.readlink(folder)}, which is not there; mend the link")
+    if not exists and not HUB_ID.fullmatch(source):
+        raise InputError(f"{field}: {shown}: no such folder here; {expected}")
+    return folder if exists else None
 
 
 def inspect(folder: Path, field: str | None = None) -> str:
@@ -84,4 +94,5 @@ def in_one_line(place: str | Path, field: str | None = None) -> Iterator[None]:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    return (folder / "tokenizer.json").exists() or (folder / "tokenizer_config.json").exists()
+    names = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
+    return any(any(folder.glob(name)) for name in names)

@@ -55,7 +55,7 @@ def load_model(folder: Path) -> nn.Module:
         raise InputError(f"{folder}: {len(names)} weights are missing, {names[0]} among them; save the model again")
     if problem := of_other_shapes(loaded):
         raise InputError(f"{folder}: {problem}; its config.json and its weights are not of one model")
-    if problem := not_finite(model.named_parameters()):
+    if problem := not_finite(model.state_dict().items()):
         raise InputError(f"{folder}: {problem}; take an earlier checkpoint of its run")
     model.config.return_dict = True  # whatever the folder says: the rest of this program reads outputs by name
     return model.float().to(device).eval()

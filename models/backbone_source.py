@@ -75,7 +75,7 @@ def check_loaded(folder: str | Path, source: nn.Module, info: dict[str, Any]) ->
     """
     if missing := sorted(name for name in info["missing_keys"] if not name.startswith(IGNORED)):
         raise ValueError(f"{folder}: {len(missing)} weights are missing, {missing[0]} among them; get the model again")
-    if problem := of_other_shapes(info) or not_finite(source.named_parameters()):
+    if problem := of_other_shapes(info) or not_finite(source.state_dict().items()):
         raise ValueError(f"{folder}: {problem}; get the model again")
 
 

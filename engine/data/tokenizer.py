@@ -12,10 +12,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ...models.objectives.view import SpecialTokens
 from ..errors import InputError
+from ..model_folder import has_tokenizer, here
 
 SPECIAL = {
     "pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "[BOS]", "eos_token": "[EOS]", "mask_token": "[MASK]",
 }  # fmt: skip
+
+EXPECTED = "give a folder with tokenizer.json, a hub id, or pydocs"
 
 
 @dataclass(frozen=True)
@@ -60,17 +63,16 @@ def load(place: str, field: str = "data.tokenizer") -> PreTrainedTokenizerFast:
     Raises:
         InputError: it cannot be loaded, or it is not a fast one.
     """
-    is_folder = Path(place).expanduser().is_dir()
+    folder = here(place, field, EXPECTED)
+    if folder is not None and not has_tokenizer(folder):
+        raise InputError(f"{field}: {place}: no tokenizer.json in this folder; {EXPECTED}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(Path(place).expanduser()) if is_folder else place, trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder or place, trust_remote_code=False)
     except Exception as error:  # transformers, huggingface_hub and tokenizers have dozens of kinds
         text = " ".join(str(error).split())
-        what = "" if is_folder else "no such folder here, and "
+        what = "no such folder here, and " if folder is None else ""
         raise InputError(
-            f"{field}: {place}: {what}the tokenizer cannot be loaded ({type(error).__name__}: {text[:200]}); "
-            "give a folder with tokenizer.json, a hub id, or pydocs"
+            f"{field}: {place}: {what}the tokenizer cannot be loaded ({type(error).__name__}: {text[:200]}); {EXPECTED}"
         ) from error
     if not isinstance(getattr(tokenizer, "backend_tokenizer", None), Tokenizer):
         kind = type(tokenizer).__name__

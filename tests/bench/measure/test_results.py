@@ -48,5 +48,5 @@ def test_only_rows_of_the_same_code_and_machine_are_gone_on_with(tmp_path):
     assert results.rows_to_resume(path, stamp | {"date": "tomorrow"}) == [{"N": 1}]
     assert results.rows_to_resume(tmp_path / "none.json", stamp) == []
     for name, value in (("commit", "def"), ("threads", 1), ("gpu", "some gpu")):
-        with pytest.raises(ValueError, match=f"measured with {name}.*choose another --out"):
+        with pytest.raises(ValueError, match=f"has {name} .*choose another --out"):
             results.rows_to_resume(path, stamp | {name: value})

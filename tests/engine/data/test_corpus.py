@@ -170,7 +170,7 @@ def test_tokenizers_that_cannot_serve(tmp_path, recipe):
     made = tokenizer.describe(tokenizer.with_mask(plain), "plain").tokens  # as the tokenizers of causal models are
     assert made.mask_id in made.special_ids and made.vocab_size == max(size, made.mask_id + 1)
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(InputError, match=r"data\.tokenizer: .*/nothing: the tokenizer cannot be loaded"):
+    with pytest.raises(InputError, match=r"data\.tokenizer: .*/nothing: no tokenizer\.json in this folder"):
         open_corpus(recipe(tokenizer=str(tmp_path / "nothing")))
     with pytest.raises(InputError, match=r"data\.tokenizer: conceptron-tests/none: no such folder here, and"):
         open_corpus(recipe(tokenizer="conceptron-tests/none"))

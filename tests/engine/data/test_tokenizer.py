@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 from conceptron.engine.data import tokenizer as tokenizers
+from conceptron.engine.errors import InputError
 from conceptron.engine.generate import read
 from conceptron.models.config import ConceptConfig
 from conceptron.models.masked_lm import ConceptForMaskedLM
@@ -138,3 +139,22 @@ def test_end_to_end(vocabulary):
     scores = writer(ids).logits[0, int((ids[0] == trained.tokens.mask_id).nonzero())].softmax(-1)
     best = pipeline("fill-mask", writer, tokenizer=loaded, device="cpu")(text, top_k=1)[0]
     assert best["token"] == int(scores.argmax()) and best["score"] == pytest.approx(float(scores.max()), abs=1e-5)
+
+
+@pytest.mark.parametrize("place, found", [
+    ("empty", "no tokenizer.json in this folder"), ("file", "expected a folder, got a file"),
+    ("link", "a link to nowhere, which is not there"), ("/no/where", "no such folder here; give a folder"),
+    ("", "no such folder here"), ("org/none", "no such folder here, and the tokenizer cannot be loaded"),
+    ("broken", "the tokenizer cannot be loaded"),
+])  # fmt: skip
+def test_places_where_no_tokenizer_is(place, found, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "broken"):
+        Path(name).mkdir()
+    Path("broken/tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": []}}')
+    Path("file").write_text("x")
+    os.symlink("nowhere", "link")
+    with pytest.raises(InputError) as caught:
+        tokenizers.load(place)
+    said = str(caught.value)
+    assert said.startswith("data.tokenizer: ") and found in said and "\n" not in said
