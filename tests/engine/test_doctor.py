@@ -74,3 +74,9 @@ def test_a_hub_that_does_not_answer(monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     found = doctor.hub()
     assert found.state == WARNING and "cannot be reached" in found.found and "data.tokenizer" in found.remedy
+
+
+def test_a_tokenizer_that_training_makes_is_no_fault():
+    for overrides, name in (([], "pydocs"), (["size=tiny"], "pydocs-small")):
+        found = doctor.recipe("demo.yaml", overrides)["tokenizer"]()
+        assert found.state == doctor.OK and found.found.startswith(f"{name}: trained")
