@@ -22,28 +22,30 @@ DAMAGE = (
 )  # fmt: skip
 
 
-def find(source: str, field: str) -> Path:
+def find(source: str, field: str, files: tuple[str, ...] = FILES, expected: str = EXPECTED) -> Path:
     """The folder itself, or what the hub has under this name; offline, what the hub's cache has.
 
     Args:
         field: of the recipe or the command line, for the error.
+        files: patterns of those that are fetched.
+        expected: what to do instead, for the error.
 
     Raises:
         InputError: it is a file or a link to nothing, or there is no such folder here and no such model to be had.
     """
-    folder = here(source, field)
+    folder = here(source, field, expected)
     if folder is not None:
         return folder
     try:
-        return Path(snapshot_download(source, allow_patterns=list(FILES)))
+        return Path(snapshot_download(source, allow_patterns=list(files)))
     except Exception as error:  # huggingface_hub has dozens of kinds
         raise InputError(
             f"{field}: {source}: no such folder here, and it cannot be fetched from the hub "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); {EXPECTED}"
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); {expected}"
         ) from error
 
 
-def here(source: str, field: str, expected: str = EXPECTED) -> Path | None:
+def here(source: str, field: str, expected: str) -> Path | None:
     """The folder of this name; None where only the hub can have it.
 
     Raises:

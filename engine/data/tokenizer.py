@@ -12,12 +12,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ...models.objectives.view import SpecialTokens
 from ..errors import InputError
-from ..model_folder import has_tokenizer, here
+from ..model_folder import find, has_tokenizer
 
 SPECIAL = {
     "pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "[BOS]", "eos_token": "[EOS]", "mask_token": "[MASK]",
 }  # fmt: skip
 
+FILES = ("*.json", "*.txt", "*.model")  # of a tokenizer on the hub
 EXPECTED = "give a folder with tokenizer.json, a hub id, or pydocs"
 
 
@@ -63,16 +64,15 @@ def load(place: str, field: str = "data.tokenizer") -> PreTrainedTokenizerFast:
     Raises:
         InputError: it cannot be loaded, or it is not a fast one.
     """
-    folder = here(place, field, EXPECTED)
-    if folder is not None and not has_tokenizer(folder):
+    folder = find(place, field, FILES, EXPECTED)
+    if not has_tokenizer(folder):
         raise InputError(f"{field}: {place}: no tokenizer.json in this folder; {EXPECTED}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder or place, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers, huggingface_hub and tokenizers have dozens of kinds
         text = " ".join(str(error).split())
-        what = "no such folder here, and " if folder is None else ""
         raise InputError(
-            f"{field}: {place}: {what}the tokenizer cannot be loaded ({type(error).__name__}: {text[:200]}); {EXPECTED}"
+            f"{field}: {place}: the tokenizer cannot be loaded ({type(error).__name__}: {text[:200]}); {EXPECTED}"
         ) from error
     if not isinstance(getattr(tokenizer, "backend_tokenizer", None), Tokenizer):
         kind = type(tokenizer).__name__

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 
 from conceptron.__main__ import main
 from conceptron.engine import backbone, launch
+from conceptron.engine.data import tokenizer
 from conceptron.engine.data.teacher import Teacher
 from conceptron.engine.errors import InputError
 from conceptron.engine.initialize import initialize
@@ -230,6 +231,7 @@ def test_a_hub_id_is_found_in_the_cache_offline(ours, tmp_path, monkeypatch):
     shutil.copytree(ours, home / "snapshots" / commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     assert find("org/name", "CHECKPOINT") == home / "snapshots" / commit
+    assert len(tokenizer.load("org/name")) == 300
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     with pytest.raises(InputError, match="it cannot be fetched from the hub"):
         find("org/name", "CHECKPOINT")

@@ -144,7 +144,7 @@ def test_end_to_end(vocabulary):
 @pytest.mark.parametrize("place, found", [
     ("empty", "no tokenizer.json in this folder"), ("file", "expected a folder, got a file"),
     ("link", "a link to nowhere, which is not there"), ("/no/where", "no such folder here; give a folder"),
-    ("", "no such folder here"), ("org/none", "no such folder here, and the tokenizer cannot be loaded"),
+    ("", "no such folder here"), ("org/none", "no such folder here, and it cannot be fetched from the hub"),
     ("broken", "the tokenizer cannot be loaded"),
 ])  # fmt: skip
 def test_places_where_no_tokenizer_is(place, found, tmp_path, monkeypatch):
