@@ -10,6 +10,7 @@ from ..models.decisions import FIELDS
 from .data.cache import cache_folder
 from .data.pydocs import NAMES
 from .data.sources import is_local
+from .model_folder import HUB_ID
 from .recipe.checker import model_section
 from .recipe.data import DataRecipe
 from .recipe.schema import Recipe
@@ -85,9 +86,11 @@ def data_with_places(data: DataRecipe, change: Callable[[str], Any]) -> DataReci
 def changed(
     fields: dict[str, Any], name: str, change: Callable[[str], Any], but: tuple[str, ...] = ()
 ) -> dict[str, Any]:  # fmt: skip
-    """{name: its changed value} where that is a folder or file here."""
+    """{name: its changed value} where that is a folder or file here, or was one: no name of the hub is a path."""
     place = fields.get(name)
-    is_here = isinstance(place, str) and place not in but and Path(place).expanduser().exists()
+    is_here = isinstance(place, str) and place not in but and (
+        not HUB_ID.fullmatch(place) or Path(place).expanduser().exists()
+    )  # fmt: skip
     return {name: change(place)} if is_here else {}
 
 

@@ -89,6 +89,9 @@ def test_places_are_from_the_root_on_and_names_of_the_hub_stay(relative, tmp_pat
     assert made.data.tokenizer == f"{tmp_path}/text/tokenizer" and made.data.cache == f"{tmp_path}/cache"
     assert made.data.validation == f"{tmp_path}/text/00.txt" and made.run.folder == f"{tmp_path}/runs"
     assert made.init.source == f"{tmp_path}/bert" and made.distill["teacher"] == "org/teacher"
+    os.rmdir("bert")  # a run does without by then
+    assert trajectory(made)["init.source"] == HERE
+    os.mkdir("bert")
     compared = trajectory(load_recipe(relative, more))
     assert compared["init.source"] == compared["data.tokenizer"] == HERE
     assert [source["path"] for source in compared["data.source"]] == [HERE, "org/corpus", "pydocs", HERE]
