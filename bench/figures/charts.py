@@ -93,7 +93,8 @@ def sizes_of(environment: Mapping[str, Any]) -> str:
 
 
 def note_of(environment: Mapping[str, Any]) -> str:
-    return "; ".join(part for part in (sizes_of(environment), "two texts of N and 3N/4 tokens", device_of(environment)) if part)
+    parts = (sizes_of(environment), "two texts of N and 3N/4 tokens", device_of(environment))
+    return "; ".join(part for part in parts if part)
 
 
 def draw_scaling(folder: Path) -> None:
