@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
-import yaml
 from pydantic import Field
 
 from ..engine.errors import InputError
 from ..engine.recipe.checker import Checker
-from ..engine.recipe.load import apply_override, find_recipe, load_recipe, read_yaml
+from ..engine.recipe.load import apply_override, find_recipe, load_recipe
+from ..engine.recipe.reader import dump, read_yaml
 from ..engine.recipe.schema import Count, CountOrZero, Recipe, Section, flatten
 from .documents.table import COLUMNS, write_tables
 from .measure.environment import environment
@@ -113,7 +113,7 @@ def write_recipes(table: TableSection, overrides: Sequence[str], folder: Path) -
         for field, value in section.set.items():
             apply_override(tree, f"{field}={json.dumps(value)}")
         row = Row(section.name, section.change, against, folder / f"{section.name}.yaml")
-        row.path.write_text(f"# {section.change}\n{yaml.safe_dump(tree, sort_keys=False)}", encoding="utf-8")
+        row.path.write_text(f"# {section.change}\n{dump(tree)}", encoding="utf-8")
         rows.append(row)
     return rows
 

@@ -69,7 +69,7 @@ class Tokens:
     funnel: list[int] | None = field(default=None, metadata=RISING)  # token layers (from 0) that halve their number
     # what backbone_source.describe says; in a recipe a folder or hub id
     backbone: dict | None = field(default=None, metadata=DESCRIBED)
-    backbone_layers: int | list[int] | None = field(default=None, metadata=LAYERS)  # the first so many, or a list; None: all
+    backbone_layers: int | list[int] | None = field(default=None, metadata=LAYERS)  # the first so many, or a list
     backbone_window: int = count(256)  # tokens that it sees at once, special ones included
     backbone_overlap: int = count(0, least=0)  # tokens that two windows share
     backbone_train: str = given("none", TRAINED)  # none, last N (of its layers), or all
