@@ -7,3 +7,7 @@ class InputError(ValueError):
     The message is one line that says what is wrong, where, what came and what to do about it. The command line prints
     it and exits with code 2, without a traceback; everything else that is raised is a fault of the program.
     """
+
+
+class LaunchError(InputError):
+    """What one rank meets and others may not: its place among them. Each rank that meets one prints it."""

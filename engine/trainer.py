@@ -41,7 +41,7 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
         SystemExit: SIGTERM or SIGINT came; a checkpoint was saved. The code is 128 plus the signal's number.
     """
     recipe, stop = load_recipe(recipe_path, overrides), StopRequest()
-    with launch.world() as world, RunFolder(settled(counted(recipe, world), world), world) as run:
+    with launch.world(recipe.run.join_minutes) as world, RunFolder(settled(counted(recipe, world), world), world) as run:
         notes, recipe = run.inspect(), run.recipe
         if run.is_finished:
             if world.is_first:

@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from conceptron.__main__ import main
-from conceptron.engine import checkpoint, launch
+from conceptron.engine import checkpoint, launch, place
 from conceptron.engine.errors import InputError
 from conceptron.engine.trainer import train
 
@@ -121,7 +121,7 @@ def test_a_second_signal_is_not_caught():
 
 
 def test_a_world_of_one_needs_no_launcher_and_leaves_nothing(monkeypatch):
-    for name in launch.LAUNCH_VARIABLES:
+    for name in place.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for _ in range(2):
         with launch.world() as world:
@@ -143,7 +143,7 @@ def test_incomplete_launcher_variables(monkeypatch):
     [("gpu[03-07,9],login1", "gpu03"), ("alone", "alone"), ("a,b", "a"), ("n-[1-2]", "n-1"), ("x[001]", "x001")],
 )
 def test_first_host_of_a_slurm_list(nodes, first):
-    assert launch.first_host(nodes) == first
+    assert place.first_host(nodes) == first
 
 
 def test_srun_variables():
@@ -157,10 +157,10 @@ def test_srun_variables():
 
 def test_nothing_of_a_launcher_is_left_behind(monkeypatch):
     """What runs after us in the same process, such as the Trainer of transformers, would take it for its own launch."""
-    for name in launch.LAUNCH_VARIABLES:
+    for name in place.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     before = dict(os.environ)
     with launch.world():
         assert os.environ["LOCAL_RANK"] == "0"
-    assert {name: os.environ.get(name) for name in launch.LAUNCH_VARIABLES} == dict.fromkeys(launch.LAUNCH_VARIABLES)
+    assert {name: os.environ.get(name) for name in place.VARIABLES} == dict.fromkeys(place.VARIABLES)
     assert before.keys() - os.environ.keys() == set()
