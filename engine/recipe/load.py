@@ -19,8 +19,8 @@ from .checker import Checker
 from .combinations import conflicts
 from .reader import describe, dump, parse, read_yaml
 from .schema import Recipe
+from .shipped import SHIPPED
 
-SHIPPED = Path(__file__).parents[2] / "recipes"
 SIZES = ("full", "tiny")
 
 
