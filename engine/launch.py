@@ -138,6 +138,7 @@ def choose_device(place: Place | None) -> int:
 def connect(place: Place, backend: str, join_minutes: float) -> None:
     """The process group of all ranks."""
     store = meet(place, join_minutes)
+    store.set_timeout(SETUP_TIMEOUT)
     try:
         dist.init_process_group(
             backend, store=store, rank=place.rank, world_size=place.size, timeout=timedelta(minutes=join_minutes)

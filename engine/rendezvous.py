@@ -39,8 +39,8 @@ def meet(place: Place, minutes: float) -> dist.Store:
         else:
             await_word(store, place, wait)
     except dist.DistError as error:
-        where = f"{place.host}:{place.port}"
-        raise LaunchError(f"rank {place.rank}: the store of rank 0 at {where} went away ({first_line(error)})") from error
+        problem = f"rank {place.rank}: rank 0 at {place.host}:{place.port} went away ({first_line(error)})"
+        raise LaunchError(problem) from error
     return store
 
 
@@ -84,8 +84,8 @@ def reach(place: Place, wait: Wait) -> dist.Store:
         except (OSError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             problem = (
-                f"rank {place.rank} cannot reach rank 0 at {place.host}:{place.port} ({reason}); is it running, and are "
-                "MASTER_ADDR and MASTER_PORT those of its machine?"
+                f"rank {place.rank} cannot reach rank 0 at {place.host}:{place.port} ({reason}); is it running, and "
+                "are MASTER_ADDR and MASTER_PORT those of its machine?"
             )
             wait.tell(passed, problem)
             continue
@@ -130,8 +130,8 @@ def absence(missing: Sequence[int], place: Place) -> str:
     ranks = f"{len(missing)} of {place.size} ranks have not come (rank{'s' * (len(missing) > 1)} {named})"
     if place.by_slurm:
         return (
-            f"{ranks}: sbatch starts a script once, only srun starts it {place.size} times; put srun before the command, "
-            "or unset SLURM_PROCID to run alone"
+            f"{ranks}: sbatch starts a script once, srun would start it {place.size} times; put srun before the "
+            "command, or unset SLURM_PROCID to run alone"
         )
     return f"{ranks}: start them, or correct WORLD_SIZE; they look for rank 0 at {place.host}:{place.port}"
 

@@ -1,6 +1,7 @@
 """The training loop."""
 
 import argparse
+import contextlib
 import errno
 import math
 import signal
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.environment import check_environment
 from . import checkpoint, compat, launch, zero
 from .errors import InputError
 from .jobs.job import Job
@@ -42,7 +44,11 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
         SystemExit: SIGTERM or SIGINT came; a checkpoint was saved. The code is 128 plus the signal's number.
     """
     recipe, stop = load_recipe(recipe_path, overrides), StopRequest()
-    with launch.world(recipe.run.join_minutes) as world, RunFolder(settled(counted(recipe, world), world), world) as run:
+    with contextlib.ExitStack() as stack:
+        world = stack.enter_context(launch.world(recipe.run.join_minutes))
+        world.first_then_others(lambda: check_variables(world))
+        typed = [str(recipe_path), *overrides]
+        run = stack.enter_context(RunFolder(settled(counted(recipe, world), world), world, typed))
         notes, recipe = run.inspect(), run.recipe
         if run.is_finished:
             if world.is_first:
@@ -57,6 +63,14 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
                 raise
             raise InputError(f"{run.path}: cannot be written ({error.strerror}); {trainer.way_back()}") from error
     return run.path
+
+
+def check_variables(world: World) -> None:
+    """Refuses what our operators could not use in the environment, before anything is read or written."""
+    try:
+        check_environment(world.device)
+    except ValueError as error:
+        raise InputError(f"environment: {error}") from error
 
 
 def main(options: argparse.Namespace) -> None:

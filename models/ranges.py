@@ -32,7 +32,8 @@ def is_number(x: object, least: float = -MOST, most: float = MOST) -> bool:
 
 
 def whole(least: int = 1, most: int = LARGEST) -> Allowed:
-    return Allowed(f"a whole number from {least} to {most}", lambda x: is_count(x, least, most))
+    end = {LARGEST: "", LARGEST_SEED: " to 2^63 - 1"}.get(most, f" to {most}")
+    return Allowed(f"a whole number from {least}{end}", lambda x: is_count(x, least, most))
 
 
 def number(least: float = -MOST, most: float = MOST) -> Allowed:
