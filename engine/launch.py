@@ -94,6 +94,7 @@ def world(join_minutes: float = 10.0) -> Iterator[World]:
     Raises:
         InputError: the launcher's variables are incomplete or wrong, or other ranks did not come in time.
     """
+    check_accelerator()
     compat.choose_accelerator()
     compat.quiet()
     if dist.is_initialized():
@@ -119,6 +120,15 @@ def world(join_minutes: float = 10.0) -> Iterator[World]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+
+def check_accelerator() -> None:
+    """DS_ACCELERATOR, DeepSpeed's own variable: what is asked for is there."""
+    wanted = os.environ.get("DS_ACCELERATOR", "cpu")
+    if wanted not in ("cpu", "cuda"):
+        raise InputError(f"environment: DS_ACCELERATOR: expected cpu or cuda, got {wanted!r}")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise InputError("environment: DS_ACCELERATOR: cuda, but torch finds no GPU here; leave it out, or use cpu")
 
 
 def choose_device(place: Place | None) -> int:

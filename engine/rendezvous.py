@@ -5,8 +5,10 @@ when all have come. Everything here is a loop in Python, so that Ctrl-C ends it.
 """
 
 import os
+import queue
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -18,8 +20,9 @@ from .place import Place
 
 NOTICE_S = 20.0  # of silence, before a line says what is waited for
 PAUSE_S = 0.2
+ANSWER_S = 30.0  # of an open port, which is rank 0's or another program's
 CALL = timedelta(seconds=30)  # for one answer of the store
-EVERYONE, COME = "conceptron/everyone", "yes"
+EVERYONE, COME = "everyone", "yes"
 
 
 def meet(place: Place, minutes: float) -> dist.Store:
@@ -32,12 +35,14 @@ def meet(place: Place, minutes: float) -> dist.Store:
     wait = Wait(minutes)
     keeps = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     store = keep(place) if keeps else reach(place, wait)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # an agent keeps its store
+    room = dist.PrefixStore(f"conceptron/{attempt}", store)
     try:
-        store.set(key(place.rank), COME)
+        room.set(str(place.rank), COME)
         if place.rank == 0:
-            await_others(store, place, wait)
+            await_others(room, place, wait)
         else:
-            await_word(store, place, wait)
+            await_word(room)
     except dist.DistError as error:
         problem = f"rank {place.rank}: rank 0 at {place.host}:{place.port} went away ({first_line(error)})"
         raise LaunchError(problem) from error
@@ -77,49 +82,66 @@ def keep(place: Place) -> dist.Store:
 
 def reach(place: Place, wait: Wait) -> dist.Store:
     """A way to the store of rank 0, which may come later than this rank."""
-    problem = ""
+    where, problem = f"{place.host}:{place.port}", ""
     for passed in wait.pauses():
         try:
             socket.create_connection((place.host, place.port), timeout=5).close()
         except (OSError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             problem = (
-                f"rank {place.rank} cannot reach rank 0 at {place.host}:{place.port} ({reason}); is it running, and "
-                "are MASTER_ADDR and MASTER_PORT those of its machine?"
+                f"rank {place.rank} cannot reach rank 0 at {where} ({reason}); see that it runs, and that MASTER_ADDR "
+                "and MASTER_PORT are those of its machine"
             )
             wait.tell(passed, problem)
             continue
+        return greet(place, where)
+    raise LaunchError(f"{problem}; gave up after {wait.minutes:g} minutes (run.join_minutes)")
+
+
+def greet(place: Place, where: str) -> dist.Store:
+    """The store behind an open port. In a thread: another program would let torch wait for its answer without end."""
+    answers: queue.Queue = queue.Queue()
+
+    def open_store() -> None:
         try:
-            return dist.TCPStore(place.host, place.port, place.size, False, CALL)
+            answers.put(dist.TCPStore(place.host, place.port, place.size, False, CALL))
         except dist.DistError as error:
-            raise LaunchError(
-                f"rank {place.rank}: {place.host}:{place.port} is not the store of rank 0 ({first_line(error)}); "
-                "set MASTER_ADDR and MASTER_PORT to those of rank 0"
-            ) from error
-    raise LaunchError(f"{problem} Gave up after {wait.minutes:g} minutes (run.join_minutes)")
+            answers.put(error)
+
+    threading.Thread(target=open_store, daemon=True).start()
+    try:
+        answer = answers.get(timeout=ANSWER_S)
+    except queue.Empty:
+        answer = TimeoutError("no answer")
+    if isinstance(answer, Exception):
+        raise LaunchError(
+            f"rank {place.rank}: what answers at {where} is not rank 0 ({first_line(answer)}); set MASTER_ADDR and "
+            "MASTER_PORT to those of rank 0, and a port that nothing else uses"
+        )
+    return answer
 
 
-def await_others(store: dist.Store, place: Place, wait: Wait) -> None:
+def await_others(room: dist.Store, place: Place, wait: Wait) -> None:
     missing = list(range(place.size))
     problem = ""
     for passed in wait.pauses():
-        missing = [rank for rank in missing if not store.check([key(rank)])]
+        missing = [rank for rank in missing if not room.check([str(rank)])]
         if not missing:
-            store.set(EVERYONE, COME)
+            room.set(EVERYONE, COME)
             return
         problem = absence(missing, place)
         wait.tell(passed, problem)
     problem = f"{problem}; gave up after {wait.minutes:g} minutes (run.join_minutes)"
-    store.set(EVERYONE, problem)
+    room.set(EVERYONE, problem)
     time.sleep(5 * PAUSE_S)  # for those that came to read it; the store ends with this process
     raise InputError(problem)
 
 
-def await_word(store: dist.Store, place: Place, wait: Wait) -> None:
+def await_word(room: dist.Store) -> None:
     """Until rank 0 says that all have come, or who has not. It gives up, not this rank, as long as it is there."""
-    while not store.check([EVERYONE]):
+    while not room.check([EVERYONE]):
         time.sleep(PAUSE_S)
-    said = store.get(EVERYONE).decode()
+    said = room.get(EVERYONE).decode()
     if said != COME:
         raise InputError(said)
 
@@ -134,10 +156,6 @@ def absence(missing: Sequence[int], place: Place) -> str:
             "command, or unset SLURM_PROCID to run alone"
         )
     return f"{ranks}: start them, or correct WORLD_SIZE; they look for rank 0 at {place.host}:{place.port}"
-
-
-def key(rank: int) -> str:
-    return f"conceptron/rank/{rank}"
 
 
 def first_line(error: BaseException) -> str:

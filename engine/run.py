@@ -105,7 +105,7 @@ class RunFolder:
         try:
             return self._check_usable()
         except OSError as error:
-            raise InputError(f"{self.path}: cannot be used as a run folder ({error.strerror}); {OTHER_FOLDER}") from error
+            raise InputError(f"{self.path}: cannot be a run folder ({error.strerror}); {OTHER_FOLDER}") from error
 
     def _check_usable(self) -> bool:
         """Whether there is a run to go on with; no other process can then touch it."""
