@@ -82,7 +82,9 @@ def number(environment: Mapping[str, str], name: str, least: int, most: int, why
 
 
 def is_first(environment: Mapping[str, str]) -> bool:
-    """Whether this process speaks for all: rank 0, or who knows of no other."""
+    """Whether this process speaks for all: rank 0, or who knows of no rank."""
+    if "RANK" in environment:
+        return re.fullmatch(r"\s*0*[1-9][0-9]*\s*", environment["RANK"]) is None
     try:
         place = find_place(environment)
     except LaunchError:

@@ -136,7 +136,7 @@ def test_sbatch_without_srun_ends_in_one_line(recipe, tmp_path, monkeypatch, cap
     monkeypatch.delenv("RANK", raising=False)
     assert main(["train", str(recipe), "run.join_minutes=0.01"]) == 2
     output = capfd.readouterr().err
-    assert output.startswith("conceptron: error: 3 of 4 ranks have not come (ranks 1, 2, 3): sbatch starts a script once")
+    assert output.startswith("conceptron: error: 3 of 4 ranks have not come (ranks 1, 2, 3): sbatch starts a script")
     assert output.count("\n") == 1 and [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
     assert not dist.is_initialized()
 

@@ -32,8 +32,8 @@ def test_what_is_written_reads_back():
 @pytest.mark.parametrize("text, found", [
     ("a: &x [*x]", "sections or lists within each other, deeper than 20; write it flat"),
     ("a: &x {b: *x}", "sections or lists within each other, deeper than 20"),
-    ("[" * 2_000, "within each other"),
-    ("[" * 2_000 + "]" * 2_000, "within each other"),
+    ("[" * 500, "within each other"),
+    ("[" * 500 + "]" * 500, "within each other"),
     ("{a: " * 10_000 + "1" + "}" * 10_000, "within each other"),
     (f"a: &a [1]\n{LAUGHS}", "more than 10000 values; names (&a, *a) repeat too much"),
     ("train: {steps: 1}\ntrain: {steps: 2}", "found 'train' twice in one section"),
