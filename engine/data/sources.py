@@ -178,7 +178,7 @@ def parse_line(where: str, line: bytes, column: str) -> str:
         raise InputError(
             f"{where}: byte {line[error.start]:#04x} at offset {error.start} of the line is not UTF-8; convert the file"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not a line of JSON ({error}); correct or remove the line") from error
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected an object such as {{\"{column}\": \"...\"}}, got {type(row).__name__}")

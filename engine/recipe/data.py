@@ -4,11 +4,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from ...models.ranges import LEAST, TEXT, Allowed, below, or_nothing, whole
-from .kinds import Positive, Text, TextOrNothing, kind
+from ...models.ranges import LEAST, PLACE, Allowed, below, or_nothing, whole
+from .kinds import Path, PathOrNothing, Positive, Text, TextOrNothing, kind
 
 SHARE = below(1, LEAST)
-HELD_OUT = Allowed(f"{SHARE.words}, a text, or nothing", lambda x: SHARE.holds(x) or x is None or TEXT.holds(x))
+HELD_OUT = Allowed(f"{SHARE.words}, a text, or nothing", lambda x: SHARE.holds(x) or x is None or PLACE.holds(x))
 HeldOut = kind(float | str | None, HELD_OUT)
 Documents = kind(int | None, or_nothing(whole(2)))
 Window = kind(int, whole(8))
@@ -21,7 +21,7 @@ class Source(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: Text  # `pydocs`, a file, a folder, a glob, or a hub id `org/name[:config]`
+    path: Path  # `pydocs`, a file, a folder, a glob, or a hub id `org/name[:config]`
     weight: Positive = 1.0  # share of the tokens of every step, relative to the other sources
     unit: Literal["window", "sentence"] = "window"  # sentence: windows begin and end where sentences do, one in each
     text_column: TextOrNothing = None
@@ -54,10 +54,10 @@ class DataRecipe(BaseModel):
     validation: HeldOut = None
     revision: TextOrNothing = None  # of hub sources: a commit or tag; left out: the main branch when first read
     max_documents: Documents = None  # read no more than this of each source
-    tokenizer: Text = "pydocs"  # `pydocs` (byte-level BPE trained on pydocs), a folder, or a hub id
+    tokenizer: Path = "pydocs"  # `pydocs` (byte-level BPE trained on pydocs), a folder, or a hub id
     vocab_size: kind(int, whole(300, 65536)) = 8192  # of the `pydocs` tokenizer only
     window: Window = 512  # longest sequence in tokens; a longer document goes on in the next one
-    cache: TextOrNothing = None  # folder; left out: $XDG_CACHE_HOME/conceptron, else ~/.cache/conceptron
+    cache: PathOrNothing = None  # folder; left out: $XDG_CACHE_HOME/conceptron, else ~/.cache/conceptron
 
     @field_validator("source", mode="before")
     @classmethod

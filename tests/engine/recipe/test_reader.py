@@ -93,10 +93,10 @@ def test_a_pipe_is_a_file():
 @pytest.mark.parametrize("text, found", [
     ("1: 2", "1: "), ("on: {}", "True"), ("model: {1: 2}", "model"), ("objective: {name: mlm, 1: 2}", "objective"),
     ("run: {name: 'my run'}", "run.name: expected a name of up to 100 letters"), ("run: {name: ..}", "run.name"),
-    ("run: {name: 1.10}", "run.name: expected a name"), ("run: {folder: 1.5}", "run.folder: expected text"),
+    ("run: {name: 1.10}", "run.name: expected a name"), ("run: {folder: 1.5}", "run.folder: expected a path"),
     (f"run: {{name: {'x' * 101}}}", "run.name"),
-    ('run: {folder: "a\\0b"}', "run.folder: expected text without control"),
-    ('run: {folder: "a\\nb"}', "run.folder: expected text without control"),
+    ('run: {folder: "a\\0b"}', "run.folder: expected a path or name without control"),
+    ('run: {folder: "a\\nb"}', "run.folder: expected a path or name without control"),
 ])  # fmt: skip
 def test_keys_and_names(text, found, tmp_path):
     sections = {"data": "{}", "objective": "{name: mlm}", "train": "{steps: 3}"}
