@@ -106,8 +106,12 @@ def test_a_bad_recipe_ends_in_one_line_and_code_2(tmp_path, monkeypatch, capfd):
     expected = "conceptron: error: bad.yaml: train.stps: unknown key; did you mean train.steps?\n"
     assert capfd.readouterr() == ("", expected)
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert main(["--local_rank=1", "train", "bad.yaml"]) == 2
     assert capfd.readouterr() == ("", "")  # one line is enough
+    monkeypatch.setenv("LOCAL_RANK", "0")  # on another machine, whose file may be another
+    assert main(["--local_rank=0", "train", "bad.yaml"]) == 2
+    assert capfd.readouterr() == ("", expected)
     assert [path.name for path in tmp_path.iterdir()] == ["bad.yaml"]
 
 
