@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return perform(argv)
     except (UsageError, InputError) as error:
-        if isinstance(error, LaunchError) or is_first(os.environ):  # else the other ranks met the same fault
+        of_all = isinstance(error, InputError) and error.of_all  # ranks that met, and met the fault together
+        if isinstance(error, LaunchError) or is_first(os.environ, on_its_machine=not of_all):
             print(f"conceptron: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -113,6 +113,11 @@ def world(join_minutes: float = 10.0) -> Iterator[World]:
             share_cores(place.local_size)
         os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed reads it
         yield _world(local_rank)
+    except LaunchError:
+        raise
+    except InputError as error:
+        error.of_all = True
+        raise
     finally:
         if dist.is_initialized():
             compat.destroy_process_group()

@@ -81,13 +81,14 @@ def number(environment: Mapping[str, str], name: str, least: int, most: int, why
     return int(text)
 
 
-def is_first(environment: Mapping[str, str]) -> bool:
-    """Whether this process speaks for all: rank 0, or who knows of no other."""
-    try:
-        place = find_place(environment)
-    except LaunchError:
-        return True
-    return place is None or place.rank == 0
+def is_first(environment: Mapping[str, str], on_its_machine: bool = False) -> bool:
+    """Whether this process speaks for the others: rank 0, or who knows of no rank.
+
+    ``on_its_machine``: also who speaks for a machine of its own, about what only that machine may lack.
+    """
+    names = ("RANK", "LOCAL_RANK") if "RANK" in environment else ("SLURM_PROCID", "SLURM_LOCALID")
+    ranks = [environment.get(name, "0") for name in (names if on_its_machine else names[:1])]
+    return any(re.fullmatch(r"\s*0*[1-9][0-9]*\s*", rank) is None for rank in ranks)
 
 
 def first_host(nodes: str) -> str:

@@ -104,7 +104,8 @@ def greet(place: Place, where: str) -> dist.Store:
 
     def open_store() -> None:
         try:
-            answers.put(dist.TCPStore(place.host, place.port, place.size, False, CALL))
+            limit = timedelta(seconds=ANSWER_S)
+            answers.put(dist.TCPStore(place.host, place.port, place.size, False, limit))
         except dist.DistError as error:
             answers.put(error)
 

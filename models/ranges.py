@@ -7,6 +7,7 @@ something is divided or multiplied by it, neither so small nor so large that flo
 import re
 from collections.abc import Callable
 from dataclasses import field, fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 LARGEST, LARGEST_SEED = 2**31 - 1, 2**63 - 1
@@ -31,6 +32,18 @@ def is_number(x: object, least: float = -MOST, most: float = MOST) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool) and least <= x <= most
 
 
+def is_text(x: object) -> bool:
+    return isinstance(x, str) and x != "" and not UNSAFE.search(x)
+
+
+def is_place(x: object) -> bool:
+    """A file, a folder, or a name of the hub; it need not be there."""
+    try:
+        return is_text(x) and bool(Path(x).expanduser())
+    except RuntimeError:  # ~name of nobody
+        return False
+
+
 def whole(least: int = 1, most: int = LARGEST) -> Allowed:
     end = {LARGEST: "", LARGEST_SEED: " to 2^63 - 1"}.get(most, f" to {most}")
     return Allowed(f"a whole number from {least}{end}", lambda x: is_count(x, least, most))
@@ -53,9 +66,8 @@ def or_nothing(allowed: Allowed) -> Allowed:
 
 
 SWITCH = Allowed("true or false", lambda x: isinstance(x, bool))
-TEXT = Allowed(
-    "text without control or broken characters", lambda x: isinstance(x, str) and x != "" and not UNSAFE.search(x)
-)
+TEXT = Allowed("text without control or broken characters", lambda x: is_text(x))
+PLACE = Allowed("a path or name without control or broken characters, with a home for its ~", lambda x: is_place(x))
 
 
 # --- fields of dataclasses

@@ -13,7 +13,7 @@ from ...models.decisions import ALLOWED, DECISIONS
 from ...models.objectives import OBJECTIVES, NoTask
 from ...models.ranges import ranges
 from ..errors import InputError
-from .kinds import Positive, Switch, TextOrNothing, kind
+from .kinds import PathOrNothing, Positive, Switch, kind
 from .reader import describe, one_line
 
 FROM_TOKENIZER = ("vocab_size", "mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id", "special_token_ids")
@@ -102,7 +102,7 @@ def model_section() -> type[BaseModel]:
     """A schema with the fields of `ConceptConfig` that a recipe may set."""
     hints = {name: hint for group in DECISIONS.values() for name, hint in typing.get_type_hints(group).items()}
     types = {name: kind(hints[name], ALLOWED[name]) for name in hints if name not in FROM_TOKENIZER}
-    types |= {"backbone": TextOrNothing, "tie_word_embeddings": Switch}  # a folder or hub id, which the job opens
+    types |= {"backbone": PathOrNothing, "tie_word_embeddings": Switch}  # a folder or hub id, which the job opens
     return strict_schema("Model", {name: (each, None) for name, each in types.items()})
 
 

@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 from ...models.ranges import (
     LARGEST_SEED,
     LEAST,
+    PLACE,
     SWITCH,
     TEXT,
     Allowed,
@@ -55,5 +56,7 @@ Share = kind(float, below(1))
 Switch = kind(bool, SWITCH)
 Text = kind(str, TEXT)
 Name = Annotated[kind(str, NAME), BeforeValidator(digits)]
-Folder = Annotated[Text, BeforeValidator(digits)]
+Path = kind(str, PLACE)
+PathOrNothing = kind(str | None, or_nothing(PLACE))
+Folder = Annotated[Path, BeforeValidator(digits)]
 TextOrNothing = kind(str | None, or_nothing(TEXT))

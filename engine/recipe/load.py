@@ -12,7 +12,7 @@ from typing import Any
 
 from ...models.objectives import Distill
 from ...models.pretraining import ContrastiveTerm
-from ...models.ranges import TEXT
+from ...models.ranges import PLACE
 from ...models.regularizers import Regularization
 from ..errors import InputError
 from .checker import Checker
@@ -36,6 +36,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = find_recipe(path)
     tree = read_yaml(path)
+    if path.name == "recipe.yaml" and (path.parent / "environment.json").is_file():  # of a run: it lies where it lies
+        place = path.absolute().parent
+        tree = lay_over(tree, {"run": {"name": place.name, "folder": str(place.parent)}})
     changes: dict[str, Any] = {}
     overridden = {apply_override(changes, text): text for text in overrides if text.startswith("size=")}
     checker = Checker(str(path), overridden)
@@ -53,7 +56,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if isinstance(tree["run"], dict) and tree["run"].get("name") in (None, ""):
         tree["run"]["name"] = Path(path).stem + ("-tiny" if size == "tiny" else "")
     model, data = tree.get("model"), tree.get("data")
-    if isinstance(model, dict) and isinstance(data, dict) and TEXT.holds(model.get("backbone")):
+    if isinstance(model, dict) and isinstance(data, dict) and PLACE.holds(model.get("backbone")):
         data.setdefault("tokenizer", model["backbone"])  # no other tokenizer would do
     recipe = checker.check(Recipe, tree)
     sections = {"objective": checker.check_objective(recipe.objective), "model": checker.check_model(recipe.model)}

@@ -15,6 +15,7 @@ from ...models.pretraining import ContrastiveTerm
 from ...models.ranges import number, whole
 from ...models.regularizers import Regularization
 from ..errors import InputError
+from . import kinds
 from .data import DataRecipe, Window
 from .kinds import (
     Count,
@@ -27,7 +28,6 @@ from .kinds import (
     Seed,
     Share,
     Switch,
-    Text,
     kind,
 )  # fmt: skip
 from .reader import one_line
@@ -106,7 +106,7 @@ class Eval(Section):
 class Init(Section):
     """Where the first weights come from, if they are not drawn. A resumed run has its own."""
 
-    source: Text  # a folder or a hub id of a model of this package; `model.backbone` takes others
+    source: kinds.Path  # a folder or a hub id of a model of this package; `model.backbone` takes others
     layer: CountOrZero = 0  # which becomes the tied one, where the source's are not tied
     embeddings: Literal["frozen", "trained"] | None = None  # take the word embeddings and nothing else, of any encoder
 
@@ -151,7 +151,7 @@ class Recipe(Section):
     @property
     def path(self) -> Path:
         """The run's folder."""
-        return Path(self.run.folder) / self.run.name
+        return Path(self.run.folder).expanduser() / self.run.name
 
     @property
     def has_task(self) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..packing import Packed
-from ..ranges import LEAST, TEXT, at_least, check, count, given, positive
+from ..ranges import LEAST, PLACE, at_least, check, count, given, positive
 from ..similarity import product, unit, wide
 from .view import View, check_option
 
@@ -51,7 +51,7 @@ class Distill:
     arXiv:2004.09813; Tung & Mori 2019 (similarity matching), arXiv:1907.09682.
     """
 
-    teacher: str = given("", TEXT)  # a folder or a hub id of a sentence encoder
+    teacher: str = given("", PLACE)  # a folder or a hub id of a sentence encoder
     weight: float = positive(1.0)
     whole: float = at_least(0, 1.0)
     similarity: float = at_least(0, 10.0)  # its population is the micro-batch

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..packing import offsets
-from ..ranges import TEXT, check, given, one_of, or_nothing
+from ..ranges import PLACE, check, given, one_of, or_nothing
 from . import pmi
 from .view import SampleKey, SpecialTokens, Text, check_option, per_sequence
 from .words import word_starts
@@ -54,7 +54,7 @@ class Masking:
 
     masking: str = one_of(*KINDS)
     span: str = one_of(*SPANS)
-    phrases: str | None = given(None, or_nothing(TEXT))  # file made by pmi.save
+    phrases: str | None = given(None, or_nothing(PLACE))  # file made by pmi.save
 
     def __post_init__(self):
         check(self)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..packing import Packed
-from ..ranges import TEXT, check, given, number, one_of, or_nothing, portion, switch
+from ..ranges import PLACE, check, given, number, one_of, or_nothing, portion, switch
 from .masking import KINDS, SPANS, Masking
 from .view import (
     HIDDEN,
@@ -49,7 +49,7 @@ class MaskedLM:
     hidden: str = one_of(*HIDDEN)
     masking: str = one_of(*KINDS)
     span: str = one_of(*SPANS)
-    phrases: str | None = given(None, or_nothing(TEXT))
+    phrases: str | None = given(None, or_nothing(PLACE))
     context: bool = switch()
 
     def __post_init__(self):

@@ -106,8 +106,12 @@ def test_a_bad_recipe_ends_in_one_line_and_code_2(tmp_path, monkeypatch, capfd):
     expected = "conceptron: error: bad.yaml: train.stps: unknown key; did you mean train.steps?\n"
     assert capfd.readouterr() == ("", expected)
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert main(["--local_rank=1", "train", "bad.yaml"]) == 2
     assert capfd.readouterr() == ("", "")  # one line is enough
+    monkeypatch.setenv("LOCAL_RANK", "0")  # on another machine, whose file may be another
+    assert main(["--local_rank=0", "train", "bad.yaml"]) == 2
+    assert capfd.readouterr() == ("", expected)
     assert [path.name for path in tmp_path.iterdir()] == ["bad.yaml"]
 
 
@@ -136,7 +140,7 @@ def test_sbatch_without_srun_ends_in_one_line(recipe, tmp_path, monkeypatch, cap
     monkeypatch.delenv("RANK", raising=False)
     assert main(["train", str(recipe), "run.join_minutes=0.01"]) == 2
     output = capfd.readouterr().err
-    assert output.startswith("conceptron: error: 3 of 4 ranks have not come (ranks 1, 2, 3): sbatch starts a script once")
+    assert output.startswith("conceptron: error: 3 of 4 ranks have not come (ranks 1, 2, 3): sbatch starts a script")
     assert output.count("\n") == 1 and [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
     assert not dist.is_initialized()
 

@@ -58,12 +58,17 @@ def test_wrong_variables(variables, found):
     with pytest.raises(LaunchError) as caught:
         find_place(variables)
     assert str(caught.value).startswith(f"environment: {found}") and str(caught.value).isprintable()
-    assert is_first(variables)  # who does not know its rank speaks
 
 
 def test_one_rank_speaks_for_all():
     assert is_first({}) and is_first(TORCH | {"RANK": "0"}) and is_first(SLURM | {"SLURM_PROCID": "0"})
-    assert not is_first(TORCH) and not is_first(SLURM)
+    assert not is_first(TORCH) and not is_first(SLURM) and not is_first({"RANK": "1"})
+    assert is_first({"RANK": "one"}) and is_first({"RANK": ""}) and not is_first(SLURM | {"SLURM_PROCID": "9"})
+
+
+def test_of_what_a_machine_may_lack_one_rank_of_each_speaks():
+    for first, place in (("LOCAL_RANK", TORCH), ("SLURM_LOCALID", SLURM)):
+        assert is_first(place | {first: "0"}, on_its_machine=True) and not is_first(place, on_its_machine=True)
 
 
 @pytest.mark.parametrize(

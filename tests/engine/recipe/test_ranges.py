@@ -23,7 +23,7 @@ SECTIONS = {"contrastive": ContrastiveTerm, "distill": Distill, "regularization"
 BASE = {"data": {"source": "pydocs"}, "objective": {"name": "mlm"}, "train": {"steps": 10}}
 VALUES = (
     ".nan", ".inf", "-.inf", "1e-320", "18446744073709551616", "-1", "true", "[]", "{}", '""', '"\\ud800"',
-    "'1e-3'", "2026-11-29",
+    "'1e-3'", "2026-11-29", "~no.such.user/here",
 )  # fmt: skip
 
 
@@ -95,6 +95,8 @@ TEXTS = """run.name run.folder data.source data.source.0.path data.source.0.text
     data.source.0.validation data.source.0.revision data.text_column data.split data.validation data.revision
     data.tokenizer data.cache init.source model.backbone distill.teacher"""
 FINE |= {"'1e-3'": TEXTS, "2026-11-29": TEXTS}
+FINE["~no.such.user/here"] = """data.source.0.text_column data.source.0.split data.source.0.revision data.text_column
+    data.split data.revision"""  # no paths
 
 
 @pytest.mark.parametrize("value", VALUES)

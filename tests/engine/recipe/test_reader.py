@@ -32,8 +32,8 @@ def test_what_is_written_reads_back():
 @pytest.mark.parametrize("text, found", [
     ("a: &x [*x]", "sections or lists within each other, deeper than 20; write it flat"),
     ("a: &x {b: *x}", "sections or lists within each other, deeper than 20"),
-    ("[" * 2_000, "within each other"),
-    ("[" * 2_000 + "]" * 2_000, "within each other"),
+    ("[" * 500, "within each other"),
+    ("[" * 500 + "]" * 500, "within each other"),
     ("{a: " * 10_000 + "1" + "}" * 10_000, "within each other"),
     (f"a: &a [1]\n{LAUGHS}", "more than 10000 values; names (&a, *a) repeat too much"),
     ("train: {steps: 1}\ntrain: {steps: 2}", "found 'train' twice in one section"),
@@ -93,10 +93,10 @@ def test_a_pipe_is_a_file():
 @pytest.mark.parametrize("text, found", [
     ("1: 2", "1: "), ("on: {}", "True"), ("model: {1: 2}", "model"), ("objective: {name: mlm, 1: 2}", "objective"),
     ("run: {name: 'my run'}", "run.name: expected a name of up to 100 letters"), ("run: {name: ..}", "run.name"),
-    ("run: {name: 1.10}", "run.name: expected a name"), ("run: {folder: 1.5}", "run.folder: expected text"),
+    ("run: {name: 1.10}", "run.name: expected a name"), ("run: {folder: 1.5}", "run.folder: expected a path"),
     (f"run: {{name: {'x' * 101}}}", "run.name"),
-    ('run: {folder: "a\\0b"}', "run.folder: expected text without control"),
-    ('run: {folder: "a\\nb"}', "run.folder: expected text without control"),
+    ('run: {folder: "a\\0b"}', "run.folder: expected a path or name without control"),
+    ('run: {folder: "a\\nb"}', "run.folder: expected a path or name without control"),
 ])  # fmt: skip
 def test_keys_and_names(text, found, tmp_path):
     sections = {"data": "{}", "objective": "{name: mlm}", "train": "{steps: 3}"}
