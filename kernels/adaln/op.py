@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..backend import choose
 from ..checks import check_boundaries, check_float, check_like, check_size, check_tensor
+from ..tracing import distinct
 from .eager import torch_modulate, torch_residual_modulate
 
 MAX_WIDTH = 8192  # of the Triton backend: a row must fit a program's registers
@@ -50,7 +51,7 @@ def adaln_modulate(
         check_triton(x)
         from .library import Modulate
 
-        return Modulate.apply(x, shift, scale, cu_seqlens, float(eps), out_dtype)
+        return Modulate.apply(*distinct(x, shift, scale, cu_seqlens), float(eps), out_dtype)
     shift, scale = (modulation.to(x.dtype) for modulation in (shift, scale))
     with torch.autocast(x.device.type, enabled=False):
         return torch_modulate(x, shift, scale, cu_seqlens, eps).to(out_dtype)
@@ -90,7 +91,8 @@ def adaln_residual_modulate(
         check_triton(x)
         from .library import ResidualModulate
 
-        return ResidualModulate.apply(x, branch, gate, shift, scale, cu_seqlens, float(eps), out_dtype)
+        tensors = distinct(x, branch, gate, shift, scale, cu_seqlens)
+        return ResidualModulate.apply(*tensors, float(eps), out_dtype)
     branch, gate, shift, scale = (other.to(x.dtype) for other in (branch, gate, shift, scale))
     with torch.autocast(x.device.type, enabled=False):
         h, y = torch_residual_modulate(x, branch, gate, shift, scale, cu_seqlens, eps)

@@ -12,6 +12,7 @@ from ..build import Build
 from ..concept_attention import backward as concept_backward
 from ..concept_attention import forward as concept_forward
 from ..splits import check_supported
+from ..tracing import distinct
 from ..token_attention import backward as token_backward
 from ..token_attention import forward as token_forward
 from . import backward, forward
@@ -114,8 +115,8 @@ def bixt_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     check_supported("concept_qk", concept_qk)
-    inputs = concept_qk, concept_v, token_qk, token_v
-    return _BixtAttention.apply(*inputs, cu_seqlens.contiguous(), max_seqlen, scale)
+    tensors = distinct(concept_qk, concept_v, token_qk, token_v, cu_seqlens.contiguous())
+    return _BixtAttention.apply(*tensors, max_seqlen, scale)
 
 
 def builds() -> list[Build]:
