@@ -1,5 +1,7 @@
 """The door of adaptive layer norm: contract, checks, choice of backend."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ def adaln_modulate(
     cu_seqlens: Tensor | None = None,
     *,
     eps: float = 1e-6,
-    backend: str = "auto",
+    backend: Literal["auto", "triton", "torch"] = "auto",
 ) -> Tensor:
     """Layer norm without weights, modulated by one shift and one scale vector per sequence (DiT, Peebles and Xie 2023).
 
@@ -66,7 +68,7 @@ def adaln_residual_modulate(
     cu_seqlens: Tensor | None = None,
     *,
     eps: float = 1e-6,
-    backend: str = "auto",
+    backend: Literal["auto", "triton", "torch"] = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The gated residual and the modulated layer norm that follows it, in one pass (AdaLN-Zero; Peebles and Xie 2023).
 
