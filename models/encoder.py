@@ -325,7 +325,7 @@ class ConceptEncoder(ConceptPreTrainedModel):
                 "adapter, a hook or ZeRO-3"
             )
         dtype = raw = None
-        if has_plain_embeddings:
+        if has_plain_embeddings and (keep == "ids" or not torch.compiler.is_compiling()):
             table, norm = self.embed_tokens.weight, self.token_norm.weight
             states, places = Embedded(packed.input_ids, table, norm, self.token_norm.eps), packed
             if keep == "states":
@@ -346,16 +346,26 @@ class ConceptEncoder(ConceptPreTrainedModel):
             raise ValueError(f"inputs_embeds: expected shape {expected}, got a width of {embeds_Te.shape[1]}")
 
     def kept_of_tokens(self) -> str:
-        """What is kept of a token in this call, see ``keep``."""
+        """What is kept of a token in this call, see ``keep``.
+
+        Raises:
+            ValueError: ``keep`` says what layers of this kind, or as they are now, cannot; it begins with "keep".
+        """
         check_keep(self.config, self.keep)
-        if self.config.layer_kind != "cross":
+        config = self.config
+        if config.layer_kind != "cross" or self.keep == "keys":
             return "keys"
-        is_default = self.keep is None and (
-            self.config.tie_layers or self.config.share_kv > 1 or self.token_norm.weight.device.type != "cpu"
-        )
-        if is_default or torch.compiler.is_compiling() or not all(layer.read.is_plain for layer in self.layers):
-            return "keys"
-        return self.keep or "states"
+        is_plain = all(layer.read.is_plain for layer in self.layers)
+        if self.keep is None:
+            is_made_once = config.tie_layers or config.share_kv > 1
+            is_small = not is_made_once and self.token_norm.weight.device.type == "cpu"
+            return "states" if is_small and is_plain and not torch.compiler.is_compiling() else "keys"
+        if not is_plain:
+            raise ValueError(
+                f"keep: expected keys or None, got {self.keep!r}: projections of keys and values are wrapped, hooked, "
+                "quantised, sharded, or cut by ZeRO-3, and cannot be taken out of their modules"
+            )
+        return self.keep
 
     @property
     def has_plain_embeddings(self) -> bool:

@@ -69,32 +69,32 @@ def _(dout, out, lse, dx, *arguments):
 
 
 class _StreamedAttention(torch.autograd.Function):
-    """With ``shared``, x and token_norm are its tensors, without a graph, and the ticket takes their place."""
+    """With a ticket, x and token_norm have no graph, and their gradients go to its buffers."""
 
     @staticmethod
-    def forward(ctx, ticket, shared, backend, *arguments):
+    def forward(ctx, ticket, buffers, backend, *arguments):
         out, lse = torch.ops.conceptron.streamed_attention(*arguments, backend)
         ctx.save_for_backward(*arguments[:NUM_TENSORS], out, lse)
-        ctx.others = arguments[NUM_TENSORS:], shared, backend
+        ctx.others = arguments[NUM_TENSORS:], buffers, backend
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
         *tensors, out, lse = ctx.saved_tensors
-        scalars, shared, backend = ctx.others
+        scalars, buffers, backend = ctx.others
         a, wants = Arguments(*tensors, *scalars), Arguments(*ctx.needs_input_grad[3:])
-        dx = of_norm = None
-        if shared is not None and ctx.needs_input_grad[0]:
-            dx, *of_norm = shared.buffers()
+        dx, of_norm, dticket = None, [], None
+        if ctx.needs_input_grad[0]:
+            dx, *of_norm = buffers.get()
+            dticket = a.x.new_zeros(())
         elif wants.x:  # rows of a table come again and again, those of states once
             dx = torch.zeros_like(a.x, dtype=a.x.dtype if a.ids is None else exact_dtype(a.x.dtype))
         found = Gradients(*torch.ops.conceptron.streamed_attention_backward(dout, out, lse, dx, *a, backend))
         if of_norm:
             of_norm[0].add_(found.dtoken_norm)
-        dticket = torch.zeros_like(shared.ticket) if shared is not None and ctx.needs_input_grad[0] else None
         gradients = a._replace(
-            q=found.dq, x=None if shared is not None else dx, w_key=found.dw_key, w_value=found.dw_value,
+            q=found.dq, x=dx, w_key=found.dw_key, w_value=found.dw_value,
             key_bias=found.dkey_bias, key_norm=found.dkey_norm, token_norm=found.dtoken_norm,
         )  # fmt: skip
         cast = (
@@ -105,7 +105,8 @@ class _StreamedAttention(torch.autograd.Function):
 
 
 def streamed_attention(arguments: Arguments, shared: SharedGradient | None, backend: str) -> Tensor:
-    return _StreamedAttention.apply(None if shared is None else shared.ticket, shared, backend, *arguments)
+    ticket, buffers = (None, None) if shared is None else (shared.ticket, shared.buffers)
+    return _StreamedAttention.apply(ticket, buffers, backend, *arguments)
 
 
 def builds() -> list[Build]:

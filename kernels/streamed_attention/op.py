@@ -166,7 +166,7 @@ def _check_floating(name: str, value: object, shape: str, ndim: int, q: Tensor) 
     check_float(name, tensor)
     if tensor.device != q.device:
         raise ValueError(f"{name}: expected q's device {q.device}, got {tensor.device}")
-    if (tensor.dtype == torch.float64) != (q.dtype == torch.float64):
+    if name != "frequencies" and (tensor.dtype == torch.float64) != (q.dtype == torch.float64):
         raise TypeError(f"{name}: expected float64 where q is, and nowhere else, got {tensor.dtype} with {q.dtype}")
 
 
@@ -190,8 +190,5 @@ def _check_shared(
         raise TypeError(f"shared: expected a SharedGradient or None, got {type(shared).__name__}")
     if torch.compiler.is_compiling():
         raise ValueError("shared: expected None under torch.compile, which adds the gradients of all reads up itself")
-    given = (x,) if ids is None else (x, token_norm)
-    if len(given) != len(shared.tensors) or any(
-        a.shape != b.shape or a.data_ptr() != b.data_ptr() for a, b in zip(given, shared.tensors, strict=True)
-    ):
+    if not shared.is_of(*((x,) if ids is None else (x, token_norm))):
         raise ValueError("shared: expected the gradient of x, and with ids of x and token_norm, got that of others")
