@@ -192,9 +192,10 @@ class ConceptEncoder(ConceptPreTrainedModel):
         "ids"     the id: states are made again as well; for token embeddings that nothing but the norm follows
         None      "states" on a CPU; "keys" where they are made once for several layers (tied, share_kv), and elsewhere
 
-    The result is the same within rounding. Layers of slots (whose softmax runs over concepts) and BiXT (which changes
-    tokens) keep what they make, as do modules that are wrapped or hooked, ZeRO-3 and torch.compile; what token layers
-    and ``widen_tokens`` keep is not touched: for them there is gradient checkpointing. One derivative only.
+    The result is the same within rounding. None keeps keys where the rest cannot be: by layers of slots (whose softmax
+    runs over concepts) and BiXT (which changes tokens), by projections that are wrapped, hooked or cut by ZeRO-3, and
+    under torch.compile; "states" or "ids" there are refused, but for torch.compile, which does as it is told. What
+    token layers and ``widen_tokens`` keep is not touched: for them there is gradient checkpointing. One derivative only.
     Source: Perceiver IO (Jaegle et al. 2021, arXiv:2107.14795) with anchored concepts.
     """
 
@@ -325,7 +326,7 @@ class ConceptEncoder(ConceptPreTrainedModel):
                 "adapter, a hook or ZeRO-3"
             )
         dtype = raw = None
-        if has_plain_embeddings and (keep == "ids" or not torch.compiler.is_compiling()):
+        if has_plain_embeddings:
             table, norm = self.embed_tokens.weight, self.token_norm.weight
             states, places = Embedded(packed.input_ids, table, norm, self.token_norm.eps), packed
             if keep == "states":

@@ -159,9 +159,13 @@ def plain_means(states_Td: Tensor, offsets: Tensor) -> Tensor:
     return torch.segment_reduce(wide(states_Td), "mean", offsets=offsets, axis=0, unsafe=True, initial=0)
 
 
+def embedded_rows(states: Embedded) -> Tensor:
+    rows_Td = wide(F.embedding(states.ids, states.table))
+    return F.rms_norm(rows_Td, states.norm.shape, wide(states.norm), states.eps)
+
+
 def embedded_means(states: Embedded, offsets: Tensor) -> Tensor:
-    rows_Td = F.rms_norm(wide(F.embedding(states.ids, states.table)), states.norm.shape, wide(states.norm), states.eps)
-    return plain_means(rows_Td, offsets)
+    return plain_means(embedded_rows(states), offsets)
 
 
 class _Embed(torch.autograd.Function):
@@ -189,6 +193,8 @@ class _Embed(torch.autograd.Function):
 
 def embed(states: Embedded, dtype: torch.dtype) -> Tensor:
     """[T, d], keeping for its gradient nothing but the ids."""
+    if torch.compiler.is_compiling():  # which would unroll the parts
+        return checkpoint(embedded_rows, states, use_reentrant=False).to(dtype)
     return _Embed.apply(states.table, states.norm, states.ids, states.eps, dtype)
 
 
