@@ -167,6 +167,25 @@ def _plain(a: Arguments) -> Arguments:
     return a._replace(**{name: x if x is None else x.contiguous() for name, x in vectors.items()})
 
 
+DIRECT = (  # kernels of concept_attention that write float32 at once where a chunk of tokens is one of theirs too
+    "forward/wgmma/bf16/R128xN64xD64", "forward/mma/bf16/R128xN64xD64",
+    "backward/one_pass/wgmma/bf16/R128xN64xD64", "backward/one_pass/mma/bf16/R128xN32xD64",
+)  # fmt: skip
+
+
 def builds() -> list[Build]:
-    """The heads, the merge, and concept_attention's kernels where they write float32 at once."""
-    return heads.builds()
+    """The heads, the merge, and what of concept_attention's kernels its own table lacks."""
+    found = heads.builds()
+    for head_dim in (64, 128):
+        constants = {"D": head_dim, "BLOCK_R": MERGE_ROWS, "BLOCK_D": head_dim}
+        signature = {
+            name: "constexpr" if name in constants else "*fp32" if name.endswith("_ptr") else "i32"
+            for name in merge_kernel.arg_names
+        }
+        found.append(Build(f"streamed_attention/merge/D{head_dim}", merge_kernel, signature, constants, 4, 1, False))
+    known = {build.name: build for build in concept_forward.builds() + concept_backward.builds()}
+    for name in DIRECT:
+        build = known[f"concept_attention/{name}"]
+        constants = {**build.constants, "SINGLE": True} | ({"SHARED": False} if "SHARED" in build.constants else {})
+        found.append(build._replace(name=f"streamed_attention/{name}/float32 at once", constants=constants))
+    return found

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..build import Build
 
-STEPS = 4  # tiles of a backward program, so that rows of partial sums are few
+STEPS = 8  # tiles of a backward program, so that rows of partial sums are few
+FORWARD_TILE, BACKWARD_TILE = 2048, 1024  # elements of a half; backward also holds u, z and four running sums
 
 
 @triton.jit
@@ -150,11 +151,10 @@ def heads_backward_kernel(
         tl.store(cell + D + HALF, tl.sum(dnorm_second, 0), mask=i + HALF < D)
 
 
-def heads_config(head_dim: int) -> dict[str, int]:
-    """2048 elements a half and tile: sixteen a thread, four loads of 8 bytes in 16 bits."""
+def heads_config(head_dim: int, tile: int) -> dict[str, int]:
     half = -(-head_dim // 2)
     block_h = max(triton.next_power_of_2(half), 8)
-    return {"D": head_dim, "HALF": half, "BLOCK_H": block_h, "BLOCK_T": max(2048 // block_h, 16)}
+    return {"D": head_dim, "HALF": half, "BLOCK_H": block_h, "BLOCK_T": max(tile // block_h, 16)}
 
 
 def make(
@@ -162,7 +162,7 @@ def make(
 ) -> Tensor:
     """u [n, Hkv * D], rows of any stride; cos and sin [n, D/2] float32 -> keys [n, Hkv, D]."""
     num_tokens, num_heads = u.shape[0], u.shape[1] // head_dim
-    config = heads_config(head_dim)
+    config = heads_config(head_dim, FORWARD_TILE)
     keys = torch.empty(num_tokens, num_heads, head_dim, dtype=u.dtype, device=u.device)
     cos, sin = (None, None) if tables is None else tables
     heads_kernel[(triton.cdiv(num_tokens, config["BLOCK_T"]) * num_heads,)](
@@ -177,7 +177,7 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(du [n, Hkv * D] where dkeys [n, Hkv, D] lay, dbias [D], dnorm [D] float32)."""
     num_tokens, num_heads = u.shape[0], u.shape[1] // head_dim
-    config = heads_config(head_dim)
+    config = heads_config(head_dim, BACKWARD_TILE)
     num_slots = triton.cdiv(num_tokens, config["BLOCK_T"] * STEPS)
     part = torch.empty(num_slots, num_heads, 2, head_dim, dtype=torch.float32, device=u.device)
     cos, sin = (None, None) if tables is None else tables
@@ -206,8 +206,9 @@ POINTERS = {"bias": ("bias_ptr",), "norm": ("norm_ptr",), "turn": ("cos_ptr", "s
 
 
 def _build(kernel: Any, dtype: str, head_dim: int, absent: tuple[str, ...]) -> Build:
-    constants: dict[str, Any] = dict(heads_config(head_dim))
-    constants |= {"STEPS": STEPS} if kernel is heads_backward_kernel else {}
+    is_backward = kernel is heads_backward_kernel
+    constants: dict[str, Any] = dict(heads_config(head_dim, BACKWARD_TILE if is_backward else FORWARD_TILE))
+    constants |= {"STEPS": STEPS} if is_backward else {}
     constants |= {pointer: None for part in absent for pointer in POINTERS[part]}
     types = {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "part_ptr": "*fp32", "eps": "fp32"}
 
