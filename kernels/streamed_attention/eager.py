@@ -102,7 +102,8 @@ def backward(dout: Tensor, out: Tensor, lse: Tensor, a: Arguments, dx: Tensor | 
     dq = dq.mul_(a.scale).unflatten(2, (-1, a.q.shape[-3])).permute(0, 3, 1, 2, 4).flatten(2, 3)
     dbias = None if dbias is None else dbias.view(a.num_kv_heads, -1).sum(0)
     dnorm = None if dnorm is None else dnorm[:, 0]
-    return Gradients(dq.reshape(a.q.shape).to(a.q.dtype), dw_key, dw_value, dbias, dnorm, dtoken_norm)
+    dq = dq.reshape(a.q.shape).to(a.q.dtype).contiguous()
+    return Gradients(dq, dw_key, dw_value, dbias, dnorm, dtoken_norm)
 
 
 def _gradients(

@@ -143,20 +143,19 @@ def test_chunks_change_rounding_only_and_bits_stay(backend, device):
     drawn, rest, dout = draw(*case, torch.float16, device)
     cu_seqlens = boundaries(case[0], device)
     runs = [
-        results(through(backend, cu_seqlens, 33, chunk), drawn, rest, dout, torch.float16) for chunk in (200, 16, 11, 16)
+        results(through(backend, cu_seqlens, 17, chunk), drawn, rest, dout, torch.float16) for chunk in (200, 11, 11)
     ]
     for name, whole in runs[0].items():
-        assert torch.equal(runs[1][name], runs[3][name]), f"{name}: other bits the second time"
-        for run in runs[1:3]:
-            torch.testing.assert_close(run[name], whole, rtol=4e-3, atol=4e-3 * float(whole.abs().max()))
+        assert torch.equal(runs[1][name], runs[2][name]), f"{name}: other bits the second time"
+        torch.testing.assert_close(runs[1][name], whole, rtol=4e-3, atol=4e-3 * float(whole.abs().max()))
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_any_strides(backend, device):
-    case = CASES["all of it"]
+    case = CASES["ids"]
     drawn, rest, _ = draw(*case, torch.float32, device)
     cu_seqlens = boundaries(case[0], device)
-    read = through(backend, cu_seqlens, 17, 16)
+    read = through(backend, cu_seqlens, 10, 8)
 
     def apart(x):  # every second element, last axis outermost
         wide = x.new_zeros(*x.shape[::-1], 2)
@@ -172,8 +171,7 @@ def test_any_strides(backend, device):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch"])
-@pytest.mark.parametrize("name", ["all of it", "ids"])
+@pytest.mark.parametrize(("name", "backend"), [("ids", "triton"), ("ids", "torch"), ("all of it", "torch")])
 def test_reads_that_share_one_gradient(name, backend, device):
     """Of the same states, through autograd or through one buffer; the buffer is there while a backward pass is."""
     case = CASES[name]
@@ -212,8 +210,7 @@ def test_what_is_kept_of_a_token(parts):
     assert (kept(300) - kept(100)) / 200 == (8 + 8 if "ids" in parts else 12 * 4 + 8)  # and the position
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch"])
-@pytest.mark.parametrize("name", ["ids", "shared q"])
+@pytest.mark.parametrize(("name", "backend"), [("shared q", "triton"), ("shared q", "torch"), ("ids", "torch")])
 def test_registration(name, backend, device):
     """torch.library.opcheck: schema, fake tensors, what is written to, and tracing with dynamic shapes."""
     case = CASES[name]
@@ -222,13 +219,10 @@ def test_registration(name, backend, device):
     given |= {"max_seqlen": 40, "temperature": 1.1, "token_eps": 1e-6, "eps": 1e-6, "scale": 0.3, "chunk": 16}
     arguments = *library.Arguments(**given), backend
     operators = torch.ops.conceptron
-    checks = "test_schema", "test_faketensor", "test_aot_dispatch_dynamic"
-    torch.library.opcheck(operators.streamed_attention.default, arguments, test_utils=checks)
+    torch.library.opcheck(operators.streamed_attention.default, arguments)
     out, lse = operators.streamed_attention(*arguments)
     for dx in (torch.zeros_like(drawn["x"]), None):
-        torch.library.opcheck(
-            operators.streamed_attention_backward.default, (dout, out, lse, dx, *arguments), test_utils=checks
-        )
+        torch.library.opcheck(operators.streamed_attention_backward.default, (dout, out, lse, dx, *arguments))
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -243,7 +237,7 @@ def test_compiles_whole_and_once_for_all_lengths(backend, device):
         )  # fmt: skip
 
     compiled = torch.compile(read, fullgraph=True, backend="aot_eager")
-    for step, lengths in enumerate(([9, 4], [20, 0], [31, 2])):
+    for step, lengths in enumerate(([9, 4], [20, 0], [19, 2])):
         drawn, rest, dout = draw(lengths, 3, 2, 1, 16, 8, False, 16, ("norm", "turn"), torch.float32, device)
         leaves = [drawn[name].requires_grad_() for name in ("q", "x", "w_key", "key_norm")]
         others = boundaries(lengths, device), rest["positions"], rest["frequencies"], max(lengths)
