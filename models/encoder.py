@@ -195,7 +195,7 @@ class ConceptEncoder(ConceptPreTrainedModel):
     The result is the same within rounding. None keeps keys where the rest cannot be: by layers of slots (whose softmax
     runs over concepts) and BiXT (which changes tokens), by projections that are wrapped, hooked or cut by ZeRO-3, and
     under torch.compile; "states" or "ids" there are refused, but for torch.compile, which does as it is told. What
-    token layers and ``widen_tokens`` keep is not touched: for them there is gradient checkpointing. One derivative only.
+    token layers and ``widen_tokens`` keep is not touched: for them there is gradient checkpointing. One derivative.
     Source: Perceiver IO (Jaegle et al. 2021, arXiv:2107.14795) with anchored concepts.
     """
 

@@ -12,9 +12,9 @@ from ..build import Build
 from ..concept_attention import backward as concept_backward
 from ..concept_attention import forward as concept_forward
 from ..splits import check_supported
-from ..tracing import distinct
 from ..token_attention import backward as token_backward
 from ..token_attention import forward as token_forward
+from ..tracing import distinct
 from . import backward, forward
 
 _library = torch.library.Library("conceptron", "FRAGMENT")

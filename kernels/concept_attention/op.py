@@ -10,7 +10,6 @@ from ..checks import check_cu_seqlens, check_float, check_like, check_scale, che
 from ..philox import as_seed, check_dropout
 from . import eager
 
-
 Backend = Literal["auto", "triton", "torch"]
 
 

@@ -35,7 +35,7 @@ def merge_kernel(
     num_rows, num_concepts, num_heads,
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Adds what a chunk's tokens gave, part [B, C, H, D] with part_lse [B, H, C], to what those before gave, in place."""
+    """Adds what a chunk gave, part [B, C, H, D] with part_lse [B, H, C], to what those before it gave, in place."""
     r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)  # [BLOCK_R], rows (b, c, h)
     in_r = r < num_rows
     h, c, b = r % num_heads, r // num_heads % num_concepts, r // num_heads // num_concepts

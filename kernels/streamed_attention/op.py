@@ -125,7 +125,7 @@ def _check(
         raise TypeError(f"ids: expected int64, got {ids.dtype}")
     if ids.device != q.device:
         raise ValueError(f"ids: expected q's device {q.device}, got {ids.device}")
-    if readable(ids) and ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < x.shape[0]):
+    if readable(ids) and ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < x.shape[0]):
         raise ValueError(f"ids: expected rows of x, 0 to {x.shape[0] - 1}, got {int(ids.min())} to {int(ids.max())}")
     _check_floating("token_norm", token_norm, "[E]", 1, q)
     check_size("token_norm", "E", token_norm.shape[0], x.shape[1], "x's width")

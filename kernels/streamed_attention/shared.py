@@ -6,7 +6,7 @@ from torch.autograd.function import once_differentiable
 
 
 class Buffers:
-    """What a backward pass adds up, by tensor; zero at its first read. Holds no graph, so that nodes of one may hold it.
+    """What a backward pass adds up, by tensor; zero at its first read. Holds no graph: nodes of one may hold it.
 
     A table, whose rows come again and again, is summed in float32 at least.
     """
@@ -37,8 +37,8 @@ class SharedGradient:
 
     Give it the token states [T, E], or the table [V, E] and the norm [E] that states are made of, and it to every
     ``streamed_attention`` of them, as ``shared=``. The gradient comes to them after the last read of a backward pass.
-    Whoever reads them in another way takes ``ticket`` as an input of an ``autograd.Function``, adds to ``buffers.get()``
-    in its backward pass, and returns a zero for the ticket.
+    Whoever reads them in another way takes ``ticket`` as an input of an ``autograd.Function``, adds in its backward
+    pass to ``buffers.get()``, and returns a zero for the ticket.
 
     One derivative, and no checkpoint that runs the backward pass in pieces (reentrant ones).
     """

@@ -40,7 +40,8 @@ def draw(lengths, C, H, Hkv, D, E, shared, chunk, parts, dtype, device):
     rest = {"ids": torch.randint(0, 17, (T,), device=device)} if "ids" in parts else {}
     if "turn" in parts:
         positions = torch.cat([torch.arange(n) * 2 for n in lengths]).to(device)
-        rest |= {"positions": positions, "frequencies": 10.0 ** -torch.arange(D // 2, device=device), "temperature": 1.1}
+        frequencies = 10.0 ** -torch.arange(D // 2, device=device)
+        rest |= {"positions": positions, "frequencies": frequencies, "temperature": 1.1}
     return drawn, rest, torch.randn(B, C, H, D).to(device, dtype)
 
 
