@@ -32,12 +32,13 @@ import yaml
 from pydantic import Field
 
 from ..engine.errors import InputError
+from ..engine.files import as_json, write_json
 from ..engine.recipe.checker import Checker
 from ..engine.recipe.load import apply_override, find_recipe, load_recipe, read_yaml
 from ..engine.recipe.schema import Count, CountOrZero, Recipe, Section, flatten
 from .documents.table import COLUMNS, write_tables
 from .measure.environment import environment
-from .measure.results import markdown_table, write_json, write_results
+from .measure.results import markdown_table, write_results
 from .measure.timing import refusal
 
 WAITING = "not started"
@@ -111,7 +112,7 @@ def write_recipes(table: TableSection, overrides: Sequence[str], folder: Path) -
         against = section.against or (rows[-1].name if rows else None)
         tree = trees[section.name] = deepcopy(trees[against])
         for field, value in section.set.items():
-            apply_override(tree, f"{field}={json.dumps(value)}")
+            apply_override(tree, f"{field}={json.dumps(value, allow_nan=False)}")
         row = Row(section.name, section.change, against, folder / f"{section.name}.yaml")
         row.path.write_text(f"# {section.change}\n{yaml.safe_dump(tree, sort_keys=False)}", encoding="utf-8")
         rows.append(row)
@@ -183,7 +184,7 @@ def finished(out: Path, cell: Cell, measured_on: Measure) -> dict[str, Any] | No
     if not path.is_file():
         return None
     content = json.loads(path.read_text(encoding="utf-8"))
-    before, now = content["made_with"], json.loads(json.dumps(made_with(cell, measured_on)))
+    before, now = content["made_with"], json.loads(as_json(made_with(cell, measured_on)))
     for key in sorted({*before, *now}):
         if before.get(key) != now.get(key):
             raise InputError(
@@ -233,22 +234,12 @@ def run_cells(
     ]  # fmt: skip
 
 
-def main(argv: Sequence[str]) -> int:
+def main(options: argparse.Namespace) -> int:
     """The command line; exit code 1 when a cell failed or was not started."""
-    parser = argparse.ArgumentParser(prog="conceptron bench ablation", description="One change at a time, measured.")
-    parser.add_argument("table", help="a YAML file, such as recipes/ablation/defaults.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="change the base of all rows")
-    parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="S", help="instead of the file's")
-    parser.add_argument("--workers", type=int, default=1, help="processes that train side by side; 0: only this one")
-    parser.add_argument("--threads", type=int, help="of each worker; left out: torch decides")
-    parser.add_argument("--minutes", type=float, help="instead of the file's")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
-    options = parser.parse_args(argv)
     table = read_table(find_recipe(options.table))
     unknown = set(options.rows or ()) - {row.name for row in table.rows}
     if unknown:
-        parser.error(f"--rows: no row {min(unknown)!r}; there are {', '.join(row.name for row in table.rows)}")
+        raise InputError(f"--rows: no row {min(unknown)!r}; there are {', '.join(row.name for row in table.rows)}")
     rows = write_recipes(table, options.overrides, options.out / "recipes")
     rows = [row for row in rows if not options.rows or row.name in options.rows]
     seeds = options.seeds or table.seeds

@@ -1,15 +1,16 @@
 """``conceptron bench report``: a folder of results as one document with its derived tables and figures."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
+from ..engine.errors import InputError
+from ..engine.files import write_text
 from .documents.paste import fill
 from .documents.table import write_tables as write_ablation
 from .figures.charts import draw_kernels, draw_memory, draw_scaling
 from .kernels.best import COLUMNS, best_peers
 from .measure.exponents import write_tables
-from .measure.results import read_results, read_rows, write_results, write_text
+from .measure.results import read_results, read_rows, write_results
 
 CHECKOUT = Path(__file__).parent.parent
 MEASURED = {  # result file -> its figures
@@ -56,16 +57,13 @@ def report(folder: Path) -> Path:
     return folder / "report.md"
 
 
-def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="conceptron bench report", description="Tables and plots of results.")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--paste", type=Path, nargs="*", default=[], metavar="FILE", help="documents with tables")
-    options = parser.parse_args(argv)
+def main(options: argparse.Namespace) -> int:
+    """The command line."""
     try:
         print(f"written to {report(options.folder)}")
         for document in options.paste:
             write_text(document, fill(document.read_text(), CHECKOUT))
             print(f"tables of {document} written anew")
     except (FileNotFoundError, ValueError) as error:
-        parser.error(str(error))
+        raise InputError(str(error)) from error
     return 0

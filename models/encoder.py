@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
@@ -200,6 +201,7 @@ class ConceptEncoder(ConceptPreTrainedModel):
     """
 
     keep: str | None = None
+    group: ProcessGroup | None = None  # of devices that each hold a part of every text, ``sharding.shard``
     # of the folder of a model with a head, whose encoder this is: what AutoModel leaves there is no surprise
     _keys_to_ignore_on_load_unexpected: ClassVar = [
         rf"^{part}\." for part in ("decoder", "exposure", "lm_head", "norm", "pool", "classifier", "qa_outputs")
@@ -303,7 +305,7 @@ class ConceptEncoder(ConceptPreTrainedModel):
         beginning = read if tokens.raw is None else tokens.raw
         states, changes = apply_layers(
             [self.layers[0]] * K if config.tie_layers else list(self.layers),
-            self.concepts(beginning, tokens.packed, num_concepts), angles, tokens,
+            self.concepts(beginning, tokens.packed, num_concepts, self.group), angles, tokens,
             num_texts=B, num_frozen=num_frozen, tolerance=tolerance, with_changes=with_changes,
         )  # fmt: skip
         states[-1] = self.out_norm(states[-1])
@@ -360,7 +362,10 @@ class ConceptEncoder(ConceptPreTrainedModel):
         if self.keep is None:
             is_made_once = config.tie_layers or config.share_kv > 1
             is_small = not is_made_once and self.token_norm.weight.device.type == "cpu"
-            return "states" if is_small and is_plain and not torch.compiler.is_compiling() else "keys"
+            is_here = self.group is None and not torch.compiler.is_compiling()
+            return "states" if is_small and is_plain and is_here else "keys"
+        if self.group is not None:
+            raise ValueError(f"keep: expected keys or None for a text over several devices, got {self.keep!r}")
         if not is_plain:
             raise ValueError(
                 f"keep: expected keys or None, got {self.keep!r}: projections of keys and values are wrapped, hooked, "
@@ -388,6 +393,9 @@ class ConceptEncoder(ConceptPreTrainedModel):
             rows_Re = self.backbone(packed) if packed.states is None else packed.states.to(self.token_norm.weight.dtype)
             places = Places(packed.position_ids, packed.sequence_ids(), packed)
             raw = self.backbone.centred(rows_Re) if self.config.init_queries == "state" else None
+        if places.packed.own is not None:
+            own = places.packed.own
+            rows_Re, places = rows_Re[own], Places(places.positions[own], places.sequence_ids[own], packed.select(own))
         states = self.token_norm(self.widen_tokens(rows_Re))
         if self.config.layer_kind != "bixt":  # there they go on as a residual stream
             states = lower_precision(states)[0]  # once for the keys and values of all layers
@@ -398,7 +406,7 @@ class ConceptEncoder(ConceptPreTrainedModel):
         states, positions, packed, raw = self.token_states(packed)
         # the temperature of YaRN is for a softmax over tokens
         find = self.positions.angles if self.config.layer_kind == "slot" else self.positions.read_angles
-        return Tokens(states, find(positions), packed, raw)
+        return Tokens(states, find(positions), packed, raw, group=self.group)
 
     def pooled(self, concepts_BCd: Tensor) -> Tensor:
         """[B, d]: the mean of the concepts. With init_queries = state, brought back into the backbone's own space: of
