@@ -193,9 +193,10 @@ class ConceptEncoder(ConceptPreTrainedModel):
         "ids"     the id: states are made again as well; for token embeddings that nothing but the norm follows
         None      "states" on a CPU; "keys" where they are made once for several layers (tied, share_kv), and elsewhere
 
-    The result is the same within rounding. Layers of slots (whose softmax runs over concepts) and BiXT (which changes
-    tokens) keep what they make, as do modules that are wrapped or hooked, ZeRO-3 and torch.compile; what token layers
-    and ``widen_tokens`` keep is not touched: for them there is gradient checkpointing. One derivative only.
+    The result is the same within rounding. None keeps keys where the rest cannot be: by layers of slots (whose softmax
+    runs over concepts) and BiXT (which changes tokens), by projections that are wrapped, hooked or cut by ZeRO-3, and
+    under torch.compile; "states" or "ids" there are refused, but for torch.compile, which does as it is told. What
+    token layers and ``widen_tokens`` keep is not touched: for them there is gradient checkpointing. One derivative.
     Source: Perceiver IO (Jaegle et al. 2021, arXiv:2107.14795) with anchored concepts.
     """
 
@@ -348,16 +349,29 @@ class ConceptEncoder(ConceptPreTrainedModel):
             raise ValueError(f"inputs_embeds: expected shape {expected}, got a width of {embeds_Te.shape[1]}")
 
     def kept_of_tokens(self) -> str:
-        """What is kept of a token in this call, see ``keep``."""
+        """What is kept of a token in this call, see ``keep``.
+
+        Raises:
+            ValueError: ``keep`` says what layers of this kind, or as they are now, cannot; it begins with "keep".
+        """
         check_keep(self.config, self.keep)
-        if self.config.layer_kind != "cross" or self.group is not None:
+        config = self.config
+        if config.layer_kind != "cross" or self.keep == "keys":
             return "keys"
-        is_default = self.keep is None and (
-            self.config.tie_layers or self.config.share_kv > 1 or self.token_norm.weight.device.type != "cpu"
-        )
-        if is_default or torch.compiler.is_compiling() or not all(layer.read.is_plain for layer in self.layers):
-            return "keys"
-        return self.keep or "states"
+        is_plain = all(layer.read.is_plain for layer in self.layers)
+        if self.keep is None:
+            is_made_once = config.tie_layers or config.share_kv > 1
+            is_small = not is_made_once and self.token_norm.weight.device.type == "cpu"
+            is_here = self.group is None and not torch.compiler.is_compiling()
+            return "states" if is_small and is_plain and is_here else "keys"
+        if self.group is not None:
+            raise ValueError(f"keep: expected keys or None for a text over several devices, got {self.keep!r}")
+        if not is_plain:
+            raise ValueError(
+                f"keep: expected keys or None, got {self.keep!r}: projections of keys and values are wrapped, hooked, "
+                "quantised, sharded, or cut by ZeRO-3, and cannot be taken out of their modules"
+            )
+        return self.keep
 
     @property
     def has_plain_embeddings(self) -> bool:
