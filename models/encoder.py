@@ -18,7 +18,7 @@ from . import attention_maps
 from .attention_maps import Watch
 from .backbone import Backbone
 from .config import ConceptConfig
-from .door import Door, open_door
+from .door import open_door
 from .encoder_layers import ConceptAngles, Tokens, build_layers
 from .layers import (
     ConstantHeads,

@@ -6,7 +6,6 @@ the encoder did not see, where there are such. B texts, C concepts, d model widt
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
