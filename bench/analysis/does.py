@@ -50,7 +50,7 @@ class Does(NamedTuple):
     num_targets: int
     num_texts: int
     nll: dict[str, float]  # of the text's own concepts; other: of another text; mean: of all texts; zero
-    half_swapped: dict[str, float]  # increase of targets beside the swapped first half of the concepts, and beside others
+    half_swapped: dict[str, float]  # increase beside the swapped first half of the concepts, and beside the others
     slots: list[Slot]
     kept: list[dict[str, float | None]]  # NLL by number of concepts kept: best first and best dropped, by order
     ratios: list[dict[str, float | None]]  # NLL by tokens a concept, of shorter texts and of fewer concepts
@@ -107,7 +107,7 @@ def does(model: ConceptForMaskedLM, loader: Loader, usage: Sequence[float] | Non
     )  # fmt: skip
 
 
-# --- asking ------------------------------------------------------------------------------------------------------------
+# --- asking -----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -171,7 +171,7 @@ def keep(order_BK: Tensor) -> Change:
     return change
 
 
-# --- what is lost ------------------------------------------------------------------------------------------------------
+# --- what is lost -----------------------------------------------------------------------------------------------------
 
 
 def drop_each(model: ConceptForMaskedLM, readings: Sequence[Reading], own: Sequence[Tensor]) -> list[Slot]:
@@ -249,7 +249,7 @@ def saliency(model: ConceptForMaskedLM, reading: Reading) -> Tensor:
     return (gradient * z.detach()).sum(-1).abs()
 
 
-# --- how much a concept can hold ---------------------------------------------------------------------------------------
+# --- how much a concept can hold --------------------------------------------------------------------------------------
 
 
 def compress(model: ConceptForMaskedLM, loader: Loader) -> list[dict[str, float | None]]:

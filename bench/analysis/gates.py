@@ -1,7 +1,7 @@
 """What measured figures say to the gates of a YAML file: PASS, FAIL or UNKNOWN, and what to do next.
 
-The file that is used if no other is given, ``bench/gates.yaml``, says what its rows mean. Its section ``gates`` is ours;
-``seeds`` holds the thresholds of the planning documents, which are of different ages and do not all agree.
+The file that is used if no other is given, ``bench/gates.yaml``, says what its rows mean. Its section ``gates`` is
+ours; ``seeds`` holds the thresholds of the planning documents, which are of different ages and do not all agree.
 """
 
 import math
@@ -123,7 +123,7 @@ def threshold_of(entry: Any, where: str) -> Threshold:
     per_concept = isinstance(value, dict) and set(value) == {"share"}
     value = value["share"] if per_concept else value
     if not is_number(value):
-        raise InputError(f"{where}: {senses[0]}: expected a number, or {{share: number}} of the concepts, got {value!r}")
+        raise InputError(f"{where}: {senses[0]}: expected a number or {{share: number}} of the concepts, got {value!r}")
     for key in ("source", "next"):
         if not isinstance(entry.get(key), str):
             raise InputError(f"{where}: {key}: expected text, got {entry.get(key)!r}")
@@ -162,13 +162,13 @@ def judge_one(gate: Gate, value: float | None, num_concepts: int) -> Verdict:
 
 
 def contradictions(num_concepts: int) -> list[str]:
-    """Of the planning documents' gates: those that cannot both be meant, with the figure that shows it for C concepts."""
+    """Of the planning documents' gates those that cannot both be meant, with the figures that show it for C concepts."""
     allowed = equicosine_rank(0.3, num_concepts)
     wanted = num_concepts / 2
     needed = cosine_for_rank(wanted, num_concepts)
     return [
-        f"A mean similarity below 0.3 and an effective rank above C/2 = {wanted:g} cannot both be meant: {num_concepts} "
-        f"prototypes of one common cosine 0.3 have rank {allowed:.1f}; rank {wanted:g} needs a cosine below "
+        f"A mean similarity below 0.3 and an effective rank above C/2 = {wanted:g} cannot both be meant: "
+        f"{num_concepts} prototypes of one common cosine 0.3 have rank {allowed:.1f}; rank {wanted:g} needs one below "
         f"{needed:.4f}.",
         "An effective rank of the mean concepts says nothing about content: frozen orthogonal prototypes reach C. Read "
         "it with the static fraction and the rank of the input-dependent part.",

@@ -24,9 +24,13 @@ NUM_WORDS, RARE = 5, 5  # of a concept that are named; a token seen less often i
 PICTURE_TOKENS = 480
 
 CLASSES = ("space", "punctuation", "number", "common word", "word", "name", "inside of a word")
-COMMON = frozenset(
-    ["a", "about", "after", "all", "also", "an", "and", "any", "are", "as", "at", "be", "because", "been", "before", "but", "by", "can", "could", "do", "does", "each", "for", "from", "get", "had", "has", "have", "he", "her", "him", "his", "how", "i", "if", "in", "into", "is", "it", "its", "just", "like", "may", "me", "more", "most", "must", "my", "no", "not", "now", "of", "on", "one", "only", "or", "other", "our", "out", "over", "she", "should", "so", "some", "such", "than", "that", "the", "their", "them", "then", "there", "these", "they", "this", "those", "through", "to", "too", "under", "up", "us", "use", "used", "very", "was", "we", "were", "what", "when", "where", "which", "while", "who", "will", "with", "would", "you", "your"]
-)
+COMMON_WORDS = """
+a about after all also an and any are as at be because been before but by can could do does each for from get had has
+have he her him his how i if in into is it its just like may me more most must my no not now of on one only or other our
+out over she should so some such than that the their them then there these they this those through to too under up us
+use used very was we were what when where which while who will with would you your
+"""
+COMMON = frozenset(COMMON_WORDS.split())
 
 
 class Information(NamedTuple):

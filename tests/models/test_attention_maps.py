@@ -122,5 +122,5 @@ def test_what_cannot_be_given_is_refused_by_name(monkeypatch):
     with pytest.raises(ValueError, match="funnel"):
         build(num_token_layers=1, funnel=[0])(texts(8)[0][None], output_attentions=True)
     monkeypatch.setattr(attention_maps, "MAX_WEIGHTS", 3 * 4 * 5 * 8 - 1)
-    with pytest.raises(ValueError, match="at most 479 weights.*got 480: 3 layers x 4 heads x 5 concepts x 8 tokens"):
+    with pytest.raises(ValueError, match=r"at most 479 weights.*got 480: 3 layers x 4 heads x 5 concepts x 8 tokens"):
         build()(texts(8)[0][None], output_attentions=True)
