@@ -28,6 +28,7 @@ from .analysis.subject import open_subject
 from .documents.page import markdown
 from .figures import curves
 from .figures import geometry as plots
+from .figures.plot import SUFFIXES
 from .measure import results
 
 
@@ -41,7 +42,7 @@ def analyze(path: str | Path, text: Sequence[str] = ()) -> Path:
             that of ``pydocs``.
 
     Returns:
-        The report's folder: report.md, summary.json, loss.png (runs), nll.png, similarity.png, spectrum.png.
+        The report's folder: report.md, summary.json, and as PNG and SVG loss (runs), nll, similarity, spectrum.
 
     Raises:
         InputError: the folder is neither, the run has not finished, or the text cannot be used.
@@ -68,10 +69,12 @@ def main(options: argparse.Namespace) -> None:
 
 
 def draw(findings: Findings, folder: Path) -> list[Path]:
-    """Draws every figure that there are data for, and removes older ones that there are none for."""
+    """Draws every figure that there are data for, as PNG (whose paths it returns) and SVG, and removes older ones that
+    there are none for."""
     paths = {name: folder / f"{name}.png" for name in ("loss", "nll", "similarity", "spectrum")}
     for path in paths.values():
-        path.unlink(missing_ok=True)
+        for suffix in SUFFIXES:
+            path.with_suffix(f".{suffix}").unlink(missing_ok=True)
     drawn = [paths["similarity"], paths["spectrum"]]
     plots.similarity_figure(findings.concepts.values, paths["similarity"])
     plots.spectrum_figure(findings.concepts.values, paths["spectrum"])

@@ -45,7 +45,7 @@ from ..models.masked_lm import ConceptForMaskedLM
 from ..models.objectives import OBJECTIVES
 from ..models.objectives.view import SampleKey, SpecialTokens, View
 from ..models.packing import pack
-from .figures.charts import draw_memory
+from .figures.memory import draw_memory
 from .measure.allocator import allocator_peak
 from .measure.clock import device_named
 from .measure.environment import environment

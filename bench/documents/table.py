@@ -112,8 +112,7 @@ def write_tables(folder: Path, cells: Sequence[Mapping[str, Any]], environment: 
     title = f"One change at a time: {BETTER} better, {WORSE} worse than the row against; {floors(cells)}"
     columns = ["row", "against", "change", "seeds", *(column.title for column in COLUMNS), "missing"]
     write_results(folder, "ablation", lines, environment, title=title, columns=columns)
-    for suffix in ("png", "svg"):
-        plot(folder / f"ablation.{suffix}", cells, environment)
+    plot(folder / "ablation.png", cells, environment)
     return lines
 
 

@@ -9,15 +9,19 @@ from ..data.loader import Loader
 from ..launch import World
 
 # sums kept for each view of the grid
-LOSS, DIVISOR, NLL_SEEN, NUM_SEEN, NLL_UNSEEN, NUM_UNSEEN = range(6)
+LOSS, DIVISOR, NLL_SEEN, NUM_SEEN, NLL_UNSEEN, NUM_UNSEEN, NLL_OTHERS, NUM_OTHERS = range(8)
 
 
 @torch.no_grad()
-def evaluate(engine: Any, loader: Loader, max_tokens: int, world: World) -> dict[str, Any]:
+def evaluate(
+    engine: Any, loader: Loader, max_tokens: int, world: World, *, of_others: bool = False
+) -> dict[str, Any]:  # fmt: skip
     """Reads up to `max_tokens` held-out tokens through every view of the objective's grid. Collective.
 
     Args:
         engine: a DeepSpeed engine, or the bare model.
+        of_others: also decode each text from the concepts of its neighbour in the batch; it is encoded once for both.
+            The engine is then a bare ``ConceptForMaskedLM``.
 
     Returns nats per token, none where nothing is asked for:
         loss: the objective's own weighted loss, averaged over the grid (for MDLM weights, a bound on the NLL).
@@ -27,6 +31,9 @@ def evaluate(engine: Any, loader: Loader, max_tokens: int, world: World) -> dict
             each t counts the same, however many tokens it hides. None where there are none. For diffusion, nll_unseen
             is the bound on the NLL of the text; only it may be compared with the text's entropy.
         num_targets, num_unseen: how many tokens were asked for.
+        nll_of_others: with ``of_others``, the mean over the targets of batches of two texts or more, averaged over the
+            grid, each text decoded from the concepts of another; what it lies above the NLL of the same targets is what
+            the concepts say about their text. None when no batch has two.
         parts: of a mixture, loss, nll_seen and nll_unseen of each part by itself; the figures above are then over the
             grids of all parts, and mean little.
     and with a contrastive loss:
@@ -38,7 +45,7 @@ def evaluate(engine: Any, loader: Loader, max_tokens: int, world: World) -> dict
     """
     was_training = engine.training
     engine.eval()
-    figures = _of_targets(engine, loader, max_tokens, world)
+    figures = _of_targets(engine, loader, max_tokens, world, of_others)
     if loader.contrastive is not None:
         figures |= _of_pairs(engine, loader, max_tokens, world)
     if loader.lessons is not None:
@@ -47,19 +54,25 @@ def evaluate(engine: Any, loader: Loader, max_tokens: int, world: World) -> dict
     return figures
 
 
-def _of_targets(engine: Any, loader: Loader, max_tokens: int, world: World) -> dict[str, Any]:
+def _of_targets(engine: Any, loader: Loader, max_tokens: int, world: World, of_others: bool) -> dict[str, Any]:
     sums: dict[str, torch.Tensor] = {}
     for views in loader.evaluation(max_tokens):
         for name, view in views.items():
             view = view.to(world.device)
-            nll = engine(view=view, return_nll=True).nll.double()
+            known = {"encoded": engine.encode(view.encoder)} if of_others else {}
+            nll = engine(view=view, return_nll=True, **known).nll.double()
             seen, weights = view.seen.double(), view.weights.double()
             parts = [(weights * nll).sum(), view.divisor.double(), (seen * nll).sum(), seen.sum(),
                      ((1 - seen) * nll).sum(), (1 - seen).sum()]  # fmt: skip
+            parts += [nll.new_zeros(())] * 2
+            if of_others and view.encoder.num_sequences > 1:
+                others = engine(view=view, return_nll=True, ablate="shuffle", **known).nll.double()
+                parts[NLL_OTHERS:] = [others.sum(), others.new_tensor(len(others))]
             sums[name] = sums.get(name, 0) + torch.stack(parts)
     if not sums:
-        return {"loss": None, "nll_seen": None, "nll_unseen": None, "nll_by_t": {}, "num_targets": 0, "num_unseen": 0}
-    table = world.sum(torch.stack(list(sums.values()))).cpu()  # [views, 6]
+        none = {"loss": None, "nll_seen": None, "nll_unseen": None, "nll_by_t": {}, "num_targets": 0, "num_unseen": 0}
+        return none | ({"nll_of_others": None} if of_others else {})
+    table = world.sum(torch.stack(list(sums.values()))).cpu()  # [views, 8]
     total = table.sum(0)
     figures = {
         **means(table),
@@ -67,6 +80,8 @@ def _of_targets(engine: Any, loader: Loader, max_tokens: int, world: World) -> d
         "num_targets": int(total[NUM_SEEN] + total[NUM_UNSEEN]),
         "num_unseen": int(total[NUM_UNSEEN]),
     }
+    if of_others:
+        figures["nll_of_others"] = over_grid(table[:, NLL_OTHERS], table[:, NUM_OTHERS])
     if isinstance(loader.objective, Mixed):
         rows = {part: [name.startswith(f"{part}/") for name in sums] for part in loader.objective.names}
         figures["parts"] = {part: means(table[rows[part]]) for part in rows}
@@ -91,7 +106,7 @@ def _of_lessons(engine: Any, loader: Loader, max_tokens: int, world: World) -> d
 
 
 def means(table: torch.Tensor) -> dict[str, float | None]:
-    """Of rows [views, 6] of a grid."""
+    """Of rows [views, 8] of a grid."""
     return {
         "loss": float((table[:, LOSS] / table[:, DIVISOR].clamp(min=1e-12)).mean()),
         "nll_seen": over_grid(table[:, NLL_SEEN], table[:, NUM_SEEN]),
