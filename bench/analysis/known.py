@@ -59,9 +59,8 @@ def figures_of(summary: Mapping[str, Any], history: Sequence[Mapping[str, Any]])
     """Every figure by the name that gates and tables use; absent or None: not measured."""
     figures: dict[str, float | None] = dict(summary.get("geometry") or {})
     figures |= of_losses(summary.get("losses") or {})
-    figures |= (summary.get("reads") or {}).get("figures", {})
-    does = summary.get("does") or {}
-    figures |= does.get("figures", {})
+    for part in ("reads", "does"):
+        figures |= (summary.get(part) or {}).get("figures", {})
     return figures | of_training(history, summary.get("objective", ""))
 
 
