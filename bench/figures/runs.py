@@ -1,0 +1,41 @@
+"""Figures that lay runs over each other."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import plot
+
+
+def held_out_figure(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> bool:
+    """The held-out NLL of each run at its evaluations, against the tokens read; whether there was any to draw.
+
+    ``histories``: the lines of metrics.jsonl by the run's name. What the encoder did not see, or else what it saw.
+    """
+    lines = {name: points(history) for name, history in histories.items()}
+    lines = {name: found for name, found in lines.items() if found}
+    if not lines:
+        return False
+    with plot.canvas(path, "Held-out text", "nats per token at each evaluation", size=(6.4, 4.6)) as (axes,):
+        for i, (name, found) in enumerate(lines.items()):
+            tokens, values = zip(*found, strict=True)
+            style = ("-", "--", ":", "-.")[i // len(plot.SERIES) % 4]
+            axes.plot([n / 1e6 for n in tokens], values, style, marker="o", markersize=4,
+                      color=plot.SERIES[i % len(plot.SERIES)], label=name)  # fmt: skip
+        plot.span(axes, [value for found in lines.values() for _, value in found])
+        axes.set(xlabel="million tokens read", ylabel="nats per token")
+        plot.legend_below([axes])
+    return True
+
+
+def points(history: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    """(tokens read, held-out NLL) of each evaluation."""
+    read = {line["step"]: line.get("tokens") for line in history if line["kind"] == "train"}
+    found = []
+    for line in history:
+        if line["kind"] != "eval" or read.get(line["step"]) is None:
+            continue
+        value = line.get("nll_unseen") if line.get("nll_unseen") is not None else line.get("nll_seen")
+        if value is not None:
+            found.append((read[line["step"]], value))
+    return found
