@@ -13,9 +13,9 @@ from ..models.masked_lm import smoothing_floor
 from .analysis.findings import NATS, Findings, find, label_smoothing, targets_line, training_line, vocab_size
 from .analysis.gates import FAIL, PASS, UNKNOWN
 from .analysis.subject import open_subject
-from .documents.web import page
 from .documents.page import markdown
 from .documents.summary import schema, summary
+from .documents.web import page
 from .figures import concepts, curves
 from .figures import geometry as plots
 from .figures import losses as ablations

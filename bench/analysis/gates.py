@@ -162,7 +162,7 @@ def judge_one(gate: Gate, value: float | None, num_concepts: int) -> Verdict:
 
 
 def contradictions(num_concepts: int) -> list[str]:
-    """Of the planning documents' gates those that cannot both be meant, with the figures that show it for C concepts."""
+    """Gates of the planning documents that cannot both be meant, with the figures that show it for C concepts."""
     allowed = equicosine_rank(0.3, num_concepts)
     wanted = num_concepts / 2
     needed = cosine_for_rank(wanted, num_concepts)

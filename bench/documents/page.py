@@ -142,9 +142,9 @@ def reads_section(findings: Findings) -> str:
     rows = [{"layer": number, **layer} for number, layer in enumerate(read.layers, start=1)]
     known = [{"about": name, **each._asdict()} for name, each in read.information.items()]
     return (
-        f"## What concepts read\n\nExact attention maps of {read.num_tokens:,} tokens in {read.num_texts} texts, mean over "
-        f"heads.\n\n{results.markdown_table(rows, list(rows[0]))}\nWhat knowing the concept says about a token that it reads, "
-        f"in bits (floor: tokens shuffled):\n\n{results.markdown_table(known, list(known[0]))}\n"
+        f"## What concepts read\n\nExact attention maps of {read.num_tokens:,} tokens in {read.num_texts} texts, mean "
+        f"over heads.\n\n{results.markdown_table(rows, list(rows[0]))}\nWhat knowing the concept says about a token that "
+        f"it reads, in bits (floor: tokens shuffled):\n\n{results.markdown_table(known, list(known[0]))}\n"
         "![What each concept reads](reading.png)\n\n![Which concepts read the text](usage.png)\n"
     )
 
@@ -169,7 +169,8 @@ def probes_section(findings: Findings) -> str:
     rows = [probe._asdict() for probe in findings.probes]
     return (
         "## What can be read off\n\nShares of the variance that a linear map explains on documents that it was not "
-        f"fitted to; of places the share found.\n\n{results.markdown_table(rows, list(rows[0]))}\n![Probes](probes.png)\n"
+        f"fitted to; of places the share found.\n\n{results.markdown_table(rows, list(rows[0]))}\n"
+        "![What can be read off](probes.png)\n"
     )
 
 

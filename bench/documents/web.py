@@ -12,6 +12,10 @@ from ..measure.results import cell, environment_lines
 
 HERE = Path(__file__).parent
 GOLDEN = 137.508  # degrees: neighbours differ in hue however many concepts there are
+LAYER = {
+    "usage_perplexity": "share it", "js_divergence": "diverge", "read_entropy": "evenly", "read_width": "widely",
+    "centre_spread": "centres",
+}  # fmt: skip
 FONTS = "'DejaVu Sans', Verdana, sans-serif"  # matplotlib names the first alone
 
 
@@ -156,7 +160,10 @@ def reads_section(findings: Findings, folder: Path) -> str:
         f"Exact attention maps of {read.num_tokens:,} held-out tokens in {read.num_texts} texts, last layer, mean over "
         "heads. Each token has the colour of the concept that reads it most, the stronger the larger its share."
     )
-    layers = [{"layer": number, **layer} for number, layer in enumerate(read.layers, start=1)]
+    layers = [
+        {"layer": k, **{LAYER[name]: value for name, value in layer.items()}}
+        for k, layer in enumerate(read.layers, start=1)
+    ]
     known = [
         {"bits about": name, "bits": each.bits, "by chance": each.floor, "at most": each.most}
         for name, each in read.information.items()
@@ -164,10 +171,11 @@ def reads_section(findings: Findings, folder: Path) -> str:
     return section(
         "What concepts read", about, coloured(findings),
         pair(figure(folder, "reading"), figure(folder, "usage")),
-        pair(card(f"<p>What knowing the concept says about a token that it reads, beside chance (tokens shuffled).</p>"
+        pair(card("<p>What knowing the concept says about a token that it reads; by chance: tokens shuffled.</p>\n"
                   f"{table(known)}"),
-             card(f"<p>By layer: concepts that share the text, divergence of two concepts in bits (0 the same, 1 nothing "
-                  f"shared), how evenly and widely each reads, how far apart their centres lie.</p>{table(layers)}")),
+             card("<p>By layer: concepts that share the text; divergence of two, bits (0 the same, 1 nothing shared); "
+                  "how evenly over tokens and how widely, as shares of the text, each reads; how far apart their "
+                  f"centres lie.</p>\n{table(layers)}")),
         details(f"All {len(read.slots)} concepts", card(table(slot_rows(findings)))),
     )  # fmt: skip
 
@@ -175,8 +183,10 @@ def reads_section(findings: Findings, folder: Path) -> str:
 def coloured(findings: Findings) -> str:
     slots, picture = findings.reads.slots, findings.reads.picture
     words = [", ".join(map(shown, slot.words)) for slot in slots]
+    abouts = [escape(f"what it reads beyond their frequency: {each}" if each else "no word above its frequency")
+              for each in words]  # fmt: skip
     tokens = "".join(
-        f'<span data-c={c} data-s={100 * share:.0f} data-a="{escape("reads most of all: " + words[c] if words[c] else "")}" '
+        f'<span data-c={c} data-s={100 * share:.0f} data-a="{abouts[c]}" '
         f'style="background:hsl({c * GOLDEN % 360:.0f} 75% 60% / {0.15 + 0.7 * share:.2f})">{escape(piece)}</span>'
         for piece, c, share in zip(picture.pieces, picture.readers, picture.shares, strict=True)
     )
@@ -208,8 +218,8 @@ def does_section(findings: Findings, folder: Path) -> str:
     if done is None:
         return ""
     about = (
-        f"The same {done.num_targets:,} held-out targets ({done.view}), asked again with other concepts. Errors are over "
-        f"{done.num_texts} texts."
+        f"The same {done.num_targets:,} held-out targets ({done.view}), asked again with other concepts. Errors are "
+        f"over {done.num_texts} texts."
     )
     concepts = {"own": "its own", "other": "those of another text", "mean": "their mean over texts", "zero": "zeros"}
     swapped = [
