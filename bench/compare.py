@@ -85,8 +85,8 @@ def main(options: argparse.Namespace) -> int:
 def runs(options: argparse.Namespace) -> int:
     """``conceptron compare``: prints runs side by side.
 
-    ``options``: runs, folders; seeds: also the planning documents' published values; out: a folder for the same as page,
-    JSON, CSV and Markdown, or None.
+    ``options``: runs, folders; seeds: also the planning documents' published values; out: a folder for the same as
+    page, JSON, CSV and Markdown, or None.
 
     Raises:
         InputError: fewer than two columns, or a run without a report.

@@ -143,8 +143,8 @@ def reads_section(findings: Findings) -> str:
     known = [{"about": name, **each._asdict()} for name, each in read.information.items()]
     return (
         f"## What concepts read\n\nExact attention maps of {read.num_tokens:,} tokens in {read.num_texts} texts, mean "
-        f"over heads.\n\n{results.markdown_table(rows, list(rows[0]))}\nWhat knowing the concept says about a token that "
-        f"it reads, in bits (floor: tokens shuffled):\n\n{results.markdown_table(known, list(known[0]))}\n"
+        f"over heads.\n\n{results.markdown_table(rows, list(rows[0]))}\nWhat knowing the concept says about a token "
+        f"that it reads, in bits (floor: tokens shuffled):\n\n{results.markdown_table(known, list(known[0]))}\n"
         "![What each concept reads](reading.png)\n\n![Which concepts read the text](usage.png)\n"
     )
 

@@ -1,4 +1,4 @@
-"""Figures of what concepts do: the NLL without some of them, with fewer, with more tokens each; what can be read off."""
+"""Figures of what concepts do: the NLL without some of them, with fewer, with more tokens each; and of the probes."""
 
 from collections.abc import Sequence
 from pathlib import Path

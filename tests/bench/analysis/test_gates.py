@@ -34,14 +34,15 @@ def test_one_row_a_metric():
 
 def test_every_figure_that_is_asked_for_has_that_name():
     """A renamed metric must not turn its gate into "not measured"."""
-    z = 0.5 * torch.randn(64, 16, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + torch.eye(16, 32)
-    figures = metrics.geometry(z)
+    noise = torch.randn(64, 16, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    figures = metrics.geometry(0.5 * noise + torch.eye(16, 32))
     history = [
         {"kind": "train", "step": 1, "loss": 2.0},
         {"kind": "eval", "step": 1, "nll_unseen": 3.0, "retrieval": 0.5, "num_pairs": 20},
     ]
     losses = {"heldout_nll": 2.0, "unigram_entropy": 3.0, "nll_of_other_concepts": 2.5}
-    own = {"reads": {"figures": {"usage_perplexity": 9.0, "js_divergence": 0.4}}, "does": {"figures": {"used_slots": 9}}}
+    read = {"figures": {"usage_perplexity": 9.0, "js_divergence": 0.4}}
+    own = {"reads": read, "does": {"figures": {"used_slots": 9}}}
     figures |= figures_of({"losses": losses, "objective": "mlm", **own}, history)
     assert figures["nll_below_unigram"] == 1 and figures["concept_nats"] == 0.5
     assert figures["retrieval_over_chance"] == 10 and figures["mlm_loss"] == 3
@@ -125,7 +126,8 @@ def test_the_command_tells_what_is_known_and_what_next(tmp_path, capsys):
 
 def test_strict_is_about_the_rows_that_are_shown(tmp_path, capsys):
     own = write(tmp_path, f"gates: [{ROW}]\nseeds: [{{metric: effective_rank, above: 100, source: s, next: n}}]")
-    run = make_run(tmp_path / "run", summary={"geometry": {"num_concepts": 8, "rank_dynamic": 3.0, "effective_rank": 4.0}})
+    geometry = {"num_concepts": 8, "rank_dynamic": 3.0, "effective_rank": 4.0}
+    run = make_run(tmp_path / "run", summary={"geometry": geometry})
     assert ask(run, strict=True, file=own) == 0
     assert ask(run, strict=True, file=own, seeds=True) == 1
     assert "1 pass, 0 fail, 0 unknown" in capsys.readouterr().out
