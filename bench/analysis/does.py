@@ -20,8 +20,8 @@ from ...models.masked_lm import ConceptForMaskedLM
 from ...models.objectives import View
 from .subject import reader
 
-BUDGET, MIN_TARGETS = 2**16, 1024  # targets times concepts: what dropping each concept once costs
-RATIO_TARGETS = 2048  # at each ratio
+BUDGET, FEWEST, MOST = 2**16, 1024, 4096  # targets times concepts, which is what dropping each once costs; targets
+RATIO_TARGETS = 1024  # at each ratio
 BATCH_TOKENS = 2048
 RATIOS = (0.5, 1, 2, 4, 8, 16, 32, 64)  # tokens a concept
 SURE = 2.0  # standard errors
@@ -90,7 +90,7 @@ def does(model: ConceptForMaskedLM, loader: Loader, usage: Sequence[float] | Non
     """``usage``: each concept's share of the tokens (``reads.Slot.usage``), which orders them; None: not known."""
     model.eval()
     C = model.config.num_concepts
-    name, readings = read(model, loader, max(MIN_TARGETS, BUDGET // C))
+    name, readings = read(model, loader, min(MOST, max(FEWEST, BUDGET // C)))
     own = ask(model, readings)
     prototypes = torch.cat([reading.concepts for reading in readings]).mean(0)
     nll = {
