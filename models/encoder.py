@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
@@ -207,6 +208,7 @@ class ConceptEncoder(ConceptPreTrainedModel):
     """
 
     keep: str | None = None
+    group: ProcessGroup | None = None  # of devices that each hold a part of every text, ``sharding.shard``
     hands_attentions_on = True
     # of the folder of a model with a head, whose encoder this is: what AutoModel leaves there is no surprise
     _keys_to_ignore_on_load_unexpected: ClassVar = [
@@ -320,7 +322,7 @@ class ConceptEncoder(ConceptPreTrainedModel):
         beginning = read if tokens.raw is None else tokens.raw
         states, changes = apply_layers(
             [self.layers[0]] * K if config.tie_layers else list(self.layers),
-            self.concepts(beginning, tokens.packed, num_concepts), angles, tokens,
+            self.concepts(beginning, tokens.packed, num_concepts, self.group), angles, tokens,
             num_texts=B, num_frozen=num_frozen, tolerance=tolerance, with_changes=with_changes, watch=watch,
         )  # fmt: skip
         states[-1] = self.out_norm(states[-1])
@@ -334,6 +336,8 @@ class ConceptEncoder(ConceptPreTrainedModel):
         config = self.config
         if config.funnel:
             raise ValueError("output_attentions: expected False with funnel: concepts read tokens that it has merged")
+        if self.group is not None:
+            raise ValueError("output_attentions: expected False where each device holds a part of every text")
         num_layers = (num_iterations or config.iterations) if config.tie_layers else config.num_hidden_layers
         attention_maps.check_size(
             packed.num_tokens, config.num_attention_heads, num_concepts or config.num_concepts, num_layers
@@ -380,7 +384,7 @@ class ConceptEncoder(ConceptPreTrainedModel):
     def kept_of_tokens(self) -> str:
         """What is kept of a token in this call, see ``keep``."""
         check_keep(self.config, self.keep)
-        if self.config.layer_kind != "cross":
+        if self.config.layer_kind != "cross" or self.group is not None:
             return "keys"
         is_default = self.keep is None and (
             self.config.tie_layers or self.config.share_kv > 1 or self.token_norm.weight.device.type != "cpu"
@@ -409,6 +413,9 @@ class ConceptEncoder(ConceptPreTrainedModel):
             rows_Re = self.backbone(packed) if packed.states is None else packed.states.to(self.token_norm.weight.dtype)
             places = Places(packed.position_ids, packed.sequence_ids(), packed)
             raw = self.backbone.centred(rows_Re) if self.config.init_queries == "state" else None
+        if places.packed.own is not None:
+            own = places.packed.own
+            rows_Re, places = rows_Re[own], Places(places.positions[own], places.sequence_ids[own], packed.select(own))
         states = self.token_norm(self.widen_tokens(rows_Re))
         if self.config.layer_kind != "bixt":  # there they go on as a residual stream
             states = lower_precision(states)[0]  # once for the keys and values of all layers
@@ -419,7 +426,7 @@ class ConceptEncoder(ConceptPreTrainedModel):
         states, positions, packed, raw = self.token_states(packed)
         # the temperature of YaRN is for a softmax over tokens
         find = self.positions.angles if self.config.layer_kind == "slot" else self.positions.read_angles
-        return Tokens(states, find(positions), packed, raw)
+        return Tokens(states, find(positions), packed, raw, group=self.group)
 
     def pooled(self, concepts_BCd: Tensor) -> Tensor:
         """[B, d]: the mean of the concepts. With init_queries = state, brought back into the backbone's own space: of
