@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .config import ConceptConfig
 from .door import Door
 from .encoder_layers import BixtLayer, ConceptAngles, SlotLayer, Tokens, with_keys_values
 from .packing import Packed
@@ -85,9 +86,23 @@ def read_of(layer: nn.Module, c_BCd: Tensor, angles: ConceptAngles, tokens: Toke
 
 
 class Rows:
-    """Collects the weights of every layer by token: [T, H, C] float32 each."""
+    """Collects the weights of every layer by token: [T, H, C] float32 each.
 
-    def __init__(self, packed: Packed) -> None:
+    Raises:
+        ValueError: concepts read merged tokens, or each device holds a part of every text, or the weights would be too
+            many.
+    """
+
+    def __init__(
+        self, config: ConceptConfig, packed: Packed, num_iterations: int | None, num_concepts: int | None,
+        is_shared: bool,
+    ) -> None:  # fmt: skip
+        if config.funnel:
+            raise ValueError("output_attentions: expected False with funnel: concepts read tokens that it has merged")
+        if is_shared:
+            raise ValueError("output_attentions: expected False where each device holds a part of every text")
+        num_layers = (num_iterations or config.iterations) if config.tie_layers else config.num_hidden_layers
+        check_size(packed.num_tokens, config.num_attention_heads, num_concepts or config.num_concepts, num_layers)
         self.packed = packed
         self.layers: list[Tensor] = []
 

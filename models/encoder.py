@@ -289,7 +289,9 @@ class ConceptEncoder(ConceptPreTrainedModel):
             raise ValueError(f"num_concepts: expected a whole number of at least 1, got {num_concepts!r}")
         if packed is None:
             packed = self.visible(self.bare(door.packed))
-        maps = self.maps_of(packed, num_iterations, num_concepts) if self.wants_attentions(output_attentions) else None
+        maps = None
+        if self.wants_attentions(output_attentions):
+            maps = attention_maps.Rows(self.config, packed, num_iterations, num_concepts, self.group is not None)
         watch = None if maps is None else maps.watch
         states, changes = self.encode(packed, num_iterations, tolerance, output_convergence, num_concepts, watch)
         result = ConceptEncoderOutput(
@@ -327,22 +329,6 @@ class ConceptEncoder(ConceptPreTrainedModel):
         )  # fmt: skip
         states[-1] = self.out_norm(states[-1])
         return [c_BCd[:B] for c_BCd in states], changes
-
-    def maps_of(self, packed: Packed, num_iterations: int | None, num_concepts: int | None) -> attention_maps.Rows:
-        """
-        Raises:
-            ValueError: concepts read merged tokens, or the weights would be too many.
-        """
-        config = self.config
-        if config.funnel:
-            raise ValueError("output_attentions: expected False with funnel: concepts read tokens that it has merged")
-        if self.group is not None:
-            raise ValueError("output_attentions: expected False where each device holds a part of every text")
-        num_layers = (num_iterations or config.iterations) if config.tie_layers else config.num_hidden_layers
-        attention_maps.check_size(
-            packed.num_tokens, config.num_attention_heads, num_concepts or config.num_concepts, num_layers
-        )
-        return attention_maps.Rows(packed)
 
     def concept_angles(self, anchors_BC: Tensor) -> ConceptAngles:
         return ConceptAngles(self.positions.angles(anchors_BC), self.positions.concept_angles(anchors_BC))
