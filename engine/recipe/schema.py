@@ -25,7 +25,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 # What may change between an interruption and its resumption: it moves no data and no weight, or only by rounding.
 FREE = (
     "run.name", "run.folder", "run.timeout_s", "resume", "eval.", "checkpoint.", "zero.", "batch.micro_tokens",
-    "data.cache", "distill.max_gib", "train.keep", "train.recompute",
+    "data.cache", "distill.max_gib", "train.keep", "train.recompute", "train.on_collapse",
 )  # fmt: skip
 
 
@@ -80,6 +80,7 @@ class Train(Section):
     keep: Literal["keys", "states", "ids"] | None = None  # of a token, for the backward pass: `ConceptEncoder.keep`
     recompute: StrictBool = False  # gradient checkpointing: layers are computed once more in the backward pass
     max_bad_steps: Count = 5  # consecutive steps with a non-finite gradient after which the run stops
+    on_collapse: Literal["warn", "stop"] = "warn"  # where an evaluation finds that concepts carry next to no content
 
 
 class Zero(Section):
