@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...engine.data.loader import Loader
 from ...engine.data.windows import Part, Windows, cut
+from ...engine.errors import InputError
 from ...models.encoder import ConceptEncoderOutput
 from ...models.exposure import nested_order
 from ...models.masked_lm import ConceptForMaskedLM
@@ -112,9 +113,14 @@ def does(model: ConceptForMaskedLM, loader: Loader, usage: Sequence[float] | Non
 
 @torch.no_grad()
 def read(
-    model: ConceptForMaskedLM, loader: Loader, max_targets: int, num_concepts: int | None = None
-) -> tuple[str, list[Reading]]:
-    """(name of the view, batches with at most about ``max_targets`` targets in whole texts, encoded)."""
+    model: ConceptForMaskedLM, loader: Loader, max_targets: int, num_concepts: int | None = None,
+    num_iterations: int | None = None,
+) -> tuple[str, list[Reading]]:  # fmt: skip
+    """(name of the view, batches with at most about ``max_targets`` targets in whole texts, encoded).
+
+    Raises:
+        InputError: no batch has two texts with targets.
+    """
     device = next(model.parameters()).device
     name, readings, num_targets, num_texts = "", [], 0, 0
     budget = max(BATCH_TOKENS, 2 * int(loader.windows.lengths.max()))  # two texts at least
@@ -127,7 +133,9 @@ def read(
         B = view.encoder.num_sequences
         if B < 2 or view.num_targets == 0:
             continue
-        encoded = model.encoder(packed=view.encoder, return_dict=True, num_concepts=num_concepts)
+        encoded = model.encoder(
+            packed=view.encoder, return_dict=True, num_concepts=num_concepts, num_iterations=num_iterations
+        )
         rows_M = torch.arange(len(view.decoder_position_ids), device=device)
         rows_M = rows_M if view.target_rows is None else view.target_rows
         text_M = torch.searchsorted(view.decoder_cu_seqlens[1:].contiguous(), rows_M.to(torch.int32), right=True)
@@ -141,7 +149,7 @@ def read(
         if num_targets >= max_targets:
             break
     if not readings:
-        raise ValueError("loader: expected a batch of at least two held-out texts with targets")
+        raise InputError("the held-out text: expected two windows or more that can be read together; give more text")
     return name, readings
 
 

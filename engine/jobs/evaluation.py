@@ -39,8 +39,8 @@ def evaluate(
             the concepts say about their text. None when no batch has two.
         parts: of a mixture, loss, nll_seen and nll_unseen of each part by itself; the figures above are then over the
             grids of all parts, and mean little.
-        concepts: ``geometry.health`` of the concepts of 64 of the texts in the first view of the grid, and ``collapse``,
-            why they carry next to no content, where they do not; absent with fewer than two texts.
+        concepts: ``geometry.health`` of the concepts of 64 of the texts in the first view of the grid, and where they
+            carry next to no content ``collapse``, why; absent with fewer than two texts.
     and with a contrastive loss:
         contrastive: the loss of each text among all the others.
         retrieval: the share of texts whose other view is the most similar of all; chance is 1 / num_pairs.

@@ -52,9 +52,7 @@ def test_the_page_is_whole_and_alone(folder):
     ids = re.findall(r'\bid="?([^" >]+)', page)
     assert len(ids) == len(set(ids))
     assert "<b>reader" not in page and "&lt;" in page
-    assert page.count("data-c=") == len(json.loads((folder / "summary.json").read_text())["reads"]["slots"]) * 0 + len(
-        re.findall(r"<span data-c=", page)
-    )
+    assert page.count("<span data-c=") > 30
 
 
 def test_the_summary_is_what_its_schema_says(folder):
@@ -76,7 +74,8 @@ PROBE = """<script>addEventListener("load", () => {
   token.click();
   const picked = document.querySelectorAll(".text span.picked").length;
   const wide = document.documentElement.scrollWidth, drawn = seen.filter((s) => s.getBoundingClientRect().height > 99);
-  document.title = JSON.stringify({wide, drawn: drawn.length, picked, says: document.getElementById("who").textContent});
+  const says = document.getElementById("who").textContent;
+  document.title = JSON.stringify({wide, drawn: drawn.length, picked, says});
 });</script></body>"""
 
 

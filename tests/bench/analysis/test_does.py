@@ -29,7 +29,7 @@ class Known(nn.Module):
         self.nothing = nn.Parameter(torch.zeros(1))
         self.config = SimpleNamespace(num_concepts=4, nested_concepts=False)
 
-    def encoder(self, packed, return_dict, num_concepts=None):
+    def encoder(self, packed, return_dict, num_concepts=None, num_iterations=None):
         count, B = num_concepts or 4, packed.num_sequences
         self.signs = torch.tensor([1.0, -1.0] * B)[:B]
         rows = torch.eye(4)[torch.arange(count) % 4]

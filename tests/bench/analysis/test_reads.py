@@ -59,7 +59,8 @@ def test_a_map_by_hand():
     assert readers.tolist() == [0, 0, 1]
     # JS of (1/2, 1/2, 0) and (0, 1/2, 1/2): H(1/4, 1/2, 1/4) - 1 bit
     assert found.figures()["js_divergence"] == pytest.approx(0.5)
-    assert found.figures()["usage_perplexity"] == pytest.approx(math.exp(-(2 / 3 * math.log(2 / 3) + math.log(1 / 3) / 3)))
+    entropy = -(2 / 3 * math.log(2 / 3) + math.log(1 / 3) / 3)
+    assert found.figures()["usage_perplexity"] == pytest.approx(math.exp(entropy))
     assert found.figures()["centre_spread"] == pytest.approx(1 / 6)
 
 
