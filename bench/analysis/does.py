@@ -26,6 +26,7 @@ RATIO_TARGETS = 1024  # at each ratio
 BATCH_TOKENS = 2048
 RATIOS = (0.5, 1, 2, 4, 8, 16, 32, 64)  # tokens a concept
 SURE = 2.0  # standard errors
+LEAST_GAIN = 0.01  # nats that concepts must be worth before a share of it is asked for
 
 Change = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # concepts [B, C, d], anchors [B, C] -> the same, changed
 
@@ -81,8 +82,8 @@ def functional_rank(increases: Sequence[float]) -> float:
 
 def enough(kept: Sequence[dict[str, float | None]], own: float, gain: float) -> int | None:
     """The least k, of those measured, at which the first k concepts give 95 % of what all of them do; None where they
-    give nothing."""
-    if gain <= 0:
+    give next to nothing."""
+    if gain < LEAST_GAIN:
         return None
     return next((int(row["kept"]) for row in kept if row["nested"] <= own + 0.05 * gain), None)
 

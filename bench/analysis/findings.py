@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...engine.errors import InputError
 from ...engine.telemetry import duration
 from ..measure import environment
 from . import gates, heldout
@@ -48,6 +49,12 @@ class Findings(NamedTuple):
 
 
 def find(subject: Subject) -> Findings:
+    """
+    Raises:
+        InputError: a model with a single concept, of which there is nothing to compare.
+    """
+    if subject.encoder.config.num_concepts < 2:
+        raise InputError(f"{subject.folder}: expected a model with two concepts or more, got one: nothing to compare")
     history = read_history(subject.folder / "metrics.jsonl")
     concepts = heldout.concepts(subject.encoder, subject.loader)
     losses, samples = None, []

@@ -213,6 +213,7 @@ def test_encoder_without_decoder_has_concepts_only(run, tmp_path):
         (lambda run: (run / "metrics.jsonl").write_text('{"kind": "tr'), "metrics.jsonl: not a file of JSON lines"),
         (lambda run: (run / "report").write_text(""), "report: cannot be made"),
         (lambda run: (run / "model" / "model.safetensors").write_bytes(b"0123456789"), "not the weights of a Concept"),
+        (lambda run: one_concept(run), "two concepts or more, got one"),
         (lambda run: edit(run, "num_hidden_layers", 2), "weights are missing, encoder.layers.1"),
         (lambda run: edit(run, "num_concepts", 9), "not the weights of a ConceptForMaskedLM"),
         (lambda run: edit(run, "model_type", "bert"), "expected model_type 'conceptron', got 'bert'"),
@@ -229,6 +230,11 @@ def test_bad_input_is_one_line(run, tmp_path, break_it, message):
 def edit(run, field, value):
     path = run / "model" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+
+
+def one_concept(run):
+    model = ConceptForMaskedLM.from_pretrained(run / "model")
+    ConceptForMaskedLM(ConceptConfig(**{**model.config.to_dict(), "num_concepts": 1})).save_pretrained(run / "model")
 
 
 def test_foreign_tokenizer_is_refused(run, tmp_path):
