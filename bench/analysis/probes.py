@@ -187,17 +187,19 @@ def ridge(x: Tensor, y: Tensor) -> Tensor:
 
     Source: Golub, Heath & Wahba 1979.
     """
-    u, s, vt = torch.linalg.svd(x, full_matrices=False)
-    uy, total = u.T @ y, y.square().sum()
+    squares, v = torch.linalg.eigh(x.T @ x)  # of the singular values; d is far smaller than n
+    squares = squares.clamp_min(0)
+    vxy, total = v.T @ (x.T @ y), y.square().sum()
+    seen = squares > 1e-12 * squares.max().clamp_min(1e-300)
+    explained_k = torch.where(seen, vxy.square().sum(1) / squares.clamp_min(1e-300), 0.0)  # by each direction of x
     best, weights = None, None
     for penalty in PENALTIES:
-        shrink = s.square() / (s.square() + penalty)
-        # |y - U diag(shrink) U^T y|^2, with what lies outside of U's columns
-        rest = total - uy.square().sum() + ((1 - shrink)[:, None] * uy).square().sum()
+        shrink = squares / (squares + penalty)
+        rest = total - explained_k.sum() + ((1 - shrink).square() * explained_k).sum()
         free = len(x) - float(shrink.sum()) - 1  # the mean is fitted too
         error = float(rest) / max(free, 1e-9) ** 2
         if best is None or error < best:
-            best, weights = error, vt.T @ ((s / (s.square() + penalty))[:, None] * uy)
+            best, weights = error, v @ (vxy / (squares + penalty)[:, None])
     return weights
 
 
