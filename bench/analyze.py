@@ -16,7 +16,7 @@ from .analysis.subject import open_subject
 from .documents.page import markdown
 from .documents.summary import schema, summary
 from .documents.web import page
-from .figures import concepts, curves
+from .figures import concepts, curves, runs
 from .figures import geometry as plots
 from .figures import losses as ablations
 from .figures.plot import SUFFIXES
@@ -62,7 +62,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 FIGURES = (
-    "loss", "nll", "reading", "usage", "dropped", "kept", "ratio", "probes", "spectrum", "clusters", "similarity",
+    "loss", "nll", "health", "reading", "usage", "dropped", "kept", "ratio", "probes", "spectrum", "clusters", "similarity",
 )  # fmt: skip
 
 
@@ -85,6 +85,8 @@ def draw(findings: Findings, folder: Path) -> list[Path]:
             smoothing_floor=smoothing_floor(label_smoothing(findings.subject), vocab_size(findings.subject)),
         )  # fmt: skip
         drawn.append(paths["loss"])
+        if runs.health_figure(findings.history, paths["health"]):
+            drawn.append(paths["health"])
     if losses:
         levels = {
             "unigram entropy of this text": losses.unigram_entropy,

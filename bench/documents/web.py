@@ -75,14 +75,13 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return ""
     names = list(rows[0])
-    numeric = {name for name in names if all(isinstance(row[name], int | float | None) for row in rows)}
 
-    def mark(name: str) -> str:
-        return " class=number" if name in numeric else ""
+    def mark(values: Sequence[Any]) -> str:
+        return " class=number" if any(isinstance(value, int | float) for value in values) else ""
 
-    head = "".join(f"<th{mark(name)}>{escape(name)}</th>" for name in names)
+    head = "".join(f"<th{mark([row[name] for row in rows])}>{escape(name)}</th>" for name in names)
     lines = "".join(
-        "<tr>" + "".join(f"<td{mark(name)}>{escape(cell(row[name]))}</td>" for name in names) + "</tr>\n"
+        "<tr>" + "".join(f"<td{mark([row[name]])}>{escape(cell(row[name]))}</td>" for name in names) + "</tr>\n"
         for row in rows
     )
     return f"<div class=scroll><table>\n<tr>{head}</tr>\n{lines}</table></div>\n"
@@ -148,8 +147,9 @@ def gate(verdict: Verdict) -> str:
 
 def training_section(findings: Findings, folder: Path) -> str:
     figures = pair(figure(folder, "loss"), figure(folder, "nll"))
+    health = figure(folder, "health", is_wide=True)
     about = "The loss of every step, and what the model makes of text that it has not seen."
-    return section("Training", about, figures) if figures else ""
+    return section("Training", about, figures, health) if figures else ""
 
 
 def reads_section(findings: Findings, folder: Path) -> str:

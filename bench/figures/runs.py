@@ -1,4 +1,4 @@
-"""Figures that lay runs over each other."""
+"""Figures of the evaluations of a run, and of several runs over each other."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,3 +39,25 @@ def points(history: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
         if value is not None:
             found.append((read[line["step"]], value))
     return found
+
+
+HEALTH = (("rank_dynamic", "rank of what texts change"), ("static_fraction", "static share"),
+          ("similarity_mean", "mean |cosine|"))  # fmt: skip
+
+
+def health_figure(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
+    """What every evaluation saw of the concepts, against the steps; whether there were two evaluations to draw."""
+    seen = [(line["step"], line["concepts"]) for line in history if line["kind"] == "eval" and line.get("concepts")]
+    kinds = [(name, title) for name, title in HEALTH if all(name in figures for _, figures in seen)]
+    if len(seen) < 2 or not kinds:
+        return False
+    note = f"{seen[-1][1]['num_texts']} held-out texts at each evaluation, as the task's easiest view shows them"
+    with plot.canvas(path, "The concepts during training", note, size=(9.2, 3.4), columns=len(kinds)) as panels:
+        for axes, (name, title), colour in zip(panels, kinds, plot.SERIES, strict=False):
+            axes.plot([step for step, _ in seen], [figures[name] for _, figures in seen], "o-", color=colour,
+                      markersize=4)  # fmt: skip
+            axes.set_title(title, fontsize=10.5)
+            axes.set_xlabel("step")
+            axes.set_ylim(bottom=0)
+            plot.thousands(axes)
+    return True

@@ -74,7 +74,10 @@ def make_run(folder, *, objective="{name: mlm}", smoothing=0.0, uniform=True):
         {"kind": "train", "step": i, "loss": 6 - i / 20, "tokens": 100 * i, "tokens_per_s": 50.0, "elapsed_s": 2.0 * i}
         for i in range(1, 31)
     ]
-    history += [{"kind": "eval", "step": i, "nll_unseen": 6 - i / 25, "nll_seen": None} for i in (15, 30)]
+    seen = {"num_texts": 64, "rank_dynamic": 4.0, "static_fraction": 0.3, "similarity_mean": 0.2}
+    history += [
+        {"kind": "eval", "step": i, "nll_unseen": 6 - i / 25, "nll_seen": None, "concepts": seen} for i in (15, 30)
+    ]
     history.append({
         "kind": "end", "step": 30, "train_seconds": 61.5, "tokens": 3000, "tokens_per_s": 49.0,
         "peak_memory_bytes": 3 * 2**20,
@@ -119,7 +122,7 @@ def test_report_of_a_run(run, capsys):
     assert all(is_figure(folder / f"{name}.png") for name in report.FIGURES)
     text = (folder / "report.md").read_text()
     for name in report.FIGURES:
-        if name == "clusters":
+        if name in ("clusters", "health"):
             continue  # on the page only
         assert f"]({name}.png)" in text
     assert "| **training time**, s | 61.5 | 30 steps, 3,000 tokens |" in text
