@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..engine.errors import InputError
+from ..engine.files import is_lost, write_json, write_text
 from ..models.masked_lm import smoothing_floor
 from .analysis.findings import NATS, Findings, find, label_smoothing, targets_line, training_line, vocab_size
 from .analysis.gates import FAIL, PASS, UNKNOWN
@@ -20,7 +21,6 @@ from .figures import concepts, curves, runs
 from .figures import geometry as plots
 from .figures import losses as ablations
 from .figures.plot import SUFFIXES
-from .measure import results
 
 
 def analyze(path: str | Path, text: Sequence[str] = ()) -> Path:
@@ -48,10 +48,10 @@ def analyze(path: str | Path, text: Sequence[str] = ()) -> Path:
     for figure in draw(findings, folder):
         if not figure.is_file():
             raise RuntimeError(f"{figure} was not written")
-    results.write_json(folder / "summary.json", summary(findings))
-    results.write_json(folder / "summary.schema.json", schema())
-    results.write_text(folder / "report.md", markdown(findings))
-    results.write_text(folder / "page.html", page(findings, folder))
+    write_json(folder / "summary.json", summary(findings))
+    write_json(folder / "summary.schema.json", schema())
+    write_text(folder / "report.md", markdown(findings))
+    write_text(folder / "page.html", page(findings, folder))
     print(headline(findings, folder))
     return folder
 
@@ -62,7 +62,8 @@ def main(options: argparse.Namespace) -> None:
 
 
 FIGURES = (
-    "loss", "nll", "health", "reading", "usage", "dropped", "kept", "ratio", "probes", "spectrum", "clusters", "similarity",
+    "loss", "nll", "health", "reading", "usage", "dropped", "kept", "ratio", "probes", "spectrum", "clusters",
+    "similarity",
 )  # fmt: skip
 
 
@@ -116,7 +117,9 @@ def headline(findings: Findings, folder: Path) -> str:
     if training:
         speed = f", {training.tokens_per_s:,.0f} tokens/s" if training.tokens_per_s else ""
         rows.append(("training", training_line(findings) + speed))
-    if losses and losses.is_seen:
+    if losses and is_lost([losses.heldout_nll_seen if losses.is_seen else losses.heldout_nll]):
+        rows.append(("held-out NLL", "not finite"))
+    elif losses and losses.is_seen:
         rows.append(("held-out NLL", f"{losses.heldout_nll_seen:.3f} {NATS}, of tokens that the encoder SAW (copying)"))
     elif losses:
         below = losses.unigram_entropy - losses.heldout_nll

@@ -1,6 +1,5 @@
 """All that is known about a subject when its report is written, and how it is put in words."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ...engine.errors import InputError
 from ...engine.telemetry import duration
+from ...models.folder import read_json
 from ..measure import environment
 from . import gates, heldout
 from .does import Does, does
@@ -56,6 +56,7 @@ def find(subject: Subject) -> Findings:
     if subject.encoder.config.num_concepts < 2:
         raise InputError(f"{subject.folder}: expected a model with two concepts or more, got one: nothing to compare")
     history = read_history(subject.folder / "metrics.jsonl")
+    run_environment(subject.folder)  # read later; that it can be read is known before anything is measured
     concepts = heldout.concepts(subject.encoder, subject.loader)
     losses, samples = None, []
     if subject.can_predict:
@@ -139,7 +140,15 @@ def device_name(findings: Findings) -> str:
 def run_environment(folder: Path) -> dict[str, Any]:
     """environment.json of a run: where it was trained, which need not be where the report is made."""
     path = folder / "environment.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        found = read_json(path)
+    except ValueError as error:
+        raise InputError(f"{error}, or move it away") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: expected an object; restore it or move it away")
+    return found
 
 
 def label_smoothing(subject: Subject) -> float:

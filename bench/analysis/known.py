@@ -38,7 +38,7 @@ def known_of(run: Path) -> Known:
 def read_summary(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error}); conceptron analyze writes it anew") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected the summary of a report; conceptron analyze writes it anew")
@@ -50,9 +50,12 @@ def read_history(metrics_file: Path) -> list[dict[str, Any]]:
     if not metrics_file.is_file():
         return []
     try:
-        return [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except ValueError as error:
+        lines = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{metrics_file}: not a file of JSON lines ({error}); restore it or move it away") from error
+    if not all(isinstance(line, dict) and {"kind", "step"} <= line.keys() for line in lines):
+        raise InputError(f"{metrics_file}: a line of it is not one of a run; restore it or move it away")
+    return lines
 
 
 def figures_of(summary: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import yaml
 
 from ...engine.errors import InputError
+from ...engine.files import write_text
 from ..analysis import gates
 from ..analysis.known import Known, known_of
 from ..figures.runs import held_out_figure
-from ..measure.results import cell, write_results, write_text
+from ..measure.results import cell, write_results
 from . import web
 
 PUBLISHED = Path(__file__).parent.parent / "published.yaml"

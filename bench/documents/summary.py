@@ -7,11 +7,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..analysis.findings import Findings, num_parameters, objective_name, run_environment
 
-Number = int | float | None  # None: not measured
+Number = int | float | None  # None: not measured, or no finite number
+Figures = dict[str, int | float | list[str] | None]  # the list: not_finite, see engine/files.py
 
 
 class Part(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+    not_finite: list[str] = Field([], description="which of these figures are null because they are not finite")
 
 
 class GateSummary(Part):
@@ -42,8 +45,8 @@ class SlotReads(Part):
 class ReadsSummary(Part):
     num_texts: int
     num_tokens: int
-    figures: dict[str, float]
-    layers: list[dict[str, float]]
+    figures: Figures
+    layers: list[Figures]
     information: dict[str, InformationSummary] = Field(description="bits about token, class, position")
     slots: list[SlotReads]
 
@@ -57,13 +60,13 @@ class DoesSummary(Part):
     view: str
     num_targets: int
     num_texts: int
-    nll: dict[str, float] = Field(description="with own, other, mean and zero concepts")
-    half_swapped: dict[str, Number]
+    nll: Figures = Field(description="with own, other, mean and zero concepts")
+    half_swapped: Figures
     slots: list[SlotDoes]
-    kept: list[dict[str, Number]] = Field(description="NLL by concepts kept, in several orders")
-    ratios: list[dict[str, Number]] = Field(description="NLL by tokens a concept")
+    kept: list[Figures] = Field(description="NLL by concepts kept, in several orders")
+    ratios: list[Figures] = Field(description="NLL by tokens a concept")
     is_nested: bool
-    figures: dict[str, Number]
+    figures: Figures
 
 
 class ProbeSummary(Part):
@@ -86,12 +89,12 @@ class Summary(Part):
     effective_rank: Number
     train_seconds: Number
     losses: dict[str, Any] | None
-    training: dict[str, Number] | None
-    geometry: dict[str, Number]
+    training: Figures | None
+    geometry: Figures
     reads: ReadsSummary | None
     does: DoesSummary | None
     probes: list[ProbeSummary]
-    figures: dict[str, Number] = Field(description="all figures by the names of the gates")
+    figures: Figures = Field(description="all figures by the names of the gates")
     gates: list[GateSummary]
     samples: list[dict[str, Any]]
     trained_in: dict[str, Any] | None

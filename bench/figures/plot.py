@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..measure.results import write_bytes
+from ...engine.files import write_bytes
 
 BLUE, ORANGE, GREEN, PURPLE, GREY, INK = "#0f4cc8", "#c9771a", "#1f7a48", "#8c2289", "#878d96", "#22262b"
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, GREY, INK)  # told apart by the colour-blind: tests/bench/figures
