@@ -43,7 +43,8 @@ def overview(findings: Findings) -> str:
         peak = training.peak_memory_bytes
         rows.append(("peak memory, MiB", peak / 2**20 if peak else None, "of the training process"))
     rows.append(("parameters", num_parameters(subject), type(subject.model).__name__))
-    table = "| | | |\n|---|---:|---|\n" + "".join(f"| {a} | {results.cell(b)} | {c} |\n" for a, b, c in rows)
+    lines = (f"| {a} | {results.cell(b)} | {c} |\n" for a, b, c in rows if b is not None)
+    table = "| | | |\n|---|---:|---|\n" + "".join(lines)
     figure = "\n![Training](loss.png)\n" if training else ""
     return f"# Report: {subject.name}\n\n{table}{figure}{smoothing_note(findings)}"
 
@@ -73,7 +74,8 @@ def heldout_section(findings: Findings) -> str:
         ("every token as likely as any other", math.log(vocab_size(subject))),
     ]
     guesses = guesses[:2] if losses.is_seen else guesses
-    comparison = results.markdown_table([{"predictor": a, NATS: b} for a, b in guesses], ["predictor", NATS])
+    known = [{"predictor": a, NATS: b} for a, b in guesses if b is not None]
+    comparison = results.markdown_table(known, ["predictor", NATS])
     warning = (
         "The encoder saw every token that is asked for. This measures copying through the concepts; it is no "
         "prediction and says nothing against an entropy.\n\n"

@@ -33,6 +33,7 @@ from ..measure.exponents import (
     Rows,
     encoders_of,
     fits,
+    in_tokens,
     points,
 )
 from ..measure.results import read_results
@@ -44,7 +45,6 @@ from .plot import (
     ORANGE,
     PURPLE,
     canvas,
-    in_tokens,
     in_units,
     legend_below,
     length_axis,
@@ -66,8 +66,9 @@ LINES = {  # encoder -> marker, line, colour, and its name under a figure; what 
 }
 FEW = (OURS, FROM_IDS, FULL, UNPADDED, PERCEIVER)  # of the overview
 VARIANTS = (  # marker, line, colour
-    ("H", "-", PURPLE), ("P", (0, (4, 1.5)), PURPLE), ("X", "-", GREEN), ("*", "-", ORANGE), ("d", (0, (4, 1.5)), ORANGE),
-    ("p", (0, (1, 1.2)), ORANGE), ("h", "-", INK), ("<", (0, (4, 1.5)), GREEN), (">", (0, (4, 1.5)), INK),
+    ("H", "-", PURPLE), ("P", (0, (4, 1.5)), PURPLE), ("X", "-", GREEN), ("*", "-", ORANGE),
+    ("d", (0, (4, 1.5)), ORANGE), ("p", (0, (1, 1.2)), ORANGE), ("h", "-", INK),
+    ("<", (0, (4, 1.5)), GREEN), (">", (0, (4, 1.5)), INK),
 )  # fmt: skip
 
 
@@ -86,9 +87,14 @@ def height(num_names: int) -> float:
     return 4.5 + 0.22 * math.ceil(num_names / 2)
 
 
+def sizes_of(environment: Mapping[str, Any]) -> str:
+    width, layers = environment.get("width"), environment.get("layers")
+    return f"d = {width}, {layers} layer{'s' * (layers != 1)}" if width else ""
+
+
 def note_of(environment: Mapping[str, Any]) -> str:
-    sizes = f"d = {environment.get('width')}, {environment.get('layers')} layers" if "width" in environment else ""
-    return "; ".join(part for part in (sizes, "two texts of N and 3N/4 tokens", device_of(environment)) if part)
+    parts = (sizes_of(environment), "two texts of N and 3N/4 tokens", device_of(environment))
+    return "; ".join(part for part in parts if part)
 
 
 def draw_scaling(folder: Path) -> None:
@@ -113,7 +119,7 @@ def plot_growth(path: Path, rows: Rows, quantity: str, note: str) -> None:
             for name in names:
                 lengths, values = points(rows, name, phase, quantity)
                 slopes = (exponent.get((name, phase, QUANTITIES[quantity])) for phase in PHASES)
-                text = ", ".join("–" if slope is None else f"$N^{{{slope:.2f}}}$" for slope in slopes)
+                text = ", ".join("?" if slope is None else f"$N^{{{slope:.2f}}}$" for slope in slopes)
                 if lengths:
                     axes.plot(lengths, values, label=f"{title_of(name)}  {text}", **line_of(name, names))
             axes.set_title(PHASE_TITLES[phase], fontsize=11)
@@ -227,7 +233,8 @@ def plot_roofline(path: Path, rows: Rows, environment: Mapping[str, Any]) -> Non
         low, high = min([*intensity, ridge]) / 1.8, max([*intensity, ridge]) * 1.8
         axes.plot([low, ridge], [low * copy / 1e3, matmul], color=INK, linewidth=1.4, linestyle=(0, (5, 2)),
                   label=f"ceiling: copy, {copy:.0f} GB/s")  # fmt: skip
-        axes.plot([ridge, high], [matmul, matmul], color=INK, linewidth=1.4, label=f"ceiling: matmul, {matmul:.3g} TFLOP/s")
+        axes.plot([ridge, high], [matmul, matmul], color=INK, linewidth=1.4,
+                  label=f"ceiling: matmul, {matmul:.3g} TFLOP/s")  # fmt: skip
         for operator in operators:
             for mode, marker in (("forward", "o"), ("backward", "s"), ("both", "^")):
                 kept = [(x, row["tflops"]) for x, row in zip(intensity, ours, strict=True)

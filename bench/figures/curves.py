@@ -36,7 +36,8 @@ def loss_figure(
                 axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=5, label=label)
                 shown += [value for _, value in points]
         if unigram_entropy is not None and unseen:
-            plot.level(axes, unigram_entropy, f"unigram entropy of the held-out text: {unigram_entropy:.2f}", plot.GREEN)
+            label = f"unigram entropy of the held-out text: {unigram_entropy:.2f}"
+            plot.level(axes, unigram_entropy, label, plot.GREEN)
             shown.append(unigram_entropy)
         axes.set(xlabel="step", ylabel="nats per token")
         if shown:

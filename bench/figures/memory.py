@@ -7,8 +7,9 @@
 from pathlib import Path
 
 from ..measure.environment import device_of
+from ..measure.exponents import in_tokens
 from ..measure.results import read_results
-from .charts import LINES, title_of
+from .charts import LINES, sizes_of, title_of
 from .plot import (
     BLUE,
     GREEN,
@@ -17,7 +18,6 @@ from .plot import (
     ORANGE,
     PURPLE,
     canvas,
-    in_tokens,
     in_units,
     legend_below,
     length_axis,
@@ -31,7 +31,7 @@ PEER = (ORANGE, "s")
 def draw_memory(folder: Path) -> None:
     rows, environment = read_results(folder / "memory.json")
     rows = [row for row in rows if row.get("allocator_peak") is not None]
-    sizes = f"d = {environment.get('width')}, {environment.get('layers')} layers" if "width" in environment else ""
+    sizes = sizes_of(environment)
     parts = (sizes, "one text of N tokens", environment.get("dtype"), device_of(environment))
     if any(row["C"] for row in rows):
         plot_memory(folder / "memory.png", rows, "; ".join(part for part in parts if part))

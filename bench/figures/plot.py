@@ -1,7 +1,7 @@
 """One look for every figure: drawn off screen, titled at the left, every line named under the axes, units on each axis.
 
-An axis spans what is drawn on it, and starts at 0 only under bars. Names stand under the axes and not in them, where they
-would lie on a line.
+An axis spans what is drawn on it, and starts at 0 only under bars. Names stand under the axes and not in them, where
+they would lie on a line.
 """
 
 import io
@@ -17,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ...engine.files import write_bytes
+from ..measure.exponents import in_tokens
 
 BLUE, ORANGE, GREEN, PURPLE, GREY, INK = "#0f4cc8", "#c9771a", "#1f7a48", "#8c2289", "#878d96", "#22262b"
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, GREY, INK)  # told apart by the colour-blind: tests/bench/figures
@@ -65,7 +66,8 @@ def canvas(
         yield list(axes)
         left = 0.08 / size[0]
         figure.text(left, 1 - 0.10 / size[1], title, fontsize=13, fontweight="bold", va="top")
-        figure.text(left, 1 - 0.38 / size[1], "\n".join(lines), fontsize=9.5, color="#5b636e", va="top", linespacing=1.4)
+        said = {"fontsize": 9.5, "color": "#5b636e", "va": "top", "linespacing": 1.4}
+        figure.text(left, 1 - 0.38 / size[1], "\n".join(lines), **said)
         for suffix in SUFFIXES:
             content = io.BytesIO()
             figure.savefig(content, format=suffix, dpi=200, metadata={"Date": None} if suffix == "svg" else {})
@@ -134,19 +136,11 @@ def unit_axis(axes: Axes, unit: str) -> None:
     low, high = axes.get_ylim()
     marks = [10.0**k for k in range(-4, 9)] if unit == "ms" else [4.0**k for k in range(5, 24)]
     inside = [mark for mark in marks if low <= mark <= high]
-    if unit == "ms" and len(inside) < 3:
-        marks = [step * mark for mark in marks for step in (1, 2, 5)]
+    if len(inside) < 3:
+        marks = [step * mark for mark in marks for step in ((1, 2, 5) if unit == "ms" else (1, 2))]
         inside = [mark for mark in marks if low <= mark <= high]
     axes.set_yticks(inside, [in_units(mark, unit) for mark in inside])
     axes.minorticks_off()
-
-
-def in_tokens(number: int) -> str:
-    """16384 -> 16K; 1048576 -> 1M."""
-    for size, name in ((2**20, "M"), (2**10, "K")):
-        if number % size == 0:
-            return f"{number // size}{name}"
-    return str(number)
 
 
 def length_axis(axes: Axes, lengths: Iterable[int]) -> None:
