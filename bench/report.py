@@ -7,7 +7,7 @@ from ..engine.errors import InputError
 from ..engine.files import write_text
 from .documents.paste import fill
 from .documents.table import write_tables as write_ablation
-from .figures.charts import draw_kernels, draw_scaling
+from .figures.charts import draw_kernels, draw_overview, draw_scaling
 from .figures.memory import draw_memory
 from .kernels.best import COLUMNS, best_peers
 from .measure.exponents import write_tables
