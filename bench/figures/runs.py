@@ -54,10 +54,10 @@ def health_figure(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
     note = f"{seen[-1][1]['num_texts']} held-out texts at each evaluation, as the task's easiest view shows them"
     with plot.canvas(path, "The concepts during training", note, size=(9.2, 3.4), columns=len(kinds)) as panels:
         for axes, (name, title), colour in zip(panels, kinds, plot.SERIES, strict=False):
-            axes.plot([step for step, _ in seen], [figures[name] for _, figures in seen], "o-", color=colour,
-                      markersize=4)  # fmt: skip
+            values = [figures[name] for _, figures in seen]
+            axes.plot([step for step, _ in seen], values, "o-", color=colour, markersize=4)
             axes.set_title(title, fontsize=10.5)
             axes.set_xlabel("step")
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.1 * max(values) or 1)
             plot.thousands(axes)
     return True
