@@ -131,9 +131,18 @@ def read_files(files: Iterable[Path], column: str) -> Iterator[str]:
 
 
 def read_file(file: Path, column: str) -> Iterator[str]:
+    return (text for text, _ in read_rows(file, column))
+
+
+def read_rows(file: Path, column: str) -> Iterator[tuple[str, Any]]:
+    """The text of every row, and what it has in its column "id"; None, where there is none.
+
+    Raises:
+        InputError: the file, or this row of it, cannot be read.
+    """
     try:
         if file.name.endswith(".txt"):
-            yield read_text(file)
+            yield read_text(file), None
         elif file.name.endswith(".parquet"):
             yield from read_parquet(file, column)
         else:
@@ -161,7 +170,7 @@ def read_text(file: Path) -> str:
         ) from error
 
 
-def read_jsonl(file: Path, column: str) -> Iterator[str]:
+def read_jsonl(file: Path, column: str) -> Iterator[tuple[str, Any]]:
     with gzip.open(file) if file.name.endswith(".gz") else file.open("rb") as lines:
         try:
             for number, line in enumerate(lines, start=1):
@@ -171,7 +180,7 @@ def read_jsonl(file: Path, column: str) -> Iterator[str]:
             raise InputError(f"{file}: damaged gzip file ({error}); copy or download it again") from error
 
 
-def parse_line(where: str, line: bytes, column: str) -> str:
+def parse_line(where: str, line: bytes, column: str) -> tuple[str, Any]:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -187,7 +196,7 @@ def parse_line(where: str, line: bytes, column: str) -> str:
     text = check_text(where, row[column], column)
     if not text.isprintable() and any("\ud800" <= char <= "\udfff" for char in text):
         raise InputError(f"{where}: half of a surrogate pair in column {column!r}; correct the line")
-    return text
+    return text, row.get("id")
 
 
 def check_text(where: str, text: Any, column: str) -> str:
@@ -199,7 +208,7 @@ def check_text(where: str, text: Any, column: str) -> str:
     return text
 
 
-def read_parquet(file: Path, column: str) -> Iterator[str]:
+def read_parquet(file: Path, column: str) -> Iterator[tuple[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -213,10 +222,13 @@ def read_parquet(file: Path, column: str) -> Iterator[str]:
         if not any(is_kind(kind) for is_kind in known):
             raise InputError(f"{file}: expected text in column {column!r}, got {kind}; set data.text_column")
         row = 0
-        for batch in table.iter_batches(batch_size=1024, columns=[column]):
-            for text in batch.column(0).to_pylist():
+        names = [name for name in dict.fromkeys((column, "id")) if name in table.schema_arrow.names]
+        for batch in table.iter_batches(batch_size=1024, columns=names):
+            texts = batch.column(column).to_pylist()
+            own = batch.column("id").to_pylist() if "id" in names else [None] * len(texts)
+            for text, name in zip(texts, own, strict=True):
                 row += 1
-                yield check_text(f"{file}, row {row}", text, column)
+                yield check_text(f"{file}, row {row}", text, column), name
     except (pa.ArrowInvalid, pa.ArrowIOError) as error:
         raise InputError(f"{file}: not a readable parquet file ({one_line(error)})") from error
 
