@@ -4,6 +4,7 @@ import argparse
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -95,10 +96,10 @@ class Screen:
 
     def head(self, index: Index, path: str, asked: str) -> None:
         what = f"{index.num_documents:,} documents in {path}; queries by {asked}"
-        print(self.style("2", what))
+        print(self.style("2", textwrap.fill(what, self.width)))
 
     def answer(self, query: str, hits: Sequence[Hit], asked: Asked, column: str) -> None:
-        print("\n" + self.style("1;36", query))
+        print("\n" + self.style("1;36", textwrap.fill(query, self.width)))
         texts = [document.text if (document := document_at(hit.file, column, hit.row)) else None for hit in hits]
         vector = asked.embed([query])
         for number, (hit, text) in enumerate(zip(hits, texts, strict=True), start=1):
