@@ -11,7 +11,7 @@ from ..data import sources
 from ..errors import InputError
 
 WINDOW_DOCUMENTS = 256  # of texts that are sorted by length together, and written together
-WINDOW_CHARS = 1 << 21
+WINDOW_CHARS = 1 << 20
 
 
 class Document(NamedTuple):

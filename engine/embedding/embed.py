@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,15 +92,17 @@ def write_parts(
         for number, window in enumerate(windows(surveyed(files, column)), start=1):
             part = parts / f"{number - 1:08d}.parquet"
             if (number - 1) % size == rank and not part.exists():
-                write_part(model, window, part, with_concepts, columns)
-            bar.update(sum(len(document.text) for document in window))
+                write_part(model, window, part, with_concepts, columns, bar.update)
+            else:
+                bar.update(sum(len(document.text) for document in window))
     return number
 
 
 def write_part(
-    model: ConceptModel, window: Sequence[Document], part: Path, with_concepts: bool, columns: pa.Schema
-) -> None:
-    readings = list(model.read([document.text for document in window]))
+    model: ConceptModel, window: Sequence[Document], part: Path, with_concepts: bool, columns: pa.Schema,
+    progress: Callable[[int], object],
+) -> None:  # fmt: skip
+    readings = list(model.read([document.text for document in window], None, progress))
     rows: dict[str, Any] = {
         "id": [document.id for document in window], "vector": [reading.vector for reading in readings]
     }  # fmt: skip

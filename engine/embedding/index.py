@@ -143,12 +143,11 @@ class Index:
             leave=False, disable=None,
         ) as bar:  # fmt: skip
             for window in windows(stream):
-                readings = list(self.model.read([each.text for each in window], TOKENS_PER_CONCEPT))
+                readings = list(self.model.read([each.text for each in window], TOKENS_PER_CONCEPT, bar.update))
                 self.write(window, readings)
                 for document in window:
                     self.entry(document.file)["done"] += 1
                 self.note()
-                bar.update(sum(len(each.text) for each in window))
 
     def write(self, window: Sequence[Document], readings: Sequence[Reading]) -> None:
         self.write_part(Part(

@@ -3,7 +3,7 @@
 B texts, n queries, N tokens of one text, C concepts, d width of a vector.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,18 +125,24 @@ class ConceptModel:
         cosines = unit(queries) @ unit(documents).reshape(-1, documents.shape[-1]).T
         return cosines if documents.ndim == 2 else cosines.reshape(len(queries), *documents.shape[:2]).max(-1)
 
-    def read(self, texts: Sequence[str], tokens_per_concept: int | None = None) -> Iterator[Reading]:
+    def read(
+        self, texts: Sequence[str], tokens_per_concept: int | None = None,
+        progress: Callable[[int], object] = lambda _: None,
+    ) -> Iterator[Reading]:  # fmt: skip
         """Readings in the order of the texts.
 
         Args:
             tokens_per_concept: short texts get fewer concepts than the model has: powers of two, so that there is one
                 for at least so many tokens. A text's reading never depends on the others.
+            progress: is told of the characters that were read, batch by batch.
         """
         texts = iter(texts)
         while part := take_chars(texts, WINDOW_CHARS):
-            yield from self.read_window(part, tokens_per_concept)
+            yield from self.read_window(part, tokens_per_concept, progress)
 
-    def read_window(self, texts: list[str], tokens_per_concept: int | None) -> list[Reading]:
+    def read_window(
+        self, texts: list[str], tokens_per_concept: int | None, progress: Callable[[int], object]
+    ) -> list[Reading]:
         encoded = self.vocabulary.plain.encode_batch(texts, add_special_tokens=False)
         lengths = np.array([len(each.ids) for each in encoded], dtype=np.int64)
         counts = np.array([self.num_concepts(int(N), tokens_per_concept) for N in lengths])
@@ -147,6 +153,7 @@ class ConceptModel:
             for i, vector, rows in zip(members, vectors, concepts, strict=True):
                 is_empty = lengths[i] == 0
                 made[i] = Reading(vector * (not is_empty), rows * (not is_empty), spans_of(encoded[i].offsets, C))
+            progress(sum(len(texts[i]) for i in members))
         return made
 
     def num_concepts(self, num_tokens: int, tokens_per_concept: int | None) -> int:
