@@ -49,7 +49,7 @@ def is_free(folder: Path) -> bool:
 
 def main(options: argparse.Namespace) -> int:
     """``options``: recipe, overrides, out."""
-    recipe, folder = load_recipe(options.recipe, options.overrides), Path(options.out).expanduser()
+    recipe, folder = load_recipe(options.recipe, options.overrides), options.out
     origin = build(recipe, folder)
     if origin:
         print(origin)

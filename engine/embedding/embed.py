@@ -35,7 +35,7 @@ def main(options: argparse.Namespace) -> int:
 
     Returns 0; 1 where some files could not be read and the others are embedded; 130 after Ctrl-C.
     """
-    out = Path(options.out).expanduser()
+    out: Path = options.out
     if out.suffix != ".parquet":
         raise InputError(f"--out: expected a file that ends in .parquet, got {options.out}")
     if out.exists():

@@ -31,24 +31,22 @@ class Asked(NamedTuple):
 
 
 def main(options: argparse.Namespace) -> int:
-    """``options``: queries, path, model, index, teacher, top, text_column.
+    """``options``: query (several), path, model, index, teacher, top, text_column.
 
     Returns 0; 1 where some files could not be read and the others were searched.
     """
-    if not all(query.strip() for query in options.queries):
+    if not all(query.strip() for query in options.query):
         raise InputError("QUERY: expected a question in words, got an empty one")
-    if options.top < 1:
-        raise InputError(f"--top: expected at least 1, got {options.top}")
     files = files_of([options.path])
     model = ConceptModel.from_pretrained(options.model)
     asked = who_asks(model, options.teacher)
-    folder = Path(options.index).expanduser() if options.index else default_folder(options.path, model)
+    folder = options.index or default_folder(options.path, model)
     index = Index(folder, model, options.text_column)
     num_left_out = report_faults(index.update(files), len(files))
-    hits = index.search(asked.embed(options.queries), options.top)
+    hits = index.search(asked.embed(options.query), options.top)
     screen = Screen()
     screen.head(index, options.path, asked.name)
-    for query, found in zip(options.queries, hits, strict=True):
+    for query, found in zip(options.query, hits, strict=True):
         screen.answer(query, found, asked, options.text_column)
     return SOME_LEFT_OUT if num_left_out else 0
 
@@ -74,11 +72,11 @@ def who_asks(model: ConceptModel, teacher: str | None) -> Asked:
         found = Teacher(name, model.device)
     except InputError as error:
         what = str(error).removeprefix("distill.teacher: ")
-        raise InputError(f"--queries: {what}{'' if teacher else '; the model was distilled from it'}") from error
+        raise InputError(f"--teacher: {what}{'' if teacher else '; the model was distilled from it'}") from error
     if found.width != model.width:
-        raise InputError(f"--queries: {name}: its vectors have {found.width} numbers, the model's {model.width}")
+        raise InputError(f"--teacher: {name}: its vectors have {found.width} numbers, the model's {model.width}")
     if teacher is None and found.fingerprint != learned["fingerprint"]:
-        raise InputError(f"--queries: {name}: not the weights that the model was distilled from; name their folder")
+        raise InputError(f"--teacher: {name}: not the weights that the model was distilled from; name their folder")
     return Asked(name, found.embed)
 
 

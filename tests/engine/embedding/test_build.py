@@ -6,19 +6,20 @@ import shutil
 
 import pytest
 import torch
+from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
 from conceptron.engine.build import main
 from conceptron.engine.data import tokenizer
 from conceptron.engine.errors import InputError
 from conceptron.engine.jobs.pretraining import PretrainingJob
 from conceptron.engine.recipe.load import load_recipe
 from conceptron.models.masked_lm import ConceptForMaskedLM
-from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 STATES = ["model.backbone_window=16", "model.init_queries=state"]
 
 
 def run(recipe, out, *overrides: str) -> int:
-    return main(argparse.Namespace(recipe=str(recipe), overrides=list(overrides), out=str(out)))
+    return main(argparse.Namespace(recipe=str(recipe), overrides=list(overrides), out=out))
 
 
 def test_it_is_what_a_run_starts_with(recipe, bert, world, tmp_path, capsys):

@@ -29,7 +29,7 @@ def files(tmp_path):
 
 def run(files, built, out, concepts=True, column="text") -> int:
     return room.main(argparse.Namespace(
-        files=[str(file) for file in (files if isinstance(files, list) else [files])], model=str(built), out=str(out),
+        files=[str(file) for file in (files if isinstance(files, list) else [files])], model=str(built), out=out,
         concepts=concepts, text_column=column,
     ))  # fmt: skip
 

@@ -32,7 +32,7 @@ def docs(tmp_path):
 
 def search(docs, built, index, *queries, teacher=None, top=3) -> int:
     return room.main(argparse.Namespace(
-        queries=list(queries), path=str(docs), model=str(built), index=str(index), teacher=teacher, top=top,
+        query=list(queries), path=str(docs), model=str(built), index=index, teacher=teacher, top=top,
         text_column="text",
     ))  # fmt: skip
 
@@ -175,11 +175,11 @@ def test_on_a_terminal_the_best_sentence_is_bold(docs, built, tmp_path, capsys, 
 def test_a_teacher_embeds_the_queries(docs, built, save_teacher, tmp_path, capsys):
     fitting = save_teacher(tmp_path / "fitting", 30)
     assert search(docs, built, tmp_path / "index", "the token", teacher=str(fitting)) == 0
-    assert f"queries by {fitting}" in capsys.readouterr().out
+    assert f"queries by {fitting}" in " ".join(capsys.readouterr().out.split())
     narrow = save_teacher(tmp_path / "narrow", 16)
-    with pytest.raises(InputError, match="--queries: .*narrow: its vectors have 16 numbers, the model's 30"):
+    with pytest.raises(InputError, match=r"--teacher: .*narrow: its vectors have 16 numbers, the model's 30"):
         search(docs, built, tmp_path / "index", "the token", teacher=str(narrow))
-    with pytest.raises(InputError, match="--queries: /no/where: no such folder"):
+    with pytest.raises(InputError, match="--teacher: /no/where: no such folder"):
         search(docs, built, tmp_path / "index", "the token", teacher="/no/where")
 
 
@@ -195,18 +195,18 @@ def test_the_teacher_of_a_distilled_model_embeds_the_queries(reader, save_teache
     with pytest.raises(InputError, match="not the weights that the model was distilled from"):
         room.who_asks(reader, None)
     monkeypatch.setitem(record, "teacher", "/gone")
-    with pytest.raises(InputError, match="/gone: no such folder.*the model was distilled from it"):
+    with pytest.raises(InputError, match=r"/gone: no such folder.*the model was distilled from it"):
         room.who_asks(reader, None)
     monkeypatch.setitem(record, "width", 8)
     assert room.who_asks(reader, None).name == "the model itself"
 
 
 @pytest.mark.parametrize("given, found", [
-    (dict(queries=[" "]), "QUERY: expected a question"), (dict(top=0), "--top: expected at least 1"),
+    (dict(query=["a", " "]), "QUERY: expected a question"),
     (dict(path="/no/where"), "/no/where: no such file or folder"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(docs, built, tmp_path, given, found):
-    options = dict(queries=["a"], path=str(docs), model=str(built), index=str(tmp_path / "index"), teacher=None, top=1,
+    options = dict(query=["a"], path=str(docs), model=str(built), index=tmp_path / "index", teacher=None, top=1,
                    text_column="text")  # fmt: skip
     with pytest.raises(InputError) as caught:
         room.main(argparse.Namespace(**options | given))
