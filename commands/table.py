@@ -140,7 +140,8 @@ COMMANDS = (
     ),
     Command(
         "embed", "vectors of documents of any length, as parquet; a command that was stopped goes on",
-        "conceptron embed docs/ --model runs/read/model --out vectors.parquet --concepts", "engine.embedding.embed:main",
+        "conceptron embed docs/ --model runs/read/model --out vectors.parquet --concepts",
+        "engine.embedding.embed:main",
         (
             Option("files", Text("files"), "txt, jsonl, jsonl.gz or parquet files, folders or globs of them", (), "+",
                    "FILES"),

@@ -1,8 +1,8 @@
 """`conceptron embed`: files of text -> one parquet file of vectors.
 
-Documents are read, embedded and written window by window. Each window is a part of its own, renamed when it is complete,
-so that a command that was stopped goes on where it stopped, and several ranks divide the windows without a word to each
-other: window k is of rank k modulo their number. Who writes the last part joins them.
+Documents are read, embedded and written window by window. Each window is a part of its own, renamed when it is
+complete, so that a command that was stopped goes on where it stopped, and several ranks divide the windows without a
+word to each other: window k is of rank k modulo their number. Who writes the last part joins them.
 """
 
 import argparse

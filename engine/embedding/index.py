@@ -1,8 +1,8 @@
 """Concepts of documents on disk, to be searched: float16, mapped into memory, made again only for files that changed.
 
     FOLDER/index.json        the model, the files with their sizes, times and digests, the parts
-    FOLDER/part-000000/      vectors.npy [n, d] float16 of norm 1, spans.npy [n, 2] int32, firsts.npy [D + 1] int64: the
-                             rows of each document; files.npy [D] int32 and rows.npy [D] int64: where it is from; ids.json
+    FOLDER/part-000000/      vectors.npy [n, d] float16 of norm 1, spans.npy [n, 2] int32; firsts.npy [D + 1] int64, the
+                             rows of each document; files.npy [D] int32, rows.npy [D] int64 and ids.json, whose it is
 
 A part is written once and renamed when it is complete; a document counts as long as its file's number is in the index.
 

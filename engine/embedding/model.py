@@ -17,11 +17,12 @@ from ...models.shares import share_bounds
 from ..data.teacher import fingerprint_of, read_json
 from ..errors import InputError
 from ..initialize import find
-from ..precision import pays
+from ..precision import has_bf16
 from ..saved_model import load_model, load_vocabulary
 
 BATCH_ROWS = 16384  # tokens and concepts of one forward pass, unless one text alone has more
-WINDOW_CHARS = 1 << 21  # of texts that are sorted by length together; bounds the memory
+NARROWEST_MIXED = 256  # of a model that is read with bfloat16 products, where there are units for them
+WINDOW_CHARS = 1 << 20  # of texts that are sorted by length together; bounds the memory
 
 
 class Reading(NamedTuple):
@@ -33,7 +34,8 @@ class Reading(NamedTuple):
 
 
 class ConceptModel:
-    """A finished model as a reader of text. Needs no network; float32, and bfloat16 products where units for them pay.
+    """A finished model as a reader of text. Needs no network. On a device with units for bfloat16 a model of some width
+    multiplies in it, which changes cosines in the fourth decimal; ``is_mixed = False`` gives float32 everywhere.
 
         model = ConceptModel.from_pretrained("runs/read/model")
         vectors = model.embed(texts)                  # [B, d]
@@ -54,7 +56,7 @@ class ConceptModel:
         self.vocabulary = load_vocabulary(folder, self.config)
         self.device = next(self.encoder.parameters()).device
         self.has_states = self.config.init_queries == "state"
-        self.is_mixed = pays(self.config.hidden_size, self.device.type)
+        self.is_mixed = has_bf16(self.device.type) and self.config.hidden_size >= NARROWEST_MIXED
 
     @classmethod
     def from_pretrained(cls, place: str | Path, device: torch.device | str | None = None) -> "ConceptModel":

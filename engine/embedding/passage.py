@@ -3,6 +3,7 @@
 import re
 import textwrap
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ def sentences(text: str, begin: int, end: int) -> list[str]:
     left, right = max(0, begin - AROUND), min(len(text), end + AROUND)
     starts = [match.end() for match in BREAK.finditer(text, left, right)]
     edges = [left, *starts, right]
-    touched = [(a, b) for a, b in zip(edges, edges[1:], strict=False) if a < end and b > begin]
+    touched = [(a, b) for a, b in pairwise(edges) if a < end and b > begin]
     found = [" ".join(text[a:b].split()) for a, b in touched or [(begin, end)]]
     return [sentence for sentence in found if sentence]
 
