@@ -12,7 +12,7 @@ from .pydocs import assemble, find_modules, language_topics, package_folders, pa
 
 
 def write_files(folder: Path) -> int:
-    """Writes FOLDER/MODULE.txt and FOLDER/topics/TOPIC.txt; returns their number. What is there already stays as it is."""
+    """Writes FOLDER/MODULE.txt and FOLDER/topics/TOPIC.txt; returns their number. What is right stays."""
     modules = find_modules("", package_folders(())[""])
     found = zip(modules, parse([module.path for module in modules]), strict=True)
     documents = [*language_topics(), *((module.name, sections) for module, sections in found if sections)]
