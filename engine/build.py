@@ -13,8 +13,10 @@ from . import launch
 from .beginning import begin
 from .card import About
 from .data.corpus import open_corpus
+from .data.teacher import read_pooling
 from .errors import InputError
 from .export import export
+from .initialize import find
 from .recipe.load import load_recipe
 from .recipe.schema import Recipe
 
@@ -42,6 +44,18 @@ def build(recipe: Recipe, folder: Path) -> str:
     return origin
 
 
+def pooling_note(recipe: Recipe) -> str:
+    """What to know of a backbone that is no sentence encoder of averaged tokens, where concepts are such averages."""
+    name = recipe.model.get("backbone")
+    if name is None or recipe.model.get("init_queries") != "state":
+        return ""
+    try:
+        pooling, _ = read_pooling(find(name, "model.backbone"))
+    except InputError:
+        pooling = "its own way"
+    return "" if pooling == "mean" else f"note: {name} pools by {pooling}, and concepts start as means of its states"
+
+
 def is_free(folder: Path) -> bool:
     """Whether a folder is empty, or a model that may be written again."""
     return not any(folder.iterdir()) or (folder / "config.json").is_file()
@@ -51,7 +65,7 @@ def main(options: argparse.Namespace) -> int:
     """``options``: recipe, overrides, out."""
     recipe, folder = load_recipe(options.recipe, options.overrides), options.out
     origin = build(recipe, folder)
-    if origin:
-        print(origin)
+    for line in filter(None, (origin, pooling_note(recipe))):
+        print(line)
     print(f"{folder}: the model of {recipe.run.name} as it starts, nothing trained")
     return 0

@@ -123,7 +123,7 @@ def report_faults(files: Sequence[Survey], num_files: int) -> int:
     """Names the files that cannot be read, or not to their end, on standard error; returns their number."""
     faulty = [each for each in files if each.fault]
     for each in faulty:
-        kept = f"; its first {each.documents} documents are kept" if each.documents else ""
+        kept = "; what stands before it is kept" if each.documents else ""
         print(f"conceptron: left out: {each.fault}{kept}", file=sys.stderr)
     if faulty:
         print(f"conceptron: {len(faulty)} of {num_files} files could not be read", file=sys.stderr)

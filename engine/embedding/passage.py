@@ -21,12 +21,16 @@ class Passage(NamedTuple):
 
 
 def sentences(text: str, begin: int, end: int) -> list[str]:
-    """The whole sentences that the characters ``begin`` to ``end`` - 1 touch, white space collapsed."""
+    """The sentences that the characters ``begin`` to ``end`` - 1 touch, white space collapsed, very long ones cut."""
     left, right = max(0, begin - AROUND), min(len(text), end + AROUND)
     starts = [match.end() for match in BREAK.finditer(text, left, right)]
     edges = [left, *starts, right]
-    touched = [(a, b) for a, b in pairwise(edges) if a < end and b > begin]
-    found = [" ".join(text[a:b].split()) for a, b in touched or [(begin, end)]]
+    touched = [(a, b) for a, b in pairwise(edges) if a < end and b > begin] or [(begin, end)]
+    found = [" ".join(text[a:b].split()) for a, b in touched]
+    if 0 < left == touched[0][0]:
+        found[0] = f"... {found[0]}"
+    if touched[-1][1] == right < len(text.rstrip()):
+        found[-1] = f"{found[-1]} ..."
     return [sentence for sentence in found if sentence]
 
 

@@ -61,6 +61,13 @@ def test_another_model_may_be_written_again_but_nothing_else_is(recipe, tmp_path
     assert (tmp_path / "notes" / "mine.txt").read_text() == "keep"
 
 
+def test_a_backbone_that_does_not_average_is_noted(recipe, save_teacher, tmp_path, capsys):
+    for pooling, is_noted in (("mean_tokens", False), ("cls_token", True), ("max_tokens", True)):
+        place = save_teacher(tmp_path / pooling, 30, pooling)
+        assert run(recipe, tmp_path / "model", *STATES, f"model.backbone={place}") == 0
+        assert ("and concepts start as means of its states" in capsys.readouterr().out) == is_noted
+
+
 def without_safetensors(folder):
     torch.save({}, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()

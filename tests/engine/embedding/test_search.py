@@ -223,6 +223,8 @@ def test_passages_by_hand():
     text = "One is here. Two is\nthere! Is three? Four ends it."
     assert sentences(text, 15, 30) == ["Two is there!", "Is three?"]
     assert sentences("no end at all", 3, 6) == ["no end at all"]
+    endless = sentences("x " * 500, 500, 510)
+    assert len(endless) == 1 and endless[0].startswith("... x x") and endless[0].endswith("x x ...")
     assert passage(["a", "b", "c"], np.array([0, 2, 1])) == Passage("a", "b", "c")
     long = ["x" * 300, "y" * 300, "z" * 300]
     assert passage(long, np.array([0, 0, 1])) == Passage(long[1], long[2], "")
