@@ -34,7 +34,7 @@ def begin(recipe: Recipe, corpus: Corpus, world: World, is_new: bool = True) -> 
     ))  # fmt: skip
     if backbone and backbone.folder:
         origin = fill(model, backbone, corpus)
-        files[KEPT] = json.dumps(backbone.described, indent=1)
+        files[KEPT] = json.dumps(backbone.described, indent=1, allow_nan=False)
     if recipe.init and is_new:
         origin = f"from {recipe.init.source}: {initialize(model, recipe.init, tokenizer, world)}"
     if origin:

@@ -63,7 +63,8 @@ def documents_of(file: Path, column: str, start: int = 0) -> Iterator[Document]:
             name = str(file) if is_one else f"{file}:{row + 1}"
             yield Document(name if own is None else str(own), text, file, row)
     except InputError as error:
-        raise InputError(str(error).replace("set data.text_column", "name another with --text-column")) from error
+        line = str(error).replace("set data.text_column=", "give --text-column ")
+        raise InputError(line.replace("data.text_column", "--text-column")) from error
 
 
 def document_at(file: Path, column: str, row: int) -> Document | None:

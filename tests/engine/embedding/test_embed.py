@@ -101,7 +101,7 @@ def test_files_that_cannot_be_read_are_named_and_the_others_go_on(files, built, 
     assert run(files, built, tmp_path / "vectors.parquet") == room.SOME_LEFT_OUT == 1
     said = capsys.readouterr().err
     for line in ("bad.txt:1: byte 0xff", "broken.parquet: not a readable", "half.jsonl:2: not a line of JSON",
-                 "; what stands before it is kept", "name another with --text-column", "4 of 8 files could not"):
+                 "; what stands before it is kept", "give --text-column body", "4 of 8 files could not"):
         assert line in said
     assert "data." not in said
     assert pq.read_table(tmp_path / "vectors.parquet").num_rows == 8
