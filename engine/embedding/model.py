@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models.config import ConceptConfig
+from ...models.layers import ResidualLinear
 from ...models.packing import Packed, pack
 from ...models.shares import share_bounds
 from ..data.teacher import fingerprint_of, read_json
@@ -56,6 +57,8 @@ class ConceptModel:
         self.vocabulary = load_vocabulary(folder, self.config)
         self.device = next(self.encoder.parameters()).device
         self.has_states = self.config.init_queries == "state"
+        if self.has_states and adds_nothing(self.encoder):
+            self.encoder.layers = nn.ModuleList()  # as they start: exactly the identity, and a cost
         self.is_mixed = has_bf16(self.device.type) and self.config.hidden_size >= NARROWEST_MIXED
 
     @classmethod
@@ -176,6 +179,14 @@ class ConceptModel:
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_mixed)
+
+
+def adds_nothing(encoder: nn.Module) -> bool:
+    """Whether the layers of an encoder write zero to its concepts, as untrained ones with init_queries = state do."""
+    if encoder.config.layer_kind != "cross" or encoder.config.tie_layers:
+        return False
+    writes = [module.weight for module in encoder.layers.modules() if isinstance(module, ResidualLinear)]
+    return not any(bool(weight.any()) for weight in writes)
 
 
 def take_chars(texts: Iterator[str], limit: int) -> list[str]:

@@ -9,6 +9,7 @@ from conceptron import ConceptModel
 from conceptron.engine.embedding import model as room
 from conceptron.engine.embedding.model import batches, spans_of, unit
 from conceptron.engine.errors import InputError
+from conceptron.models.masked_lm import ConceptForMaskedLM
 from conceptron.models.packing import pack
 from conceptron.models.shares import share_bounds, share_means
 
@@ -44,6 +45,23 @@ def test_an_untrained_concept_is_the_mean_of_the_states_of_its_span(reader, buil
     np.testing.assert_allclose(concepts, unit(states), atol=1e-4)
     np.testing.assert_allclose(reader.embed_queries([text])[0], unit(states.mean(0)), atol=1e-5)
     np.testing.assert_allclose(reader.embed_queries([text]), reader.embed([text]), atol=1e-4)
+
+
+def test_layers_that_add_nothing_are_left_out_and_no_others(reader, built, tmp_path):
+    """The whole model gives the same concepts; one whose layers have learned keeps them."""
+    whole = ConceptForMaskedLM.from_pretrained(built).eval()
+    ids = reader.vocabulary.encode(TEXTS[:3])
+    with torch.no_grad():
+        rows = whole.encoder.as_states(whole.encoder(packed=pack(ids)).last_hidden_state).numpy()
+    np.testing.assert_allclose(reader.concepts(TEXTS[:3])[0], unit(rows), atol=1e-6)
+    assert len(reader.encoder.layers) == 0
+    with torch.no_grad():
+        whole.encoder.layers[0].read.out.weight.normal_()
+    whole.save_pretrained(tmp_path)
+    reader.vocabulary.tokenizer.save_pretrained(tmp_path)
+    learned = ConceptModel.from_pretrained(tmp_path, "cpu")
+    assert len(learned.encoder.layers) == 1
+    assert np.abs(learned.concepts(TEXTS[:1])[0] - reader.concepts(TEXTS[:1])[0]).max() > 0.01
 
 
 @pytest.mark.parametrize("N, C", [(1, 5), (3, 4), (7, 5), (12, 5), (40, 8), (100, 7)])
