@@ -164,9 +164,7 @@ def run(
         watch, monitor, stop = Stopwatch(world.device), monitor_of(world.device), StopRequest()
 
         def take(step: int, views: list[View]) -> None:
-            optim = recipe.optim
-            lr = learning_rate(step, lr=optim.lr, warmup_steps=optim.warmup_steps, total_steps=recipe.train.steps,
-                               min_lr_ratio=optim.min_lr_ratio)  # fmt: skip
+            lr = learning_rate(step, recipe.optim, recipe.train.steps)
             update(engine, world, job, step, views, lr=lr, seed=recipe.run.seed, stop=stop, lap=watch.lap)
 
         for step in range(warm_up):
