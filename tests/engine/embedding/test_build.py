@@ -93,7 +93,7 @@ def with_a_code_file_named(folder):
 
 
 @pytest.mark.parametrize("spoil, overrides, found", [
-    (without_safetensors, [], "expected model.safetensors; load the model and save it with save_pretrained"),
+    (without_safetensors, [], "expected model.safetensors, which is not there"),
     (with_code, [], "asks for code of its own (auto_map), which is never run here"),
     (with_a_code_file_named, [], "asks for code of its own (auto_map), which is never run here"),
     (of_unknown_family, [], "expected a model of type bert, "),

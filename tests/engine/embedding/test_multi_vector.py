@@ -8,7 +8,7 @@ library = pytest.importorskip("sentence_transformers", minversion="6.0")
 TEXTS = ["the encoder reads a text", "a token of the decoder writes slowly, again and again", "text"]
 
 
-def test_the_library_s_maxsim_is_ours(reader):
+def test_the_library_s_maxsim_is_ours(reader, tmp_path):
     from conceptron.engine.embedding.multi_vector import multi_vector_encoder
 
     loaded = multi_vector_encoder(reader)
@@ -18,4 +18,4 @@ def test_the_library_s_maxsim_is_ours(reader):
     want = reader.similarity(reader.embed_queries(TEXTS[:2]), reader.concepts(TEXTS)[0])
     np.testing.assert_allclose(loaded.similarity(queries, documents), want, atol=1e-5)
     with pytest.raises(ValueError, match="copy that"):
-        loaded.save("anywhere")
+        loaded.save(str(tmp_path / "saved"))
