@@ -145,7 +145,7 @@ class Pretraining(nn.Module):
             first_BCd = self.encode(encoder, num_iterations) if pair.shares_encoder else None
             return self.compared(pair, texts_BCd, first_BCd)
         if lesson is not None:
-            return self.distillation.agreement(self.encode(lesson.texts, num_iterations), lesson)
+            return self.distillation.agreement(self.meanings(self.encode(lesson.texts, num_iterations)), lesson)
         totals = Totals.of([view]) if totals is None else totals
         pair, figures, loss = view.pair, {}, 0.0
         texts_BCd = None if pair is None else self.encode(pair.texts, num_iterations)  # first, see ``pair`` above
@@ -172,7 +172,7 @@ class Pretraining(nn.Module):
             figures |= {"contrastive": contrast.detach(), "temperature": share * compared.temperature.detach()}
         if view.lesson is not None:
             texts = view.lesson.texts
-            taught_BCd = z_BCd if texts is None else self.encode(texts, num_iterations)
+            taught_BCd = self.meanings(z_BCd if texts is None else self.encode(texts, num_iterations))
             distill, parts = self.distillation(taught_BCd, view.lesson, totals.num_texts, totals.num_stretches)
             loss = loss + self.distillation.options.weight * distill
             figures |= {"distill/loss": distill.detach(), **parts}
@@ -187,6 +187,9 @@ class Pretraining(nn.Module):
     def encode(self, packed: Packed, num_iterations: int | None) -> Tensor:
         """[B, C, d]"""
         return self.model.encoder(packed=packed, num_iterations=num_iterations).last_hidden_state
+
+    def meanings(self, concepts_BCd: Tensor) -> Tensor:
+        return self.model.encoder.meanings(concepts_BCd)
 
     def compared(self, pair: Pair, texts_BCd: Tensor, first_BCd: Tensor | None) -> Compared:
         """``first_BCd``: concepts of the first views, where they are not those of ``texts_BCd``."""

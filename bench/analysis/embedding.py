@@ -41,21 +41,21 @@ class ConceptEmbedder:
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """[n, e] float32 of norm 1."""
-        concepts = self.concepts(self.vocabulary.encode(list(texts)))
+        concepts = self.concepts(self.vocabulary.encode(list(texts)), as_meanings=True)
         return directions(concepts.mean(1))
 
     def parts(self, texts: Sequence[str]) -> list[Parts]:
         found = []
         for text in texts:  # one at a time: they are long
             encoding = self.vocabulary.plain.encode(text, add_special_tokens=False)
-            (vectors,) = self.concepts([encoding.ids])
+            (vectors,) = self.concepts([encoding.ids], as_meanings=True)
             spans = [span_of(encoding.offsets, *bounds) for bounds in stretch_bounds(len(encoding.ids), len(vectors))]
             found.append(Parts(vectors, np.array(spans)))
         return found
 
     @torch.inference_mode()
-    def concepts(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
-        """[n, C, e] float32 of token ids."""
+    def concepts(self, texts: Sequence[Sequence[int]], as_meanings: bool = False) -> np.ndarray:
+        """[n, C, e] float32 of token ids; ``as_meanings``: as they compare with vectors of other texts."""
         device = next(self.encoder.parameters()).device
         order = np.argsort([len(ids) for ids in texts], kind="stable")
         batch_of = np.cumsum([len(texts[i]) for i in order]) // BATCH_TOKENS
@@ -63,8 +63,9 @@ class ConceptEmbedder:
         for number in np.unique(batch_of):
             members = order[batch_of == number]
             batch = pack([np.array(texts[i], dtype=np.int64) for i in members]).to(device)
-            found = self.encoder(packed=batch).last_hidden_state.float().cpu().numpy()
-            for i, concepts in zip(members, found, strict=True):
+            found = self.encoder(packed=batch).last_hidden_state
+            found = self.encoder.meanings(found) if as_meanings else found
+            for i, concepts in zip(members, found.float().cpu().numpy(), strict=True):
                 made[i] = concepts
         return np.stack(made)
 
