@@ -10,6 +10,8 @@ from transformers import AutoTokenizer
 
 from ..models.backbone_config import inner_config
 from ..models.backbone_source import around, backbone_of, describe, load
+from ..models.config import ConceptConfig
+from ..models.decisions import FIELDS
 from ..models.objectives.view import SpecialTokens
 from ..models.packing import pack
 from .data.corpus import Corpus
@@ -23,6 +25,7 @@ from .saved_model import quiet
 
 KEPT = "backbone.json"  # in the run's folder: what a resumed run needs, whose source may be gone
 CALIBRATION_TOKENS = 16384
+UNMOVED = ("backbone_train",)  # fields that change no state of a frozen one
 
 
 class Opened(NamedTuple):
@@ -101,6 +104,12 @@ def fill(model: nn.Module, opened: Opened, corpus: Corpus) -> str:
         f"backbone: {about['name']} (license {about['license'] or 'not stated'}, sha256 {about['sha256'][:12]}), "
         f"{layers} layers, {trained}, windows of {config.backbone_window} tokens"
     )
+
+
+def identity(config: ConceptConfig) -> dict[str, Any]:
+    """What decides a state, of the text apart; JSON."""
+    fields = {name: getattr(config, name) for name in FIELDS if name.startswith("backbone_") and name not in UNMOVED}
+    return {name: config.backbone[name] for name in ("config", "prefix", "suffix", "sha256")} | fields
 
 
 def checkpoint_activations(model: nn.Module) -> None:

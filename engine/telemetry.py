@@ -18,6 +18,7 @@ from .launch import World
 
 PACKAGES = ("torch", "triton", "deepspeed", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "NCCL_DEBUG", "CONCEPTRON_BACKEND", "TRITON_INTERPRET")
+ERRORS = ("state_error", "state_error_without")
 UNCOUNTED_STEPS = 3  # of each start: allocation, compilation and caches
 
 
@@ -110,8 +111,10 @@ class Telemetry:
             f"{name.replace('_', ' ')} {figures[name]:.4f}"
             for name in ("alignment", "alignment_of_stretches") if figures.get(name) is not None
         ]  # fmt: skip
+        read = [f"{name.replace('_', ' ')} {figures[name]:.4f}" for name in ERRORS if name in figures]
         texts = [f"nats per token: {', '.join(nll)}"] * bool(nll) + [f"pairs: {', '.join(found)}"] * bool(found)
         texts += [f"teacher: {', '.join(taught)}"] * bool(taught)
+        texts += [f"states: {', '.join(read)}"] * bool(read)
         if not texts:  # of another job
             texts = [f"{name} {value:.4f}" for name, value in figures.items() if isinstance(value, float)]
         self.say(f"step {step}: held out, {'; '.join(texts)}")

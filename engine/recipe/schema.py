@@ -25,7 +25,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 # What may change between an interruption and its resumption: it moves no data and no weight, or only by rounding.
 FREE = (
     "run.name", "run.folder", "run.timeout_s", "resume", "eval.", "checkpoint.", "zero.", "batch.micro_tokens",
-    "data.cache", "distill.max_gib", "train.keep", "train.recompute",
+    "data.cache", "data.states_gb", "distill.max_gib", "train.keep", "train.recompute",
 )  # fmt: skip
 
 
@@ -201,7 +201,7 @@ class Recipe(Section):
         """
         contrastive, regularization = self.build_contrastive(), self.build_regularization()
         is_whole = contrastive is not None and (contrastive.negatives == "micro_batch" or not contrastive.across_ranks)
-        is_whole |= self.distill is not None and self.distill["similarity"] > 0
+        is_whole |= self.distill is not None and self.distill["similarity"] + self.distill["contrast"] > 0
         is_whole |= regularization is not None and regularization.depends_on_batch
         return {"micro-batches of a step": num_micro_batches} if is_whole else {}
 

@@ -215,7 +215,7 @@ def test_embeddings_that_do_not_fit(recipe, narrow, override, found):
     ("distill={}", "distill.teacher: expected a folder or a hub id"),
     ("distill={teacher: x, stretch: 1, stretches: 3}", "distill.stretches: expected a divisor of model.num_concepts"),
     ("distill={teacher: /no/where, similarity: 0}", "distill.teacher: /no/where: no such folder"),
-    ("distill={teacher: x, temperature: 1}", "unknown key"),
+    ("distill={teacher: x, temprature: 1}", "unknown key"),
 ])
 def test_bad_input_is_one_line(recipe, override, found):
     with pytest.raises(InputError) as caught:
