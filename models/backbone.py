@@ -93,6 +93,7 @@ class Backbone(nn.Module):
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("scale", torch.ones(()))
         self.freeze()
+        self.train()  # a new module has dropout everywhere
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -174,7 +175,9 @@ class Backbone(nn.Module):
         """
         if packed.num_tokens == 0:
             raise ValueError("packed: expected texts with at least one token to measure states on, got none")
-        states = self.forward(packed).double()
+        was_training = self.training
+        states = self.eval().forward(packed).double()
+        self.train(was_training)
         mean = states.mean(0)
         self.mean.copy_(mean)
         self.scale.copy_((states - mean).square().mean().sqrt())
