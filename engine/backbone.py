@@ -31,6 +31,7 @@ UNMOVED = ("backbone_train",)  # fields that change no state of a frozen one
 class Opened(NamedTuple):
     described: dict[str, Any]  # `ConceptConfig.backbone`
     folder: Path | None  # None: of a resumed run, whose weights are in the checkpoint
+    tokenizer: Any = None  # its own
 
     def vocab_size(self, tokens: SpecialTokens) -> int:
         return max(tokens.vocab_size, inner_config(self.described).vocab_size)
@@ -46,27 +47,39 @@ def open_backbone(recipe: Recipe, tokenizer: Any, world: World, kept: Path | Non
     Raises:
         InputError: one line: no such folder, no safetensors, code of its own, an unknown family, another tokenizer.
     """
+    if recipe.model.get("backbone") is not None and kept is not None and kept.exists():
+        return Opened(json.loads(kept.read_text(encoding="utf-8")), None)
+    opened = world.first_then_others(lambda: describe_backbone(recipe, tokenizer))
+    if opened is not None:
+        check_tokenizer(tokenizer, opened, recipe)
+    return opened
+
+
+def describe_backbone(recipe: Recipe, tokenizer: Any = None) -> Opened | None:
+    """What `model.backbone` names, without a look at its weights; ``tokenizer``: where its folder has none.
+
+    Raises:
+        InputError: as `open_backbone`, another tokenizer apart.
+    """
     name = recipe.model.get("backbone")
     if name is None:
         return None
-    if kept is not None and kept.exists():
-        return Opened(json.loads(kept.read_text(encoding="utf-8")), None)
-    folder = world.first_then_others(lambda: find(name, "model.backbone"))
+    folder = find(name, "model.backbone")
     try:
         is_folder = Path(name).expanduser().exists()
         described = describe(folder, name=None if is_folder else name)
         words = AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if has_tokenizer(folder) else tokenizer
         described["prefix"], described["suffix"] = around(words)
+        return Opened(described, folder, words)
     except (ValueError, OSError) as error:
         raise InputError(f"model.backbone: {' '.join(str(error).split()).removeprefix('backbone: ')}") from error
-    check_tokenizer(tokenizer, words, inner_config(described).vocab_size, name, recipe)
-    return Opened(described, folder)
 
 
-def check_tokenizer(tokenizer: Any, theirs: Any, num_rows: int, name: str, recipe: Recipe) -> None:
+def check_tokenizer(tokenizer: Any, opened: Opened, recipe: Recipe) -> None:
     """Raises InputError where a token of the run is another one to the backbone, or none."""
+    name, num_rows = recipe.model["backbone"], inner_config(opened.described).vocab_size
     ours, remedy = tokenizer.get_vocab(), f"set data.tokenizer to {name}"
-    known = theirs.get_vocab()
+    known = opened.tokenizer.get_vocab()
     for token, i in ours.items():
         if known.get(token, i) != i:
             problem = f"{token!r} is id {i} there and {known[token]} in {name}"
