@@ -8,7 +8,7 @@ holds the data: ``glue/stsb``, ``sick``, ``openstax_books``, each with parquet f
     sts       Pearson and Spearman of the cosine of two sentences: STS-B dev and test, SICK test; no label is used
     chapters  100 chapters of 4 to 8 thousand words, two sentences of each as questions: the chapter found by its best
               part, by its one vector, and the part of it that holds the sentence; with the sentences left in, and taken
-              out; beside BM25, where `bm25s` is installed
+              out; beside BM25 where `bm25s` is installed, the windows of a backbone, and the first 512 tokens
     geometry  of 128 windows of 512 tokens out of these chapters
     content   words of 128-token texts written again from the concepts alone, against concepts set to zero and those of
               another text
@@ -32,7 +32,7 @@ from ..models.ablation import ablated
 from ..models.objectives import Diffusion, SampleKey
 from ..models.packing import pack
 from .analysis import chapters
-from .analysis.embedding import ConceptEmbedder, SentenceEmbedder, open_embedder
+from .analysis.embedding import ConceptEmbedder, Parts, SentenceEmbedder, directions, first_tokens, open_embedder
 from .analysis.geometry import metrics
 from .measure.environment import environment
 from .measure.results import markdown_table, write_results
@@ -51,6 +51,7 @@ GEOMETRY = {  # of ``metrics.geometry``
 NUM_CHAPTERS, MIN_WORDS, MAX_WORDS, PER_CHAPTER = 100, 4000, 8000, 2
 WINDOW, NUM_WINDOWS = 512, 128
 READ_TOKENS, NUM_READ = 128, 64
+FIRST = 512  # tokens, of the floor that reads no further
 LONG, ROUNDS, BACKBONE_WINDOW = 8192, 3, 512
 
 Embedder = ConceptEmbedder | SentenceEmbedder
@@ -110,21 +111,29 @@ def retrieval(model: Embedder, texts: Sequence[str], asks: Embedder, parts: int)
         is_removed = state == "removed"
         found = model.parts(documents)
         ways = {"best part": chapters.search(queries, found, drawn.questions, is_removed)}
-        if model.num_parts and len(found) > 1:
-            ways["best part, centred"] = chapters.search(
-                queries, chapters.centred(found), drawn.questions, is_removed
-            )
-            vectors = np.stack([each.vectors.mean(0) for each in found])
-            vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        if model.num_parts:
+            ways["one vector"] = chapters.whole(queries, mean_of(found), drawn.questions)
+            if len(found) > 1:
+                of_rest = chapters.centred(found)
+                ways["best part, centred"] = chapters.search(queries, of_rest, drawn.questions, is_removed)
         else:
-            vectors = model.embed(documents)
-        ways["one vector"] = chapters.whole(queries, vectors, drawn.questions)
+            ways["one vector"] = chapters.whole(queries, model.embed(documents), drawn.questions)
+        if found[0].windows is not None:
+            windows = [each.windows for each in found]
+            ways["windows of the backbone"] = chapters.search(queries, windows, drawn.questions, is_removed)
+        beginnings = model.embed([first_tokens(model, text, FIRST) for text in documents])
+        ways[f"first {FIRST} tokens"] = chapters.whole(queries, beginnings, drawn.questions)
         words = chapters.bm25(documents, drawn.questions, parts, is_removed)
         if words:
             ways["BM25"] = words
         for way, shares in ways.items():
             rows += [row("chapters", f"{name}, sentence {state}, {way}", *values) for name, values in shares.items()]
     return rows
+
+
+def mean_of(found: Sequence[Parts]) -> np.ndarray:
+    """[n, e] of norm 1."""
+    return directions(np.stack([each.vectors.mean(0) for each in found]))
 
 
 def geometry(model: ConceptEmbedder, texts: Sequence[str]) -> list[dict[str, Any]]:
