@@ -302,8 +302,12 @@ def config_of(recipe: Recipe, tokens: SpecialTokens) -> ConceptConfig:
     found, size = describe_backbone(recipe), tokens.vocab_size
     if found is None:
         return recipe.build_config(vocab_size=size, mask_token_id=tokens.mask_id)
-    size = max(size, inner_config(found.described).vocab_size)
-    return recipe.build_config(vocab_size=size, mask_token_id=tokens.mask_id, backbone=found.described)
+    inner, fields = inner_config(found.described), {"backbone": found.described}
+    count = recipe.model.get("backbone_layers")
+    if isinstance(count, int) and 1 < count < inner.num_hidden_layers:  # training chooses which; they cost the same
+        fields["backbone_layers"] = [*range(count - 1), inner.num_hidden_layers - 1]
+    size = max(size, inner.vocab_size)
+    return recipe.build_config(vocab_size=size, mask_token_id=tokens.mask_id, **fields)
 
 
 def main(options: argparse.Namespace) -> int:

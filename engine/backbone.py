@@ -1,5 +1,6 @@
 """The pretrained module that a recipe names as `model.backbone`: found, checked against the tokenizer, filled."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,8 +9,10 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
+from ..models.backbone import Backbone
 from ..models.backbone_config import inner_config
 from ..models.backbone_source import around, backbone_of, describe, load
+from ..models.bridges import choose_layers, fit_bridges
 from ..models.config import ConceptConfig
 from ..models.decisions import FIELDS
 from ..models.objectives.view import SpecialTokens
@@ -24,7 +27,8 @@ from .recipe.schema import Recipe
 from .saved_model import quiet
 
 KEPT = "backbone.json"  # in the run's folder: what a resumed run needs, whose source may be gone
-CALIBRATION_TOKENS = 16384
+CALIBRATION_TOKENS, CHOICE_TOKENS = 16384, 4096
+WHOLE = {"backbone_layers": None, "backbone_bridges": False, "backbone_train": "none"}
 UNMOVED = ("backbone_train",)  # fields that change no state of a frozen one
 
 
@@ -32,6 +36,12 @@ class Opened(NamedTuple):
     described: dict[str, Any]  # `ConceptConfig.backbone`
     folder: Path | None  # None: of a resumed run, whose weights are in the checkpoint
     tokenizer: Any = None  # its own
+    layers: list[int] | None = None  # that a recipe's number of layers came to
+
+    @property
+    def kept(self) -> str:
+        """What `backbone.json` holds."""
+        return json.dumps({"described": self.described, "layers": self.layers}, indent=1)
 
     def vocab_size(self, tokens: SpecialTokens) -> int:
         return max(tokens.vocab_size, inner_config(self.described).vocab_size)
@@ -48,7 +58,7 @@ def open_backbone(recipe: Recipe, tokenizer: Any, world: World, kept: Path | Non
         InputError: one line: no such folder, no safetensors, code of its own, an unknown family, another tokenizer.
     """
     if recipe.model.get("backbone") is not None and kept is not None and kept.exists():
-        return Opened(json.loads(kept.read_text(encoding="utf-8")), None)
+        return Opened(folder=None, **json.loads(kept.read_text(encoding="utf-8")))
     opened = world.first_then_others(lambda: describe_backbone(recipe, tokenizer))
     if opened is not None:
         check_tokenizer(tokenizer, opened, recipe)
@@ -97,25 +107,60 @@ def check_tokenizer(tokenizer: Any, opened: Opened, recipe: Recipe) -> None:
         raise InputError(f"objective.hidden: {name} has no mask token that it was trained with; use hidden = 'drop'")
 
 
+def with_layers(opened: Opened, recipe: Recipe, corpus: Corpus) -> Opened:
+    """Where the recipe says how many layers, and not which: chosen on its text, see `choose_layers`.
+
+    Raises:
+        InputError: it has not as many, or a weight is missing.
+    """
+    count, inner = recipe.model.get("backbone_layers"), inner_config(opened.described)
+    if opened.folder is None or not isinstance(count, int) or not 0 < count < inner.num_hidden_layers:
+        return opened
+    size = opened.vocab_size(corpus.tokens)
+    config = recipe.build_config(vocab_size=size, backbone=opened.described, **WHOLE)
+    texts = pack(sample(corpus, CHOICE_TOKENS))
+    return opened._replace(layers=choose_layers(whole_backbone(opened, config), count, texts))
+
+
+def whole_backbone(opened: Opened, config: ConceptConfig) -> Backbone:
+    """The module with all of its layers and their weights, in the windows of this configuration."""
+    config = copy.deepcopy(config)
+    for name, value in WHOLE.items():
+        setattr(config, name, value)
+    whole = Backbone(config)
+    fill_weights(whole, opened, None)
+    return whole
+
+
+def fill_weights(backbone: Backbone, opened: Opened, layers: int | list[int] | None) -> None:
+    try:
+        with quiet():
+            load(backbone, opened.folder, layers)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise InputError(f"model.backbone: {' '.join(str(error).split())}") from error
+
+
 def fill(model: nn.Module, opened: Opened, corpus: Corpus) -> str:
-    """Loads the weights, and measures how states lie where concepts start from them; says what was done.
+    """Loads the weights, fits bridges, and measures how states lie where concepts start from them; says what was done.
 
     Raises:
         InputError: a weight is missing or does not fit.
     """
     backbone, config = backbone_of(model), model.config
-    try:
-        with quiet():
-            load(backbone, opened.folder, config.backbone_layers)
-    except (ValueError, OSError, RuntimeError) as error:
-        raise InputError(f"model.backbone: {' '.join(str(error).split())}") from error
+    fill_weights(backbone, opened, config.backbone_layers)
+    texts = pack(sample(corpus, CALIBRATION_TOKENS))
+    if config.backbone_bridges:
+        fit_bridges(backbone, whole_backbone(opened, config), config.backbone_layers, texts)
     if config.init_queries == "state":
-        backbone.calibrate(pack(sample(corpus)))
-    about, layers = opened.described, len(backbone.layers)
+        backbone.calibrate(texts)
+    about, layers = opened.described, f"{len(backbone.layers)} layers"
+    if isinstance(config.backbone_layers, list):
+        between = " and linear maps between" if config.backbone_bridges else ""
+        layers = f"layers {', '.join(map(str, config.backbone_layers))}{between}"
     trained = "frozen" if config.backbone_train == "none" else f"{config.backbone_train} trained"
     return (
         f"backbone: {about['name']} (license {about['license'] or 'not stated'}, sha256 {about['sha256'][:12]}), "
-        f"{layers} layers, {trained}, windows of {config.backbone_window} tokens"
+        f"{layers}, {trained}, windows of {config.backbone_window} tokens"
     )
 
 
@@ -140,12 +185,12 @@ def checkpoint_activations(model: nn.Module) -> None:
         raise InputError(f"train.checkpoint_backbone: expected false: {error}") from error
 
 
-def sample(corpus: Corpus) -> list[torch.Tensor]:
+def sample(corpus: Corpus, num_tokens: int) -> list[torch.Tensor]:
     """Windows of the training text, the first of a fixed shuffle."""
     windows, texts, total = corpus.train, [], 0
     for row in raw(EVALUATION_SEED, len(windows)).argsort(kind="stable"):
         texts.append(torch.from_numpy(windows[int(row)]))
         total += len(texts[-1])
-        if total >= CALIBRATION_TOKENS:
+        if total >= num_tokens:
             break
     return texts

@@ -87,6 +87,7 @@ class Tokens:
     funnel: list[int] | None = None  # token layers (from 0) that halve the number of tokens
     backbone: dict | None = None  # what backbone_source.describe says; in a recipe a folder or hub id
     backbone_layers: int | list[int] | None = None  # the first so many, or a list; None: all
+    backbone_bridges: bool = switch()  # linear maps where layers of it were left out between others
     backbone_window: int = 256  # tokens that it sees at once, special ones included
     backbone_overlap: int = 0  # tokens that two windows share
     backbone_train: str = "none"  # none, last N (of its layers), or all

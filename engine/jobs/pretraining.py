@@ -1,7 +1,6 @@
 """Pre-training on text: the objective of a recipe, with what is added to it."""
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from ...models.objectives import Distillation, Mixed, ReadBack, StateReader, Vie
 from ...models.pretraining import Cached, Pretraining, Totals, cache
 from ...models.recursion import draw_iterations
 from .. import compat
-from ..backbone import KEPT, checkpoint_activations, fill, identity, open_backbone
+from ..backbone import KEPT, checkpoint_activations, fill, identity, open_backbone, with_layers
 from ..card import About
 from ..data.cache import cache_folder
 from ..data.corpus import Corpus, open_corpus
@@ -129,18 +128,23 @@ class PretrainingJob:
 
     def build_config(self) -> ConceptConfig:
         tokens, backbone = self.corpus.tokens, self.backbone
+        described = {"backbone": backbone.described} if backbone else {}
+        if backbone and backbone.layers:
+            described["backbone_layers"] = backbone.layers
         return self.recipe.build_config(
             vocab_size=backbone.vocab_size(tokens) if backbone else tokens.vocab_size, mask_token_id=tokens.mask_id,
-            pad_token_id=self.corpus.tokenizer.pad_token_id, **({"backbone": backbone.described} if backbone else {}),
+            pad_token_id=self.corpus.tokenizer.pad_token_id, **described,
         )  # fmt: skip
 
     def build(self, is_new: bool) -> Pretraining:
         recipe, tokenizer = self.recipe, self.corpus.tokenizer
         self.backbone = open_backbone(recipe, tokenizer, self.world, None if is_new else recipe.path / KEPT)
+        if self.backbone:
+            self.backbone = with_layers(self.backbone, recipe, self.corpus)
         bare = ConceptForMaskedLM(self.build_config())
         if self.backbone and self.backbone.folder:
             self.beginning = fill(bare, self.backbone, self.corpus)
-            self.files[KEPT] = json.dumps(self.backbone.described, indent=1)
+            self.files[KEPT] = self.backbone.kept
         if recipe.data.states_gb:
             self.take_states(bare)
         if recipe.init and is_new:
