@@ -81,6 +81,11 @@ COMMANDS = (
         "conceptron train pretrain/diffusion.yaml optim.lr=2e-4 batch.tokens=131072", "engine.trainer:main",
         (RECIPE, OVERRIDES),
     ),
+    Command(
+        "doctor", "whether this machine can train, and what to mend where it cannot",
+        "conceptron doctor pretrain/diffusion.yaml", "engine.doctor:main",
+        (Option("recipe", Text("a recipe"), "also what this one needs: folder, tokenizer", None, "?"), OVERRIDES),
+    ),
     Command("recipes", "list the shipped recipes, one line each", "conceptron recipes", "engine.recipe.shipped:main"),
     Command(
         "describe", "what the model of a recipe costs, before training",
