@@ -17,7 +17,7 @@ holds the data: ``glue/stsb``, ``sick``, ``openstax_books``, each with parquet f
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +103,14 @@ def read_chapters(data: Path, count: int) -> list[str]:
     return [fitting[i] for i in np.random.default_rng(0).permutation(len(fitting))[:count]]
 
 
-def retrieval(model: Embedder, texts: Sequence[str], asks: Embedder, parts: int) -> list[dict[str, Any]]:
-    """``asks`` embeds the questions. ``parts``: of a chapter, for BM25."""
+def retrieval(model: Embedder, texts: Sequence[str], asks: Embedder, parts: int) -> Iterator[list[dict[str, Any]]]:
+    """Rows of the chapters without their sentences, then of those with them. ``asks`` embeds the questions.
+
+    ``parts``: of a chapter, for BM25.
+    """
     drawn = chapters.draw(texts, PER_CHAPTER)
-    queries, rows = asks.embed([question.text for question in drawn.questions]), []
-    for state, documents in (("kept", drawn.kept), ("removed", drawn.removed)):
+    queries = asks.embed([question.text for question in drawn.questions])
+    for state, documents in (("removed", drawn.removed), ("kept", drawn.kept)):
         is_removed = state == "removed"
         found = model.parts(documents)
         ways = {"best part": chapters.search(queries, found, drawn.questions, is_removed)}
@@ -126,9 +129,10 @@ def retrieval(model: Embedder, texts: Sequence[str], asks: Embedder, parts: int)
         words = chapters.bm25(documents, drawn.questions, parts, is_removed)
         if words:
             ways["BM25"] = words
-        for way, shares in ways.items():
-            rows += [row("chapters", f"{name}, sentence {state}, {way}", *values) for name, values in shares.items()]
-    return rows
+        yield [
+            row("chapters", f"{name}, sentence {state}, {way}", *values)
+            for way, shares in ways.items() for name, values in shares.items()
+        ]  # fmt: skip
 
 
 def mean_of(found: Sequence[Parts]) -> np.ndarray:
@@ -215,34 +219,36 @@ def windows_of(teacher: Teacher, texts: Sequence[str]) -> Callable[[], Any]:
     return call
 
 
-def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], Any]:
-    """The rows, and what the model says of its teacher."""
-    model, wanted = open_embedder(options.model), [part for part in PARTS if part not in options.skip]
+def measure(options: argparse.Namespace, model: Embedder) -> Iterator[list[dict[str, Any]]]:
+    """The rows, part by part."""
+    wanted = [part for part in PARTS if part not in options.skip]
     asks = open_embedder(options.queries) if options.queries else model
     is_ours = isinstance(model, ConceptEmbedder)
-    rows = sts(model, options.data, options.limit) if "sts" in wanted else []
+    if "sts" in wanted:
+        yield sts(model, options.data, options.limit)
     if set(wanted) <= {"sts"}:
-        return rows, model.distilled_from
+        return
     texts = read_chapters(options.data, options.chapters)
-    if "chapters" in wanted:
-        rows += retrieval(model, texts, asks, model.num_parts or 128)
     if "geometry" in wanted and is_ours:
-        rows += geometry(model, texts)
+        yield geometry(model, texts)
     if "content" in wanted and is_ours and hasattr(model.model, "decode_view"):
-        rows += content(model, texts)
+        yield content(model, texts)
     if "speed" in wanted:
-        rows += speed(model, options.backbone, texts)
-    return rows, model.distilled_from
+        yield speed(model, options.backbone, texts)
+    if "chapters" in wanted:
+        yield from retrieval(model, texts, asks, model.num_parts or 128)
 
 
 def main(options: argparse.Namespace) -> int:
     """The command line."""
     stamp = environment()
-    rows, distilled_from = measure(options)
+    model, rows = open_embedder(options.model), []
     folder = Path(options.model).expanduser().resolve()
     name = options.name or (folder.parent.name if folder.name == "model" else folder.name)
-    stamp["distilled_from"] = distilled_from
-    write_results(options.out, name, rows, stamp, title=f"What it means: {name}")
+    stamp["distilled_from"] = model.distilled_from
+    for found in measure(options, model):
+        rows += found
+        write_results(options.out, name, rows, stamp, title=f"What it means: {name}")  # what is there is kept
     print(markdown_table(rows, ["part", "what", "value", "standard_error", "count"]))
     print(f"written to {options.out / name}.json")
     return 0
