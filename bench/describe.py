@@ -162,8 +162,8 @@ def example_views(recipe: Recipe, tokens: SpecialTokens, config: ConceptConfig) 
         views = [replace(view, pair=contrastive.pair(batch, keys, tokens, range(count), part))
                  for part, view in zip(parts, views, strict=True)]  # fmt: skip
     if recipe.distill is not None:
-        views = [replace(view, lesson=Lesson(torch.zeros(count, 1), torch.zeros(count, 0, 1),
-                                             None if reads(view.encoder, batch) else batch)) for view in views]  # fmt: skip
+        said = torch.zeros(count, 1), torch.zeros(count, 0, 1)
+        views = [replace(view, lesson=Lesson(*said, None if reads(view.encoder, batch) else batch)) for view in views]
     return [(weight / sum(weights), view) for weight, view in zip(weights, views, strict=True)]
 
 

@@ -49,7 +49,9 @@ from .measure.flops import Sizes, step_flops
 from .measure.nvml import monitor_of
 from .measure.results import markdown_table, write_results
 
-PARTS = {"backbone": "encoder.backbone", "encoder": "encoder", "decoder": "decoder", "head": "lm_head"}  # part -> module of ConceptForMaskedLM
+PARTS = {  # part -> module of ConceptForMaskedLM
+    "backbone": "encoder.backbone", "encoder": "encoder", "decoder": "decoder", "head": "lm_head",
+}  # fmt: skip
 SEEDS_VOCABULARY = 50368  # of the tokenizer that the presets name, so that it need not be fetched
 AS_THE_SEEDS = ("objective.encoder_view=clean", "objective.weighting=selfnorm", "train.label_smoothing=0.1")
 SIX_LAYERS = ("model.num_hidden_layers=6", "model.intermediate_size=2048", "batch.tokens=262144")

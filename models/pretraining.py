@@ -204,7 +204,7 @@ class Pretraining(nn.Module):
         return self.model.encoder(packed=packed, num_iterations=num_iterations).last_hidden_state
 
     def with_states(self, view: View) -> View:
-        """With the backbone's states of what the encoder reads, stored or computed here, so that they are known once."""
+        """With the backbone's states of what the encoder reads: stored, or computed here and only here."""
         encoder = view.encoder
         if encoder.states is not None:
             return view

@@ -3,8 +3,8 @@
     CACHE/states-FINGERPRINT/states.bin   [T, e] float16: the states of all windows end to end; sparse
                             /done.bin     [n] uint8: 1 where those of a window are written
 
-The fingerprint is that of the text, its tokenizer and the backbone, so a store is never out of date. Only windows that a
-run will read are computed, and each of them once: those of another run, or of one that was stopped, are there already.
+The fingerprint is that of the text, its tokenizer and the backbone, so a store is never out of date. Only windows that
+a run will read are computed, and each of them once: those of another run, or of one that was stopped, are there.
 
 T tokens of all windows, n windows, e width of a state.
 """

@@ -163,7 +163,9 @@ class PretrainingJob:
             bare.config.distilled_from = self.teacher
             are_bare = bare.config.init_queries == "state"
             distillation = Distillation(self.distill, bare.config.hidden_size, self.teacher["width"], are_bare)
-        reader = StateReader(self.objective, bare.config.hidden_size, bare.config.token_dim) if self.reads_states else None
+        reader = None
+        if self.reads_states:
+            reader = StateReader(self.objective, bare.config.hidden_size, bare.config.token_dim)
         return Pretraining(
             bare, self.contrastive, recipe.build_regularization(), recipe.has_task, distillation, reader
         )  # fmt: skip

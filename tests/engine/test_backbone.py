@@ -157,7 +157,12 @@ def test_a_run_on_stored_states(recipe, bert, tmp_path, monkeypatch, capfd):
     own = [*READ, f"model.backbone={bert}", f"data.cache={tmp_path}/cache"]
     folder = train(recipe, own)
     forward, seen = Backbone.forward, []
-    monkeypatch.setattr(Backbone, "forward", lambda self, packed: seen.append(packed.num_tokens) or forward(self, packed))
+
+    def counted(self, packed):
+        seen.append(packed.num_tokens)
+        return forward(self, packed)
+
+    monkeypatch.setattr(Backbone, "forward", counted)
     stored = [*own, "data.states_gb=0.1"]
     again = train(recipe, [*stored, "run.name=stored"])
     tokens = sum(entry["tokens"] for entry in lines(folder, "train")[-1:])

@@ -77,7 +77,7 @@ def test_a_look_leaves_the_module_as_it_was(family, texts):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bridges_do_most_of_what_was_left_out(family, texts):
-    """They change nothing before they are fitted; then what comes into a layer is nearer to what it was in the whole."""
+    """They change nothing before they are fitted; then what comes into a layer is nearer to what it was."""
     numbers = [0, 2, 4] if family == "modernbert" else [0, 3, 4]  # of modernbert's, those that see all of a window
     whole = build(family)
     plain, bridged = (build(family, backbone_layers=numbers, backbone_bridges=b) for b in (False, True))

@@ -27,7 +27,8 @@ def model() -> ConceptForMaskedLM:
     return ConceptForMaskedLM(config)
 
 
-def view_of(options: ReadBack, rows=range(len(LENGTHS))):
+def view_of(options: ReadBack, rows=None):
+    rows = range(len(LENGTHS)) if rows is None else rows
     generator = np.random.default_rng(0)
     texts = [generator.integers(2, 60, n) for n in LENGTHS]
     return options.view(pack([texts[i] for i in rows]), [SampleKey(0, 0, i) for i in rows], TOKENS), texts
