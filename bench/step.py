@@ -99,7 +99,7 @@ def part_times(
 
     handles = []
     for part, attribute in PARTS.items():
-        if part == "backbone" and model.encoder.backbone is None:
+        if part == "backbone" and getattr(model.encoder, "backbone", None) is None:
             continue
         module = model.get_submodule(attribute)
         handles.append(module.register_forward_pre_hook(lambda m, i: lap()))

@@ -50,8 +50,8 @@ class DataRecipe(BaseModel):
     tokenizer: str = "pydocs"  # `pydocs` (byte-level BPE trained on pydocs), a folder, or a hub id
     vocab_size: Annotated[int, Field(ge=300, le=65536)] = 8192  # of the `pydocs` tokenizer only
     window: Annotated[int, Field(ge=8)] = 512  # longest sequence in tokens; a longer document goes on in the next one
-    # states of a frozen model.backbone are computed once for each window and stored, 16 bits a number, up to so many 1e9
-    # bytes; left out: computed in every step
+    # states of a frozen model.backbone are computed once for each window and stored, 16 bits a number, up to so many
+    # 1e9 bytes; left out: computed in every step
     states_gb: Annotated[float, Field(gt=0)] | None = None
     cache: str | None = None  # folder; left out: $XDG_CACHE_HOME/conceptron, else ~/.cache/conceptron
 
