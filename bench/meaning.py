@@ -241,14 +241,17 @@ def measure(options: argparse.Namespace, model: Embedder) -> Iterator[list[dict[
 
 def main(options: argparse.Namespace) -> int:
     """The command line."""
+    if set(options.skip) >= set(PARTS):
+        raise InputError("--skip: expected to leave at least one part, got all of them")
     stamp = environment()
     model, rows = open_embedder(options.model), []
     folder = Path(options.model).expanduser().resolve()
     name = options.name or (folder.parent.name if folder.name == "model" else folder.name)
-    stamp["distilled_from"] = model.distilled_from
+    stamp["distilled_from"], stamp["backbone"] = model.distilled_from, model.backbone
+    title = f"{name}, distilled from {model.distilled_from['teacher']}" if model.distilled_from else name
     for found in measure(options, model):
         rows += found
-        write_results(options.out, name, rows, stamp, title=f"What it means: {name}")  # what is there is kept
+        write_results(options.out, name, rows, stamp, title=f"What it means: {title}")  # what is there is kept
     print(markdown_table(rows, ["part", "what", "value", "standard_error", "count"]))
     print(f"written to {options.out / name}.json")
     return 0

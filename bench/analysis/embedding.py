@@ -39,6 +39,7 @@ class ConceptEmbedder:
         self.config = self.model.config
         self.vocabulary = load_vocabulary(folder, self.config)
         self.distilled_from = getattr(self.config, "distilled_from", None)
+        self.backbone = (self.config.backbone or {}).get("name")
         self.num_parts = self.config.num_concepts
         self.device = next(self.encoder.parameters()).device
 
@@ -93,7 +94,7 @@ class ConceptEmbedder:
 class SentenceEmbedder:
     """A sentence encoder: a text's own vector, and one for each window that it reads at once."""
 
-    distilled_from = None
+    distilled_from = backbone = None
 
     def __init__(self, place: str) -> None:
         self.teacher = Teacher(place)
