@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AutoTokenizer
@@ -19,7 +20,6 @@ from ..models.objectives.view import SpecialTokens
 from ..models.packing import pack
 from .data.corpus import Corpus
 from .data.loader import EVALUATION_SEED
-from .data.order import raw
 from .errors import InputError
 from .initialize import find, has_tokenizer
 from .launch import World
@@ -186,9 +186,11 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 
 def sample(corpus: Corpus, num_tokens: int) -> list[torch.Tensor]:
-    """Windows of the training text, the first of a fixed shuffle."""
+    """Windows of the training text, each source by its weight and each window by its length, as training reads them."""
     windows, texts, total = corpus.train, [], 0
-    for row in raw(EVALUATION_SEED, len(windows)).argsort(kind="stable"):
+    weights = np.concatenate([part.weight * part.lengths / part.lengths.sum() for part in windows.parts])
+    lots = np.random.default_rng(EVALUATION_SEED).exponential(size=len(windows)) / np.maximum(weights, 1e-300)
+    for row in lots.argsort(kind="stable"):
         texts.append(torch.from_numpy(windows[int(row)]))
         total += len(texts[-1])
         if total >= num_tokens:
