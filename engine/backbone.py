@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoModel
 
 from ..models.backbone import Backbone
 from ..models.backbone_config import inner_config
@@ -16,13 +16,15 @@ from ..models.backbone_source import around, backbone_of, describe, load
 from ..models.bridges import choose_layers, fit_bridges
 from ..models.config import ConceptConfig
 from ..models.decisions import FIELDS
+from ..models.folder import read_json
 from ..models.objectives.view import SpecialTokens
 from ..models.packing import pack
 from .data.corpus import Corpus
 from .data.loader import EVALUATION_SEED
+from .data.tokenizer import load as load_tokenizer
 from .errors import InputError
-from .initialize import find, has_tokenizer
 from .launch import World
+from .model_folder import find, has_tokenizer, in_one_line, inspect
 from .recipe.schema import Recipe
 from .saved_model import quiet
 
@@ -41,7 +43,7 @@ class Opened(NamedTuple):
     @property
     def kept(self) -> str:
         """What `backbone.json` holds."""
-        return json.dumps({"described": self.described, "layers": self.layers}, indent=1)
+        return json.dumps({**self.described, "layers": self.layers}, indent=1, allow_nan=False)
 
     def vocab_size(self, tokens: SpecialTokens) -> int:
         return max(tokens.vocab_size, inner_config(self.described).vocab_size)
@@ -58,7 +60,10 @@ def open_backbone(recipe: Recipe, tokenizer: Any, world: World, kept: Path | Non
         InputError: one line: no such folder, no safetensors, code of its own, an unknown family, another tokenizer.
     """
     if recipe.model.get("backbone") is not None and kept is not None and kept.exists():
-        return Opened(folder=None, **json.loads(kept.read_text(encoding="utf-8")))
+        with in_one_line(kept):
+            described = read_json(kept)
+            inner_config(described)  # which knows whether it is one
+        return Opened(described, None, layers=described.pop("layers", None))
     opened = world.first_then_others(lambda: describe_backbone(recipe, tokenizer))
     if opened is not None:
         check_tokenizer(tokenizer, opened, recipe)
@@ -75,14 +80,16 @@ def describe_backbone(recipe: Recipe, tokenizer: Any = None) -> Opened | None:
     if name is None:
         return None
     folder = find(name, "model.backbone")
-    try:
+    inspect(folder, "model.backbone")
+    with in_one_line(name, "model.backbone"):
         is_folder = Path(name).expanduser().exists()
         described = describe(folder, name=None if is_folder else name)
-        words = AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if has_tokenizer(folder) else tokenizer
+        with torch.device("meta"):  # sizes that no module can have are found before anything is made
+            AutoModel.from_config(inner_config(described))
+    words = load_tokenizer(str(folder), "model.backbone") if has_tokenizer(folder) else tokenizer
+    with in_one_line(name, "model.backbone"):
         described["prefix"], described["suffix"] = around(words)
-        return Opened(described, folder, words)
-    except (ValueError, OSError) as error:
-        raise InputError(f"model.backbone: {' '.join(str(error).split()).removeprefix('backbone: ')}") from error
+    return Opened(described, folder, words)
 
 
 def check_tokenizer(tokenizer: Any, opened: Opened, recipe: Recipe) -> None:
@@ -133,11 +140,8 @@ def whole_backbone(opened: Opened, config: ConceptConfig) -> Backbone:
 
 
 def fill_weights(backbone: Backbone, opened: Opened, layers: int | list[int] | None) -> None:
-    try:
-        with quiet():
-            load(backbone, opened.folder, layers)
-    except (ValueError, OSError, RuntimeError) as error:
-        raise InputError(f"model.backbone: {' '.join(str(error).split())}") from error
+    with in_one_line(opened.folder, "model.backbone"), quiet():
+        load(backbone, opened.folder, layers)
 
 
 def fill(model: nn.Module, opened: Opened, corpus: Corpus) -> str:

@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 
 from .data.cache import cache_folder
 from .errors import InputError
+from .place import is_first
 
 GB = 10**9
 ENOUGH_BYTES = 5 * GB  # of checkpoints and cache, before a run is likely to end for want of room
@@ -158,6 +159,7 @@ def hub() -> Finding:
 def recipe(path: str, overrides: list[str]) -> dict[str, Callable[[], Finding]]:
     """The checks of one recipe: itself, the folder of its runs, its tokenizer and its text."""
     from .data import tokenizer
+    from .data.pydocs import NAMES
     from .recipe.load import load_recipe
 
     try:
@@ -167,8 +169,8 @@ def recipe(path: str, overrides: list[str]) -> dict[str, Callable[[], Finding]]:
         return {"recipe": lambda: Finding(FAULT, told, "mend the recipe")}
 
     def words() -> Finding:
-        if loaded.data.tokenizer == "pydocs":
-            return Finding(OK, "pydocs: trained on the text when the run begins")
+        if loaded.data.tokenizer in NAMES:
+            return Finding(OK, f"{loaded.data.tokenizer}: trained on the text when the run begins")
         try:
             found = tokenizer.load(loaded.data.tokenizer)
         except InputError as error:
@@ -192,7 +194,7 @@ def checks(path: str | None = None, overrides: Sequence[str] = ()) -> dict[str, 
 
 def main(options: argparse.Namespace) -> int:
     """The command line; exit code 1 where a fault was found."""
-    worst, say = 0, print if os.environ.get("RANK", "0") in ("0", "") else str
+    worst, say = 0, print if is_first(os.environ) else str
     for name, check in checks(options.recipe, options.overrides).items():
         state, found, remedy = check()
         worst = max(worst, state == FAULT)

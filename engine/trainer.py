@@ -1,8 +1,8 @@
 """The training loop."""
 
 import argparse
+import contextlib
 import errno
-import math
 import signal
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.environment import check_environment
 from . import checkpoint, compat, launch, zero
 from .errors import InputError
 from .jobs.job import Job
@@ -20,6 +21,7 @@ from .optimizer import build_optimizer
 from .precision import settled
 from .recipe.load import load_recipe
 from .recipe.schema import Recipe
+from .record import trajectory
 from .run import RunFolder
 from .schedule import learning_rate
 from .telemetry import Clock, Telemetry, duration, peak_memory_bytes
@@ -42,7 +44,11 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
         SystemExit: SIGTERM or SIGINT came; a checkpoint was saved. The code is 128 plus the signal's number.
     """
     recipe, stop = load_recipe(recipe_path, overrides), StopRequest()
-    with launch.world() as world, RunFolder(settled(counted(recipe, world), world), world) as run:
+    with contextlib.ExitStack() as stack:
+        world = stack.enter_context(launch.world(recipe.run.join_minutes))
+        world.first_then_others(lambda: check_variables(world))
+        typed = [str(recipe_path), *overrides]
+        run = stack.enter_context(RunFolder(settled(counted(recipe, world), world), world, typed))
         notes, recipe = run.inspect(), run.recipe
         if run.is_finished:
             if world.is_first:
@@ -59,6 +65,14 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     return run.path
 
 
+def check_variables(world: World) -> None:
+    """Refuses what our operators could not use in the environment, before anything is read or written."""
+    try:
+        check_environment(world.device)
+    except ValueError as error:
+        raise InputError(f"environment: {error}") from error
+
+
 def main(options: argparse.Namespace) -> None:
     """The command line."""
     train(options.recipe, options.overrides)
@@ -71,7 +85,7 @@ class Trainer:
         self.recipe, self.world, self.stop, self.run, self.progress = recipe, world, stop, run, run.progress
         self.job = job
         self.identity = {
-            "trajectory": recipe.trajectory(),
+            "trajectory": trajectory(recipe),
             "topology": {"ranks": world.size, "stage": recipe.zero.stage, "micro_tokens": recipe.batch.micro_tokens},
             **job.identity(),
         }
@@ -113,7 +127,7 @@ class Trainer:
             progress.optimizer_steps += applied
             telemetry.record(
                 "train", progress.step, **as_tree(figures), **job.labels(step), lr=lr,
-                grad_norm=finite(self.engine.get_global_grad_norm()), tokens=progress.tokens, tokens_per_s=speed,
+                grad_norm=float(self.engine.get_global_grad_norm()), tokens=progress.tokens, tokens_per_s=speed,
                 elapsed_s=progress.elapsed_s + clock.elapsed_s, **({"smoothing_floor": floor} if floor else {}),
             )  # fmt: skip
             telemetry.step(progress.step, figures["loss"], clock.tokens_per_s)
@@ -206,15 +220,10 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def finite(value: Any) -> float | None:
-    """JSON knows no NaN and no infinity."""
-    return float(value) if math.isfinite(value) else None
-
-
 def as_tree(figures: dict[str, float]) -> dict[str, Any]:
     """{"terms/vicreg": 1.0} -> {"terms": {"vicreg": 1.0}}"""
     tree: dict[str, Any] = {}
     for name, value in figures.items():
         section, _, figure = name.rpartition("/")
-        (tree.setdefault(section, {}) if section else tree)[figure] = finite(value)
+        (tree.setdefault(section, {}) if section else tree)[figure] = value
     return tree

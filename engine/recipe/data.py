@@ -1,10 +1,17 @@
 """The `data` section of a recipe."""
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-Fraction = Annotated[float, Field(gt=0, lt=1)]
+from ...models.ranges import LEAST, PLACE, Allowed, below, number, or_nothing, whole
+from .kinds import Path, PathOrNothing, Positive, Text, TextOrNothing, kind
+
+SHARE = below(1, LEAST)
+HELD_OUT = Allowed(f"{SHARE.words}, a text, or nothing", lambda x: SHARE.holds(x) or x is None or PLACE.holds(x))
+HeldOut = kind(float | str | None, HELD_OUT)
+Documents = kind(int | None, or_nothing(whole(2)))
+Window = kind(int, whole(8))
 
 DEFAULT_VALIDATION = 0.02
 
@@ -14,21 +21,22 @@ class Source(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: str  # `pydocs`, a file, a folder, a glob, or a hub id `org/name[:config]`
-    weight: Annotated[float, Field(gt=0)] = 1.0  # share of the tokens of every step, relative to the other sources
+    path: Path  # `pydocs`, `pydocs-small`, a file, a folder, a glob, or a hub id `org/name[:config]`
+    weight: Positive = 1.0  # share of the tokens of every step, relative to the other sources
     unit: Literal["window", "sentence"] = "window"  # sentence: windows begin and end where sentences do, one in each
-    text_column: str | None = None
-    split: str | None = None
-    validation: Fraction | str | None = None
-    revision: str | None = None
-    max_documents: Annotated[int, Field(ge=2)] | None = None
+    text_column: TextOrNothing = None
+    split: TextOrNothing = None
+    validation: HeldOut = None
+    revision: TextOrNothing = None
+    max_documents: Documents = None
 
 
 class DataRecipe(BaseModel):
     """What is read, how it is cut into tokens and windows.
 
     A source is one of
-    - `pydocs`: the documentation that the installed Python carries (needs no network and no file);
+    - `pydocs`: the documentation that the installed Python carries (needs no network and no file); `pydocs-small`: that
+      of its standard library and of the language alone, which is read in seconds;
     - a path or a glob of .txt (one document a file), .jsonl, .jsonl.gz and .parquet files, or a folder of them. When
       names in a folder begin with `train`, those are the training files, and those that begin with `validation`,
       `valid`, `val` or `dev` are held out;
@@ -36,24 +44,24 @@ class DataRecipe(BaseModel):
 
     Held out are, by `validation`: a number: about this fraction of the documents, chosen by a hash of their text; a
     text: these files (or, for a hub id, the split of this name). Left out: what the folder says, else 0.02. `pydocs`
-    has a fixed split of its own.
+    and `pydocs-small` have a fixed split of their own.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: list[Source] = Field([Source(path="pydocs")], min_length=1)  # also a single path, or a list of paths
-    text_column: str = "text"  # of jsonl, parquet and hub sources
-    split: str = "train"  # of hub sources
-    validation: Fraction | str | None = None
-    revision: str | None = None  # of hub sources: a commit or tag; left out: the main branch when first read
-    max_documents: Annotated[int, Field(ge=2)] | None = None  # read no more than this of each source
-    tokenizer: str = "pydocs"  # `pydocs` (byte-level BPE trained on pydocs), a folder, or a hub id
-    vocab_size: Annotated[int, Field(ge=300, le=65536)] = 8192  # of the `pydocs` tokenizer only
-    window: Annotated[int, Field(ge=8)] = 512  # longest sequence in tokens; a longer document goes on in the next one
+    text_column: Text = "text"  # of jsonl, parquet and hub sources
+    split: Text = "train"  # of hub sources
+    validation: HeldOut = None
+    revision: TextOrNothing = None  # of hub sources: a commit or tag; left out: the main branch when first read
+    max_documents: Documents = None  # read no more than this of each source
+    tokenizer: Path = "pydocs"  # `pydocs`, `pydocs-small` (byte-level BPE trained on these), a folder, or a hub id
+    vocab_size: kind(int, whole(300, 65536)) = 8192  # of the two `pydocs` tokenizers only
+    window: Window = 512  # longest sequence in tokens; a longer document goes on in the next one
     # states of a frozen model.backbone are computed once for each window and stored, 16 bits a number, up to so many
     # 1e9 bytes; left out: computed in every step
-    states_gb: Annotated[float, Field(gt=0)] | None = None
-    cache: str | None = None  # folder; left out: $XDG_CACHE_HOME/conceptron, else ~/.cache/conceptron
+    states_gb: kind(float | None, or_nothing(number(LEAST))) = None
+    cache: PathOrNothing = None  # folder; left out: $XDG_CACHE_HOME/conceptron, else ~/.cache/conceptron
 
     @field_validator("source", mode="before")
     @classmethod

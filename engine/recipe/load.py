@@ -5,18 +5,19 @@
 the idea of the recipe stays: kinds of layers, objective, regularisers.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ...models.objectives import Distill
 from ...models.pretraining import ContrastiveTerm
+from ...models.ranges import PLACE
 from ...models.regularizers import Regularization
 from ..errors import InputError
-from .checker import Checker, describe, one_line
+from .checker import Checker
 from .combinations import conflicts
+from .reader import describe, dump, parse, read_yaml
 from .schema import Recipe
 from .shipped import SHIPPED
 
@@ -35,6 +36,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = find_recipe(path)
     tree = read_yaml(path)
+    if path.name == "recipe.yaml" and (path.parent / "environment.json").is_file():  # of a run: it lies where it lies
+        place = path.absolute().parent
+        tree = lay_over(tree, {"run": {"name": place.name, "folder": str(place.parent)}})
     changes: dict[str, Any] = {}
     overridden = {apply_override(changes, text): text for text in overrides if text.startswith("size=")}
     checker = Checker(str(path), overridden)
@@ -49,10 +53,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if not text.startswith("size="):
             overridden[apply_override(tree, text)] = text
     tree.setdefault("run", {})
-    if isinstance(tree["run"], dict) and not tree["run"].get("name"):
+    if isinstance(tree["run"], dict) and tree["run"].get("name") in (None, ""):
         tree["run"]["name"] = Path(path).stem + ("-tiny" if size == "tiny" else "")
     model, data = tree.get("model"), tree.get("data")
-    if isinstance(model, dict) and isinstance(data, dict) and isinstance(model.get("backbone"), str):
+    if isinstance(model, dict) and isinstance(data, dict) and PLACE.holds(model.get("backbone")):
         asked = "tokenizer" in (tiny.get("data") or {}) or any(text.startswith("data.tokenizer=") for text in overrides)
         if "tokenizer" not in data or (size == "tiny" and not asked):
             data["tokenizer"] = model["backbone"]  # no other tokenizer would do
@@ -72,10 +76,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def find_recipe(path: str | Path) -> Path:
     """The file itself; a relative path that does not exist is looked up among the recipes that the package ships."""
     path = Path(path)
-    if path.exists() or path.is_absolute():
+    if os.path.lexists(path) or path.is_absolute():
         return path
     inside = SHIPPED / (path.relative_to("recipes") if path.parts[:1] == ("recipes",) else path)
-    return inside if inside.exists() else path
+    return inside if os.path.exists(inside) else path
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -84,27 +88,10 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     Raises:
         RuntimeError: it does not (a fault of the schema, not of the user).
     """
-    text = yaml.safe_dump(recipe.resolved(), sort_keys=False)
+    text = dump(recipe.resolved())
     path.write_text("# the recipe of this run with every default filled in\n" + text, encoding="utf-8")
     if load_recipe(path) != recipe:
         raise RuntimeError(f"{path}: the saved recipe does not read back as the one that was saved")
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise InputError(f"{path}: no such recipe; give the path of a YAML file or the name of a shipped recipe")
-    if path.is_dir():
-        raise InputError(f"{path}: expected a recipe file, got a folder")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        byte = f"{error.object[error.start]:#04x} at {error.start}"
-        raise InputError(f"{path}: expected UTF-8 text, got byte {byte}") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: {one_line(error)}") from error
-    if not isinstance(tree, dict):
-        raise InputError(f"{path}: expected sections such as `run:` and `model:`, got {describe(tree)}")
-    return tree
 
 
 def lay_over(tree: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
@@ -124,10 +111,7 @@ def apply_override(tree: dict[str, Any], text: str) -> str:
     keys = field.strip().split(".")
     if not separator or not all(keys):
         raise InputError(f"override {text!r}: expected section.field=value, such as optim.lr=1e-3")
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise InputError(f"override {text!r}: {one_line(error)}") from error
+    parsed = parse(value, f"override {text!r}")
     for key in keys[:-1]:
         if tree.get(key) is None:
             tree[key] = {}

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..packing import Packed, sequence_ids
-from .view import SampleKey, SpecialTokens, View, build_view, check_option, clean_text, per_sequence
+from ..ranges import at_least, check, portion, positive
+from .view import SampleKey, SpecialTokens, View, build_view, clean_text, per_sequence
 
 CHOICE = 0  # stream of a key
 
@@ -27,15 +28,12 @@ class ReadBack:
     same decoder on no concepts, or on those of another text, tells what they hold.
     """
 
-    probability: float = 0.15
-    words: float = 1.0
-    states: float = 0.0
+    probability: float = portion(0.15)
+    words: float = positive(1.0)
+    states: float = at_least(0, 0.0)
 
     def __post_init__(self):
-        probability = self.probability
-        check_option("probability", probability, "a number in (0, 1]", 0 < probability <= 1)
-        check_option("words", self.words, "a number above 0", self.words > 0)
-        check_option("states", self.states, "a number of at least 0", self.states >= 0)
+        check(self)
 
     def view(self, batch: Packed, keys: Sequence[SampleKey], tokens: SpecialTokens) -> View:
         """A pure function of its arguments; what is asked of a sequence depends on its own key only."""
