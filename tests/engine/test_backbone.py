@@ -138,6 +138,25 @@ def test_a_causal_backbone(recipe, llama):
     assert model.encoder.widen_tokens.weight.shape == (30, 24) and model.lm_head.weight.shape[1] == 24
 
 
+def test_a_number_of_layers_is_chosen_and_the_rest_bridged(recipe, bert):
+    """The first and the last of three; a resumed run knows which without its source."""
+    own = recipe.parent / "bert"
+    shutil.copytree(bert, own)
+    overrides = [*FEW, f"model.backbone={own}", f"data.tokenizer={bert}", "model.init_queries=state",
+                 "model.backbone_layers=2", "model.backbone_bridges=true"]  # fmt: skip
+    folder = train(recipe, overrides)
+    assert "layers 0, 2 and linear maps between, frozen" in (folder / "initialization.txt").read_text()
+    before = load_file(folder / "model" / "model.safetensors")
+    assert before["encoder.backbone.model.encoder.layer.1.bridge.weight"].abs().max() > 1e-4
+    model = ConceptForMaskedLM.from_pretrained(folder / "model")
+    assert model.config.backbone_layers == [0, 2] and len(model.encoder.backbone.layers) == 2
+    for gone in (own, folder / "model", folder / "checkpoints" / "step-00000003"):
+        shutil.rmtree(gone)
+    train(recipe, [*overrides, "resume=auto"])
+    after = load_file(folder / "model" / "model.safetensors")
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
 # --- states that are stored
 
 READ = [
@@ -190,8 +209,8 @@ def test_a_run_on_stored_states(recipe, bert, tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize("overrides, found", [
     ([*READ, "data.states_gb=1e-6"], "data.states_gb: "),
-    ([*READ, "data.states_gb=0"], "data.states_gb: expected greater than 0"),
-    (["data.states_gb=1", "model.backbone_train=all", "distill={teacher: x}"],
+    ([*READ, "data.states_gb=0"], "data.states_gb: expected a number in"),
+    (["data.states_gb=1", "model.backbone_train=all", "distill={teacher: x, similarity: 0}"],
      "data.states_gb: expected nothing without a frozen"),
     (["model.backbone_window=16", "data.states_gb=1"],
      "data.states_gb: expected nothing with objective diffusion, which never reads a window whole"),

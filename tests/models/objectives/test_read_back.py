@@ -44,7 +44,7 @@ def test_a_share_is_asked_for_and_nothing_is_hidden():
     assert alone.targets.tolist() == view.targets[-alone.num_targets :].tolist()
     everything, _ = view_of(ReadBack(probability=1.0))
     assert everything.num_targets == sum(int((text > 3).sum()) for text in texts)
-    with pytest.raises(ValueError, match="words: expected a number above 0"):
+    with pytest.raises(ValueError, match="words: expected a number in"):
         ReadBack(words=0.0)
 
 
