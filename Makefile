@@ -27,8 +27,8 @@ numbers: $(READY)
 	$(BIN)/conceptron bench scaling --only concept --variants layer_kind=bixt layer_kind=slot layer_kind=hybrid \
 		num_token_layers=2 num_token_layers=2,token_mixer=conv "num_token_layers=2,funnel=[0]" \
 		tie_layers=true,num_iterations=6 token_dim=64 --out $(CPU)/variants
-	$(BIN)/conceptron bench scaling --min-tokens 16384 --max-tokens 1048576 --only concept "plain Perceiver" \
-		--limit 120 --out $(CPU)/long
+	$(BIN)/conceptron bench scaling --min-tokens 16384 --max-tokens 1048576 \
+		--only concept "concept, from ids" "plain Perceiver" --limit 120 --out $(CPU)/long
 	$(BIN)/conceptron bench step demo.yaml --out $(CPU)/step
 	cp -r $(CPU)/. bench/results/cpu/
 	$(BIN)/conceptron bench report bench/results/cpu --paste README.md docs/numbers.md
@@ -43,4 +43,4 @@ $(READY): pyproject.toml setup.py constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .package build *.egg-info

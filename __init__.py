@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # what the tables say, for those who read without running
     from .kernels.concept_attention import merge_partials as merge_partials
     from .kernels.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
     from .kernels.slot_attention import slot_attention as slot_attention
+    from .kernels.streamed_attention import streamed_attention as streamed_attention
     from .kernels.token_attention import token_attention as token_attention
     from .models.config import ConceptConfig as ConceptConfig
     from .models.encoder import ConceptEncoder as ConceptEncoder
@@ -35,7 +36,8 @@ __version__ = "0.1.0"
 OPERATORS = {  # name -> its folder in kernels/
     "adaln_modulate": "adaln", "adaln_residual_modulate": "adaln", "bixt_attention": "bixt_attention",
     "concept_attention": "concept_attention", "linear_cross_entropy": "linear_cross_entropy",
-    "merge_partials": "concept_attention", "slot_attention": "slot_attention", "token_attention": "token_attention",
+    "merge_partials": "concept_attention", "slot_attention": "slot_attention",
+    "streamed_attention": "streamed_attention", "token_attention": "token_attention",
 }  # fmt: skip
 MODELS = {  # name -> its file in models/
     "ConceptConfig": "config", "ConceptEncoder": "encoder", "ConceptForMaskedLM": "masked_lm",

@@ -86,6 +86,19 @@ COMMANDS = (
         "conceptron doctor pretrain/diffusion.yaml", "engine.doctor:main",
         (Option("recipe", Text("a recipe"), "also what this one needs: folder, tokenizer", None, "?"), OVERRIDES),
     ),
+    Command(
+        "prepare", "tokenise what a recipe reads, and embed what a teacher says of it, ahead of the run",
+        "conceptron prepare pretrain/mlm.yaml data.cache=/shared/cache", "engine.prepare:main", (RECIPE, OVERRIDES),
+    ),
+    Command(
+        "export", "a model folder from a checkpoint of a run, also of one that is still training",
+        "conceptron export runs/demo --step 600", "engine.jobs.export:main",
+        (
+            Option("run", Place("folder"), "runs/NAME"),
+            Option("--step", Whole(0), "of the checkpoint; left out: the newest"),
+            Option("--out", Place("new folder"), "where the model goes; left out: RUN/model-STEP"),
+        ),
+    ),
     Command("recipes", "list the shipped recipes, one line each", "conceptron recipes", "engine.recipe.shipped:main"),
     Command(
         "describe", "what the model of a recipe costs, before training",
@@ -134,6 +147,25 @@ COMMANDS = (
         (
             Option("path", Text("a run or a model"), "runs/NAME, or a Hugging Face folder"),
             Option("--text", Place("file"), "held-out text for a bare model", (), "+", "FILE"),
+        ),
+    ),
+    Command(
+        "gate", "is a run worth going on with? PASS, FAIL, UNKNOWN a metric, and what to do next",
+        "conceptron gate runs/demo --strict", "bench.gate:main",
+        (
+            Option("run", Place("folder"), "runs/NAME, trained and analysed"),
+            Option("--strict", None, "exit code 1 where a gate fails"),
+            Option("--seeds", None, "also the thresholds of the planning documents"),
+            Option("--file", Place("file"), "gates of your own instead of bench/gates.yaml"),
+        ),
+    ),
+    Command(
+        "compare", "runs side by side: training, held-out figures, concepts, gates",
+        "conceptron compare runs/demo runs/other", "bench.compare:runs",
+        (
+            Option("runs", Place("folder"), "two or more, trained and analysed", (), "+", "RUN"),
+            Option("--seeds", None, "also the planning documents' published values, marked"),
+            Option("--out", Place("new folder"), "also write the table there: page, JSON, CSV, Markdown"),
         ),
     ),
     Command(
@@ -188,6 +220,18 @@ COMMANDS = (
             Option("--synthetic", None, "random tokens instead of the recipe's data"), VOCABULARY,
             Option("--steps", Whole(1), "that are timed", 10), Option("--warm-up", Whole(0), "that are not", 3),
             out("runs/bench/step"),
+        ),
+    ),
+    Command(
+        "bench compute", "what more iterations or fewer concepts at test time buy: quality, convergence, time",
+        "conceptron bench compute runs/recursive --iterations 2 4 6 8 12", "bench.compute:main",
+        (
+            Option("path", Text("a run or a model"), "recursive (tied layers) or nested; runs/NAME, or a model folder"),
+            Option("--text", Place("file"), "held-out text for a bare model", (), "+", "FILE"),
+            Option("--iterations", Whole(1, 1024), "of tied layers; 1 to 16 by default", None, "+", "K"),
+            Option("--concepts", Whole(1, 65536), "of a nested model; powers of two by default", None, "+", "C"),
+            Option("--seconds", Number(0.001, 3600), "timed for each value", 0.5),
+            out("runs/bench/compute"),
         ),
     ),
     Command(

@@ -19,6 +19,7 @@ from .jobs.pretraining import PretrainingJob, counted
 from .launch import StopRequest, World
 from .optimizer import build_optimizer
 from .precision import settled
+from .profiled import Profiled
 from .recipe.load import load_recipe
 from .recipe.schema import Recipe
 from .record import trajectory
@@ -110,16 +111,17 @@ class Trainer:
         self.telemetry = telemetry = Telemetry(self.run.path, self.world, progress.step, total, floor)
         self.announce(notes)
         progress.identity = self.identity
+        profiled = Profiled(recipe.profile.steps, self.run.path / "profile", self.world)
         steps = range(progress.step, total)
         for step, batches in zip(steps, job.batches(steps.start, steps.stop), strict=True):
-            lr = learning_rate(
-                step, lr=recipe.optim.lr, warmup_steps=recipe.optim.warmup_steps, total_steps=total,
-                min_lr_ratio=recipe.optim.min_lr_ratio,
-            )  # fmt: skip
+            lr = learning_rate(step, recipe.optim, total)
+            profiled.begin(step + 1)
             figures, stopping = update(
                 self.engine, self.world, job, step, batches, lr=lr, seed=recipe.run.seed, stop=self.stop
             )
             applied = self.engine.was_step_applied()
+            if folder := profiled.end(step + 1):
+                telemetry.say(f"profile of steps {profiled.first} to {profiled.last}: {folder}")
 
             tokens = job.num_tokens(step)
             speed = clock.step(tokens)
@@ -135,7 +137,9 @@ class Trainer:
 
             is_last = progress.step == total
             if is_last or due(progress.step, recipe.eval.every):
-                telemetry.evaluation(progress.step, job.evaluate(self.engine))
+                found = job.evaluate(self.engine)
+                telemetry.evaluation(progress.step, found)
+                self.check_collapse(found.get("collapse", ""))
             if is_last or stopping or due(progress.step, recipe.checkpoint.every):
                 self.save(must_succeed=is_last or stopping)
             if stopping and not is_last:
@@ -158,11 +162,28 @@ class Trainer:
                 f"{step + 1}; lower optim.lr or look at the {named} listed in metrics.jsonl, and start another run.name"
             )
 
+    def check_collapse(self, reason: str) -> None:
+        """Says, or ends the run with, why concepts carry next to no content; not in the first tenth of the steps."""
+        recipe, step = self.recipe, self.progress.step
+        if not reason or step < recipe.train.steps / 10:
+            return
+        self.telemetry.record("collapse", step, reason=reason)
+        advice = "see conceptron analyze, or start from the text (model.init_queries), hide more, contrast"
+        if recipe.train.on_collapse == "warn" or step == recipe.train.steps:
+            self.telemetry.say(f"warning: step {step}: the concepts have collapsed: {reason}; {advice}")
+            return
+        self.save(must_succeed=True)
+        raise InputError(
+            f"{self.run.path}: stopped at step {step}, the concepts have collapsed: {reason}; {advice}; to go on all "
+            "the same: resume=auto train.on_collapse=warn"
+        )
+
     def save(self, must_succeed: bool) -> None:
         """A failed periodic save costs a warning; three in a row, or the last one, end the run. Earlier ones stay."""
         state = replace(self.progress, elapsed_s=self.progress.elapsed_s + self.clock.elapsed_s)
         try:
-            checkpoint.save(self.world, self.run.checkpoints, self.engine, state, self.recipe.checkpoint.keep)
+            of = self.recipe.checkpoint
+            checkpoint.save(self.world, self.run.checkpoints, self.engine, state, of.keep, of.keep_every)
             self.failed_saves = 0
         except OSError as error:
             self.failed_saves += 1

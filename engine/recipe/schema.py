@@ -34,8 +34,9 @@ from .reader import one_line
 
 # What may change between an interruption and its resumption: it moves no data and no weight, or only by rounding.
 FREE = (
-    "run.name", "run.folder", "run.timeout_s", "run.join_minutes", "resume", "eval.", "checkpoint.", "zero.",
-    "batch.micro_tokens", "data.cache", "data.states_gb", "distill.max_gib", "train.keep", "train.recompute",
+    "run.name", "run.folder", "run.timeout_s", "run.join_minutes", "resume", "eval.", "checkpoint.", "profile.",
+    "zero.", "batch.micro_tokens", "data.cache", "data.states_gb", "distill.max_gib", "train.keep", "train.recompute",
+    "train.on_collapse",
 )  # fmt: skip
 
 
@@ -54,7 +55,8 @@ class Run(Section):
 
 
 class Optim(Section):
-    """AdamW, a linear warm-up, then a cosine down to `min_lr_ratio * lr` at the last step."""
+    """AdamW; a linear warm-up, then down to `min_lr_ratio * lr` at the last step: by a cosine all the way, or ("wsd")
+    in the last `decay` of the steps."""
 
     lr: Positive = 3e-4
     betas: tuple[Share, Share] = (0.9, 0.98)
@@ -62,6 +64,8 @@ class Optim(Section):
     weight_decay: NotNegative = 0.01
     clip: PositiveOrZero = 1.0  # largest norm of the whole gradient; 0: no clipping
     warmup_steps: CountOrZero = 0
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    decay: kind(float, number(0, 1)) = 0.2
     min_lr_ratio: kind(float, number(0, 1)) = 0.1
 
 
@@ -89,6 +93,7 @@ class Train(Section):
     keep: Literal["keys", "states", "ids"] | None = None  # of a token, for the backward pass: `ConceptEncoder.keep`
     recompute: Switch = False  # gradient checkpointing: layers are computed once more in the backward pass
     max_bad_steps: Count = 5  # consecutive steps with a non-finite gradient after which the run stops
+    on_collapse: Literal["warn", "stop"] = "warn"  # where an evaluation finds that concepts carry next to no content
 
 
 class Zero(Section):
@@ -110,7 +115,14 @@ class Init(Section):
 
 class Checkpoint(Section):
     every: CountOrZero = 500  # steps; 0: only after the last step
-    keep: Count = 2
+    keep: Count = 2  # the newest
+    keep_every: CountOrZero = 0  # and those of steps that are multiples of it; 0: no others
+
+
+class Profile(Section):
+    """Steps of which a trace, a table and on a GPU a memory snapshot are left in RUN/profile."""
+
+    steps: tuple[Count, Count] | None = None  # first and last, counted from 1
 
 
 class Recipe(Section):
@@ -135,6 +147,7 @@ class Recipe(Section):
     zero: Zero = Zero()
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
+    profile: Profile = Profile()
     resume: Literal["never", "auto"] = "never"
 
     @property
