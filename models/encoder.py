@@ -445,6 +445,11 @@ class ConceptEncoder(ConceptPreTrainedModel):
             raise ValueError(f"init_queries: expected state, got {self.config.init_queries!r}: concepts are no states")
         return self.backbone.restored(concepts_BCd - self.concepts.rows(concepts_BCd.shape[1]).to(concepts_BCd.dtype))
 
+    def meanings(self, concepts_BCd: Tensor) -> Tensor:
+        """[B, C, d] what is compared with vectors of other texts: concepts as they are, or ``as_states`` where they
+        start from states. Their mean over C is ``pooled``."""
+        return self.as_states(concepts_BCd) if self.config.init_queries == "state" else concepts_BCd
+
     def check_iterations(self, num_iterations: int | None, tolerance: float | None) -> None:
         for name, value in (("num_iterations", num_iterations), ("tolerance", tolerance)):
             if value is not None and not self.config.tie_layers:
