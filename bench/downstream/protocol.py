@@ -176,7 +176,7 @@ class Asked:
             case "choice":
                 return {"BM25": choice.bm25(given), "first option": {each.id: each.options[0] for each in given}}
             case "span":
-                return {"BM25": extract.bm25_spans(given)}
+                return {"BM25": extract.bm25_spans(given, task.words)}
             case "summary":
                 return {"first words": extract.leads(task, given)}
             case "labels" | "values" if self.train:

@@ -52,6 +52,7 @@ class Task(Strict):
     answer: Answer
     metric: Metric
     labels: list[str] = []  # by number
+    words: int = 0  # of an answer or a summary that is taken from the document: about the mean of its references
     bounds: tuple[float, float] | None = None  # of values: unrelated, equal
     splits: Splits
     generator: str = ""  # of a synthetic task

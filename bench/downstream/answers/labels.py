@@ -1,0 +1,146 @@
+"""Labels and values by a linear head on vectors that nothing has changed: a model read once, never trained.
+
+n examples, P parts of a document, e width of a vector, F features, L labels.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ...analysis.embedding import directions
+from ..examples import Example, hold_out
+from ..readers import Read, Reader
+from ..task import Task
+from .similarity import Space, cosines
+
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the head's penalty, inverse; chosen by the held-out part of training
+EVIDENCE = 4  # parts of a document that are nearest to the question
+SHARPNESS = 20.0  # of the softmax over their cosines
+
+
+def pair_features(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """[n, 3e + 1] of two texts: what both say, where they differ, and their cosine. Symmetric.
+
+    Source: the features of InferSent (Conneau et al. 2017, arXiv:1705.02364) without the vectors themselves.
+    """
+    a, b = directions(first), directions(second)
+    return np.concatenate([np.abs(a - b), a * b, a + b, 10 * cosines(a, b)[:, None]], axis=1)
+
+
+def evidence(read: Read, query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """([e] what the document says that is near to the question, [EVIDENCE] how near)."""
+    parts = directions(read.vectors)
+    near = parts @ query
+    best = np.argsort(-near)[:EVIDENCE]
+    weights = np.exp(SHARPNESS * (near[best] - near[best[0]]))
+    closest = np.zeros(EVIDENCE)
+    closest[: len(best)] = near[best]
+    return (weights / weights.sum()) @ parts[best], closest
+
+
+def features(task: Task, given: Sequence[Example], reader: Reader, asks: Reader, space: Space) -> np.ndarray:
+    """[n, F]; of a document by what of it is near to the question."""
+    questions = space.place(asks.whole([each.question for each in given]), "centred")
+    if task.form == "pair":
+        return pair_features(questions, space.place(reader.whole([each.document for each in given]), "centred"))
+    reads, rows = reader.parts([each.document for each in given]), []
+    for read, query in zip(reads, directions(questions), strict=True):
+        centred = read._replace(vectors=space.place(read.vectors, "centred"))
+        found, closest = evidence(centred, query)
+        rows.append(np.concatenate([query, found, query * found, 10 * closest]))
+    return np.stack(rows)
+
+
+class Fitted:
+    """A head for each seed, which draws the part of training that the penalty is chosen by; and where vectors lie."""
+
+    def __init__(self, task: Task, space: Space, heads: Sequence[Any], scaling: tuple[float, float]) -> None:
+        self.task, self.space, self.heads, self.scaling = task, space, heads, scaling
+
+    def predict(self, given: Sequence[Example], reader: Reader, asks: Reader) -> dict[str, Any]:
+        return self.answers(self.heads[0], given, features(self.task, given, reader, asks, self.space))
+
+    def of_seeds(self, given: Sequence[Example], reader: Reader, asks: Reader) -> list[dict[str, Any]]:
+        rows = features(self.task, given, reader, asks, self.space)
+        return [self.answers(head, given, rows) for head in self.heads]
+
+    def answers(self, head: Any, given: Sequence[Example], rows: np.ndarray) -> dict[str, Any]:
+        return as_predictions(self.task, given, outputs(self.task, head, rows) * self.scaling[1] + self.scaling[0])
+
+
+def outputs(task: Task, head: Any, rows: np.ndarray) -> np.ndarray:
+    """[n] values, or of labels [n, L] probabilities, 0 for one that training never showed."""
+    if task.answer == "values":
+        return head.predict(rows)
+    found = np.zeros((len(rows), len(task.labels)))
+    found[:, head[-1].classes_] = head.predict_proba(rows)
+    return found
+
+
+def as_predictions(task: Task, given: Sequence[Example], found: np.ndarray) -> dict[str, Any]:
+    """What ``scoring.score`` takes: a value, the probability of label 1, a label's number, or of SCROLLS its name."""
+    if task.answer == "values":
+        return {each.id: float(value) for each, value in zip(given, found, strict=True)}
+    if task.metric == "paraphrase":
+        return {each.id: float(row[1]) for each, row in zip(given, found, strict=True)}
+    best = found.argmax(1)
+    as_text = task.metric.startswith("scrolls/")
+    return {each.id: task.labels[i] if as_text else int(i) for each, i in zip(given, best, strict=True)}
+
+
+def fit(task: Task, train: Sequence[Example], reader: Reader, seeds: int) -> Fitted:
+    """The penalty is chosen on documents held out of the training split, then all of it is learned from."""
+    texts = list(dict.fromkeys(each.question for each in train))
+    if task.form == "pair":
+        texts = list(dict.fromkeys([*texts, *(each.document for each in train)]))
+        space = Space(reader.whole(texts[:4096]))
+    else:
+        documents = list(dict.fromkeys(each.document for each in train))
+        space = Space(np.concatenate([read.vectors for read in reader.parts(documents)])[:65536])
+    rows = features(task, train, reader, reader, space)
+    truth = np.array([each.truth for each in train], dtype=np.float64)
+    middle, spread = (truth.mean(), truth.std() or 1.0) if task.answer == "values" else (0.0, 1.0)
+    truth = (truth - middle) / spread if task.answer == "values" else truth.astype(np.int64)
+    place = {each.id: i for i, each in enumerate(train)}
+    heads = []
+    for seed in range(seeds):
+        learned, held = ([place[each.id] for each in part] for part in hold_out(train, seed))
+        scores = []
+        for strength in STRENGTHS:
+            head = new_head(task, strength).fit(rows[learned], truth[learned])
+            scores.append(quality(task, outputs(task, head, rows[held]), truth[held]))
+        heads.append(new_head(task, STRENGTHS[int(np.argmax(scores))]).fit(rows, truth))
+    return Fitted(task, space, heads, (middle, spread))
+
+
+def new_head(task: Task, strength: float) -> Any:
+    from sklearn.linear_model import LogisticRegression, Ridge
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    if task.answer == "values":
+        return make_pipeline(StandardScaler(), Ridge(alpha=1 / strength))
+    return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=400))
+
+
+def quality(task: Task, found: np.ndarray, truth: np.ndarray) -> float:
+    """Of held-out examples: the correlation, or the mean log probability of the right label."""
+    if task.answer == "values":
+        return float(np.corrcoef(found, truth)[0, 1])
+    return float(np.log(found[np.arange(len(truth)), truth].clip(1e-6)).mean())
+
+
+def majority(task: Task, train: Sequence[Example], given: Sequence[Example]) -> dict[str, Any]:
+    """The mean value; or the commonest label, of the same question where the training split asks it of several
+    documents."""
+    if task.answer == "values":
+        mean = float(np.mean([each.truth for each in train]))
+        return {each.id: mean for each in given}
+    counts: dict[str | None, np.ndarray] = {None: np.zeros(len(task.labels))}
+    repeated = len({each.question for each in train}) < len(train) / 4
+    for each in train:
+        for key in (None, each.question) if repeated else (None,):
+            counts.setdefault(key, np.zeros(len(task.labels)))[each.truth] += 1
+    found = np.stack([counts.get(each.question, counts[None]) for each in given])
+    return as_predictions(task, given, found / found.sum(1, keepdims=True))
