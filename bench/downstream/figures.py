@@ -43,7 +43,7 @@ def plot_scores(path: Path, rows: Sequence[dict[str, Any]], note: str) -> None:
                 axes.plot(score, y, "o", color=BLUE, markersize=7, label="this model", zorder=3)
             elif row["row"] in MARKS:
                 marker, colour = MARKS[row["row"]]
-                axes.plot(score, y, marker, color=colour, markersize=7, label=row["row"], linestyle="none")
+                axes.plot(score, y, marker=marker, color=colour, markersize=7, label=row["row"], linestyle="none")
             elif row["row"].endswith("(quoted)"):
                 axes.plot(score, y, "D", markerfacecolor="none", color=GREY, markersize=5, label="quoted")
         axes.set_yticks(range(len(tasks)), labels)

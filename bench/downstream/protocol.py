@@ -218,8 +218,10 @@ SHOWN = ("f1", "spearmanr", "spearman", "average_precision", "rouge/rouge1", "ro
 
 def others(found: Mapping[str, Any]) -> dict[str, Any]:
     """The figures beside the main one, in words."""
-    parts = [f"{key} {found[key]:.4g}" for key in SHOWN if key in found and key != main_figure(found)[0]]
-    return {"beside it": ", ".join(parts)}
+    key, figure = main_figure(found)
+    if not np.isfinite(figure):
+        return {"beside it": "all answers alike: no correlation"}
+    return {"beside it": ", ".join(f"{each} {found[each]:.4g}" for each in SHOWN if each in found and each != key)}
 
 
 def quoted(task: Task, name: str, figures: Mapping[str, float]) -> dict[str, Any]:
