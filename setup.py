@@ -7,7 +7,7 @@ OPERATORS = [
     "streamed_attention", "token_attention",
 ]  # fmt: skip
 FOLDERS = [  # tests/test_house.py holds this list against the tree
-    "kernels", *(f"kernels.{operator}" for operator in OPERATORS),
+    "commands", "kernels", *(f"kernels.{operator}" for operator in OPERATORS),
     "models", "models.generation", "models.objectives", "models.start", "models.tasks",
     "engine", "engine.data", "engine.jobs", "engine.recipe",
     "recipes", "recipes.ablation", "recipes.pretrain",

@@ -233,22 +233,12 @@ def run_cells(
     ]  # fmt: skip
 
 
-def main(argv: Sequence[str]) -> int:
+def main(options: argparse.Namespace) -> int:
     """The command line; exit code 1 when a cell failed or was not started."""
-    parser = argparse.ArgumentParser(prog="conceptron bench ablation", description="One change at a time, measured.")
-    parser.add_argument("table", help="a YAML file, such as recipes/ablation/defaults.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="change the base of all rows")
-    parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="S", help="instead of the file's")
-    parser.add_argument("--workers", type=int, default=1, help="processes that train side by side; 0: only this one")
-    parser.add_argument("--threads", type=int, help="of each worker; left out: torch decides")
-    parser.add_argument("--minutes", type=float, help="instead of the file's")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
-    options = parser.parse_args(argv)
     table = read_table(find_recipe(options.table))
     unknown = set(options.rows or ()) - {row.name for row in table.rows}
     if unknown:
-        parser.error(f"--rows: no row {min(unknown)!r}; there are {', '.join(row.name for row in table.rows)}")
+        raise InputError(f"--rows: no row {min(unknown)!r}; there are {', '.join(row.name for row in table.rows)}")
     rows = write_recipes(table, options.overrides, options.out / "recipes")
     rows = [row for row in rows if not options.rows or row.name in options.rows]
     seeds = options.seeds or table.seeds

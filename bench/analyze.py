@@ -3,6 +3,7 @@
 Everything in it is read from the run's files or measured here on held-out text; nothing is estimated.
 """
 
+import argparse
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -59,6 +60,11 @@ def analyze(path: str | Path, text: Sequence[str] = ()) -> Path:
     results.write_text(folder / "report.md", markdown(findings))
     print(headline(findings, folder))
     return folder
+
+
+def main(options: argparse.Namespace) -> None:
+    """The command line."""
+    analyze(options.path, options.text)
 
 
 def draw(findings: Findings, folder: Path) -> list[Path]:

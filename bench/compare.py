@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..engine.errors import InputError
 from .measure.results import markdown_table, read_rows
 
 KEY = ("operator", "case", "mode", "provider", "encoder", "phase", "N", "recipe")
@@ -64,16 +65,12 @@ def compare_folders(old: Path, new: Path) -> tuple[list[dict], int]:
     return found, num_compared
 
 
-def main(argv: Sequence[str]) -> int:
-    """Exit code 1 when something got slower."""
-    parser = argparse.ArgumentParser(prog="conceptron bench compare", description="What got slower, beyond the noise.")
-    parser.add_argument("old", type=Path)
-    parser.add_argument("new", type=Path)
-    options = parser.parse_args(argv)
+def main(options: argparse.Namespace) -> int:
+    """The command line; exit code 1 when something got slower."""
     try:
         found, num_compared = compare_folders(options.old, options.new)
     except FileNotFoundError as error:
-        parser.error(str(error))
+        raise InputError(str(error)) from error
     if not found:
         print(f"{num_compared} results compared, none slower beyond the noise")
         return 0

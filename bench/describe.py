@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -276,15 +275,8 @@ def special_tokens(recipe: Recipe, vocabulary: int | None) -> SpecialTokens:
     return SpecialTokens(mask_id=1, special_ids=frozenset(range(8)), vocab_size=size, word_edges=words)
 
 
-def main(argv: Sequence[str]) -> int:
+def main(options: argparse.Namespace) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="conceptron describe", description="What a recipe's model costs.")
-    parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
-    parser.add_argument("--vocabulary", type=int, metavar="V", help="ids of the tokenizer, where it cannot be opened")
-    parser.add_argument("--max-tokens", type=int, default=65536, help="longest text of the second table; 0: without it")
-    parser.add_argument("--out", type=Path, help="also write both tables there: JSON, CSV, Markdown")
-    options = parser.parse_args(argv)
     recipe = load_recipe(options.recipe, options.overrides)
     if recipe.train.precision == "auto":
         recipe = recipe.with_precision("bf16")  # what a GPU takes

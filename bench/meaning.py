@@ -226,19 +226,8 @@ def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], Any]:
     return rows, model.distilled_from
 
 
-def main(argv: Sequence[str]) -> int:
+def main(options: argparse.Namespace) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="conceptron bench meaning", description="What vectors mean, untrained on it.")
-    parser.add_argument("model", help="a model folder, a finished run, or any sentence encoder")
-    parser.add_argument("--data", type=Path, required=True, help="folder with glue/stsb, sick and openstax_books")
-    parser.add_argument("--queries", metavar="TEACHER", help="the sentence encoder that embeds the questions")
-    parser.add_argument("--backbone", metavar="DIR", help="speed is held against this encoder in windows")
-    parser.add_argument("--skip", nargs="+", choices=PARTS, default=[], help="leave these out")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N pairs of sentences")
-    parser.add_argument("--chapters", type=int, default=NUM_CHAPTERS, metavar="N", help="how many are searched")
-    parser.add_argument("--name", help="of the result files; left out: the model's folder")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/meaning"))
-    options = parser.parse_args(argv)
     stamp = environment()
     rows, distilled_from = measure(options)
     folder = Path(options.model).expanduser().resolve()

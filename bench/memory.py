@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..engine.errors import InputError
 from ..kernels.linear_cross_entropy.op import linear_cross_entropy
 from ..models.config import ConceptConfig
 from ..models.encoder import ConceptEncoder
@@ -46,6 +47,7 @@ from ..models.objectives.view import SampleKey, SpecialTokens, View
 from ..models.packing import pack
 from .figures.charts import draw_memory
 from .measure.allocator import allocator_peak
+from .measure.clock import device_named
 from .measure.environment import environment
 from .measure.exponents import FROM_IDS, FULL, OURS, PERCEIVER, SHARED, WITH_KEYS
 from .measure.nvml import watched
@@ -296,36 +298,20 @@ def snapshot(path: Path, shape: Shape, num_tokens: int, num_concepts: int) -> No
     torch.cuda.memory._record_memory_history(enabled=None)
 
 
-def main(argv: Sequence[str]) -> int:
+def main(options: argparse.Namespace) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="conceptron bench memory", description="Where a training step's memory goes.")
-    parser.add_argument("--min-tokens", type=int, default=512)
-    parser.add_argument("--max-tokens", type=int, default=8192)
-    parser.add_argument("--concepts", type=int, nargs="+", default=[128, 512])
-    parser.add_argument("--width", type=int, default=128, help="d, of both encoders")
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--heads", type=int, default=2)
-    parser.add_argument("--encoder-tokens", type=int, nargs="*", default=[16384, 65536], metavar="N", help=(
-        "lengths of the table of encoders; none: without it"
-    ))  # fmt: skip
-    parser.add_argument("--fit", type=float, default=1.0, metavar="GIB", help="predict the longest N for this memory")
-    parser.add_argument("--snapshot", type=Path, help="also write a CUDA memory snapshot of the longest case")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--resume", action="store_true", help="keep the cases that --out holds already")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/memory"))
-    options = parser.parse_args(argv)
+    options.device = device_named(options.device).type
+    if options.min_tokens > options.max_tokens:
+        raise InputError(f"--min-tokens: expected at most --max-tokens {options.max_tokens}, got {options.min_tokens}")
     if options.snapshot is not None and options.device != "cuda":
-        parser.error("--snapshot: torch records memory snapshots on CUDA only; run on a GPU or leave it out")
+        raise InputError("--snapshot: torch records memory snapshots on CUDA only; run on a GPU or leave it out")
     lengths = [options.min_tokens]
     while lengths[-1] * 2 <= options.max_tokens:
         lengths.append(lengths[-1] * 2)
-    shape = Shape(options.width, options.layers, options.heads, 2 * options.width, 8192, lengths[-1])
+    shape = Shape.asked(options, lengths[-1])
     dtype = "float32" if options.device == "cpu" else "float32, autocast to bfloat16"
     stamp = {**environment(seed=0), "dtype": dtype, "width": options.width, "layers": options.layers}
-    try:
-        rows = rows_to_resume(options.out / "memory.json", stamp) if options.resume else []
-    except ValueError as error:
-        parser.error(f"--resume: {error}")
+    rows = rows_to_resume(options.out / "memory.json", stamp) if options.resume else []
     title = f"Memory of a training step: d={options.width}, {options.layers} layers, one text of N tokens, bytes"
     cases = [(OURS, n, c) for c in options.concepts for n in lengths] + [(FULL, n, 0) for n in lengths]
     known = {(row["encoder"], row["N"], row["C"] or 0) for row in rows}
@@ -334,13 +320,10 @@ def main(argv: Sequence[str]) -> int:
         write_results(options.out, "memory", rows, stamp, title=title)
         told = rows[-1].get("failed") or f"peak {rows[-1]['allocator_peak'] / 2**20:.1f} MiB"
         print(f"{case[0]} N={case[1]} C={case[2] or '-'}: {told}", flush=True)
-    try:
-        of_encoders = rows_to_resume(options.out / "encoders.json", stamp) if options.resume else []
-    except ValueError as error:
-        parser.error(f"--resume: {error}")
+    of_encoders = rows_to_resume(options.out / "encoders.json", stamp) if options.resume else []
     done = {(row["encoder"], row["N"]) for row in of_encoders}
     for n, name in ((n, name) for n in options.encoder_tokens for name in ENCODERS if (name, n) not in done):
-        longest = Shape(options.width, options.layers, options.heads, 2 * options.width, 8192, n)
+        longest = Shape.asked(options, n)
         of_encoders.append(run_encoder_case(name, longest, n, options.device))
         write_results(options.out, "encoders", of_encoders, stamp, title="Encoders: bytes a token")
         told = of_encoders[-1].get("failed") or f"{of_encoders[-1]['bytes_per_token']:,.0f} bytes a token"

@@ -1,9 +1,9 @@
 """``conceptron bench report``: a folder of results as one document with its derived tables and figures."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
+from ..engine.errors import InputError
 from .documents.paste import fill
 from .documents.table import write_tables as write_ablation
 from .figures.charts import draw_kernels, draw_memory, draw_scaling
@@ -56,16 +56,13 @@ def report(folder: Path) -> Path:
     return folder / "report.md"
 
 
-def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="conceptron bench report", description="Tables and plots of results.")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--paste", type=Path, nargs="*", default=[], metavar="FILE", help="documents with tables")
-    options = parser.parse_args(argv)
+def main(options: argparse.Namespace) -> int:
+    """The command line."""
     try:
         print(f"written to {report(options.folder)}")
         for document in options.paste:
             write_text(document, fill(document.read_text(), CHECKOUT))
             print(f"tables of {document} written anew")
     except (FileNotFoundError, ValueError) as error:
-        parser.error(str(error))
+        raise InputError(str(error)) from error
     return 0

@@ -27,13 +27,13 @@ import argparse
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import yaml
 from torch import Tensor, nn
 
+from ..engine.errors import InputError
 from ..models.config import ConceptConfig
 from ..models.decisions import FIELDS
 from ..models.encoder import ConceptEncoder
@@ -41,7 +41,7 @@ from ..models.packing import pack_padded
 from ..models.token_source import KEEPS
 from .figures.charts import draw_scaling
 from .measure.allocator import observe
-from .measure.clock import own_stream
+from .measure.clock import device_named, own_stream
 from .measure.environment import (
     environment,
 )
@@ -283,26 +283,14 @@ def measure(
     return rows
 
 
-def main(argv: Sequence[str]) -> int:
+def main(options: argparse.Namespace) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="conceptron bench scaling", description="Time and memory against N.")
-    parser.add_argument("--min-tokens", type=int, default=512)
-    parser.add_argument("--max-tokens", type=int, default=16384)
-    parser.add_argument("--width", type=int, default=128, help="d, of every encoder")
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--heads", type=int, default=2)
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), metavar="ENCODER")
-    parser.add_argument("--variants", nargs="+", default=[], metavar="FIELD=VALUE[,...]", help=(
-        "further concept encoders, each by its fields of ConceptConfig: layer_kind=bixt num_token_layers=2"
-    ))  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=1.0, help="timed for each case, at least three calls")
-    parser.add_argument("--limit", type=float, default=20.0, help="seconds a call may be expected to take")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--resume", action="store_true", help="keep the rows that --out holds already")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/scaling"))
-    options = parser.parse_args(argv)
-    if not 1 <= options.min_tokens <= options.max_tokens:
-        parser.error("--min-tokens: expected at least 1 and at most --max-tokens")
+    if options.min_tokens > options.max_tokens:
+        raise InputError(f"--min-tokens: expected at most --max-tokens {options.max_tokens}, got {options.min_tokens}")
+    names = list(NAMES) if options.only is None else options.only
+    for name in names:
+        if name not in NAMES:
+            raise InputError(f"--only: there is no encoder {name!r}; there are {', '.join(NAMES)}")
     try:
         for text in options.variants:
             fields = parse_variant(text)
@@ -310,21 +298,18 @@ def main(argv: Sequence[str]) -> int:
             if keep not in (None, *KEEPS):
                 raise ValueError(f"keep: expected one of {', '.join(KEEPS)}, got {keep!r}")
             ConceptConfig(**fields)
-    except ValueError as error:
-        parser.error(f"--variants: {error}")
+    except (TypeError, ValueError) as error:
+        raise InputError(f"--variants: {error}") from error
     lengths = [options.min_tokens]
     while lengths[-1] * 2 <= options.max_tokens:
         lengths.append(lengths[-1] * 2)
-    shape = Shape(options.width, options.layers, options.heads, 2 * options.width, 8192, lengths[-1])
-    device = torch.device(options.device)
+    shape = Shape.asked(options, lengths[-1])
+    device = device_named(options.device)
     stamp = {**environment(seed=0), "dtype": "bfloat16 (autocast)" if device.type == "cuda" else "float32",
              "width": options.width, "layers": options.layers, "heads": options.heads}  # fmt: skip
     title = (f"Scaling: d={options.width}, {options.layers} layers, {options.heads} heads, "
              "two texts of N and 3N/4 tokens")  # fmt: skip
-    try:
-        earlier = rows_to_resume(options.out / "scaling.json", stamp) if options.resume else []
-    except ValueError as error:
-        parser.error(f"--resume: {error}")
+    earlier = rows_to_resume(options.out / "scaling.json", stamp) if options.resume else []
 
     def save(rows: list[dict]) -> None:
         write_results(options.out, "scaling", rows, stamp, title=title)
@@ -332,7 +317,7 @@ def main(argv: Sequence[str]) -> int:
 
     with own_stream(device):
         rows = measure(
-            shape, lengths, device, [*options.only, *options.variants], budget_s=options.seconds,
+            shape, lengths, device, [*names, *options.variants], budget_s=options.seconds,
             limit_s=options.limit, earlier=earlier, save=save,
         )  # fmt: skip
     draw_scaling(options.out)

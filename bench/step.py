@@ -196,17 +196,8 @@ def run(
     }  # fmt: skip
 
 
-def main(argv: Sequence[str]) -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="conceptron bench step", description="How fast a recipe trains here.")
-    parser.add_argument("recipe", help=f"a recipe, or a preset: {', '.join(PRESETS)}")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
-    parser.add_argument("--synthetic", action="store_true", help="random tokens instead of the recipe's data")
-    parser.add_argument("--vocabulary", type=int, metavar="V", help="ids of synthetic text, if the tokenizer is away")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--warm-up", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/step"))
-    options = parser.parse_args(argv)
+def main(options: argparse.Namespace) -> int:
+    """The command line; the recipe may be a preset of ``PRESETS``."""
     source, *preset = PRESETS.get(options.recipe, (options.recipe,))
     recipe = load_recipe(source, [*preset, *options.overrides])
     stamp = environment(recipe.run.seed)

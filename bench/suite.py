@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..engine.errors import InputError
 from .kernels.best import BEST_COLUMNS, best_peers
 from .measure.environment import environment
 from .measure.results import markdown_table, read_results, write_json
@@ -139,22 +140,15 @@ def run_stages(
         save()
 
 
-def main(argv: Sequence[str]) -> int:
-    """Exit code 0 when every stage is done, 1 otherwise."""
-    parser = argparse.ArgumentParser(prog="conceptron bench suite", description="Everything, within a time limit.")
-    parser.add_argument("--gpu", action="store_true", help="measure the GPU (without it: the CPU's small sizes)")
-    parser.add_argument("--tiny", action="store_true", help="measure next to nothing, to see that the suite runs")
-    parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--resume", action="store_true", help="go on where a time limit cut the last call")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/suite"))
-    options = parser.parse_args(argv)
+def main(options: argparse.Namespace) -> int:
+    """The command line; exit code 0 when every stage is done, 1 otherwise."""
     begin = time.monotonic()
     if options.gpu and not torch.cuda.is_available():
-        parser.error("--gpu: torch sees no CUDA device here; leave it out to measure the CPU")
+        raise InputError("--gpu: torch sees no CUDA device here; leave it out to measure the CPU")
     options.out.mkdir(parents=True, exist_ok=True)
     state_file = options.out / "suite.json"
     if state_file.exists() and not options.resume:
-        parser.error(f"--out: {options.out} holds an earlier suite; add --resume, or choose another folder")
+        raise InputError(f"--out: {options.out} holds an earlier suite; add --resume, or choose another folder")
     state: dict[str, str] = json.loads(state_file.read_text())["stages"] if state_file.exists() else {}
     stamp = environment(seed=0)
 

@@ -1,6 +1,7 @@
 """Text in, text out: a saved model continues, fills or rewrites a text."""
 
-from dataclasses import replace
+import argparse
+from dataclasses import fields, replace
 from pathlib import Path
 
 from ..models.generation.canvas import blank_canvas, fill, given_text
@@ -8,6 +9,7 @@ from ..models.generation.sampling import Sampling
 from ..models.masked_lm import ConceptForMaskedLM
 from ..models.objectives.view import SpecialTokens
 from ..models.packing import Packed, pack
+from .data.sources import read_text
 from .data.tokenizer import Vocabulary
 from .errors import InputError
 from .initialize import find
@@ -53,7 +55,8 @@ def generate(
             for i in range(num_samples)
         ]
     except ValueError as error:
-        raise InputError(f"--{error}") from error
+        names_an_option = str(error).split(":")[0] in {field.name for field in fields(Sampling)}
+        raise InputError(f"--{error}" if names_an_option else str(error)) from error
     return [vocabulary.tokenizer.decode(packed.input_ids.tolist()) for packed in drawn]
 
 
@@ -90,3 +93,14 @@ def canvas_of(
         ids = [i for token in ids for i in [token] * ((length or LENGTH) if token == tokens.mask_id else 1)]
     canvas = pack([ids])
     return canvas, given_text(canvas, tokens) if read_once else None
+
+
+def main(options: argparse.Namespace) -> None:
+    """The command line."""
+    sampling = Sampling(**{field.name: getattr(options, field.name) for field in fields(Sampling)})
+    text = options.text if options.file is None else read_text(options.file)
+    samples = generate(
+        options.checkpoint, text, mode=options.mode, sampling=sampling, length=options.length,
+        read_once=options.read_once, num_samples=options.samples,
+    )  # fmt: skip
+    print("\n---\n".join(samples))

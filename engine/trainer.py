@@ -1,5 +1,6 @@
 """The training loop."""
 
+import argparse
 import errno
 import math
 import signal
@@ -56,6 +57,11 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
                 raise
             raise InputError(f"{run.path}: cannot be written ({error.strerror}); {trainer.way_back()}") from error
     return run.path
+
+
+def main(options: argparse.Namespace) -> None:
+    """The command line."""
+    train(options.recipe, options.overrides)
 
 
 class Trainer:

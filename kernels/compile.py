@@ -279,72 +279,48 @@ def judge(rows: Sequence[Row], unreadable: Sequence[str] = ()) -> int:
     return 1 if failed else 0
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="conceptron kernels compile", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--arch", default="sm_80,sm_90,sm_100", help=f"comma-separated, of {', '.join(SHARED_KB)}")
-    parser.add_argument("--only", default="", help="configurations whose name contains this")
-    parser.add_argument("--sample", type=int, default=1, metavar="K", help="about one configuration in K")
-    parser.add_argument("--builds", metavar="FILE", help="a Python file whose builds() to compile instead of ours")
-    parser.add_argument("--jobs", type=int, default=2, help="compiler processes")
-    parser.add_argument("--json", metavar="FILE", help="also write the rows there")
-    parser.add_argument("--no-cache", action="store_true", help="compile even what was compiled before")
-    arguments = parser.parse_args(argv)
-    arguments.arch = arguments.arch.split(",")
-    unknown = [arch for arch in arguments.arch if arch not in SHARED_KB]
-    if unknown:
-        parser.error(f"--arch: expected one of {', '.join(SHARED_KB)}, got {unknown[0]!r}")
-    for name in ("jobs", "sample"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name}: expected at least 1, got {getattr(arguments, name)}")
-    if arguments.builds and not Path(arguments.builds).is_file():
-        parser.error(f"--builds: no file {arguments.builds}")
-    return arguments
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """0 when every configuration is clean, 1 when one fails, 2 on a wrong argument (argparse).
+def main(options: argparse.Namespace) -> int:
+    """The command line: 0 when every configuration is clean, 1 when one fails.
 
     The work is done by a fresh process: Triton's interpreter, chosen when Triton is imported, must be off, and workers
     are forked from a process that has done nothing but import.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    parse(argv)
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "conceptron.kernels.compile", *argv]
+    command = [sys.executable, "-m", "conceptron.kernels.compile", json.dumps(vars(options), default=str)]
     return subprocess.run(command, env=environment, check=False).returncode
 
 
-def run(arguments: argparse.Namespace) -> int:
-    tasks, unreadable = list_tasks(arguments)
+def run(options: argparse.Namespace) -> int:
+    tasks, unreadable = list_tasks(options)
     if not tasks and not unreadable:
-        print(f"no configuration for {', '.join(arguments.arch)} has a name that contains {arguments.only!r}")
+        print(f"no configuration for {', '.join(options.arch)} has a name that contains {options.only!r}")
         return 1
     print(HEADER)
-    rows = table(tasks, arguments.jobs, not arguments.no_cache)
-    if arguments.json:
+    rows = table(tasks, options.jobs, not options.no_cache)
+    if options.json:
         entries = [{**asdict(row), "failures": row.failures()} for row in rows]
-        Path(arguments.json).write_text(json.dumps(entries, indent=1))
+        Path(options.json).write_text(json.dumps(entries, indent=1))
     return judge(rows, unreadable)
 
 
-def list_tasks(arguments: argparse.Namespace) -> tuple[list[Task], list[str]]:
+def list_tasks(options: argparse.Namespace) -> tuple[list[Task], list[str]]:
     """All that is to be compiled, and what could not be listed."""
     builds, unreadable = {}, []
-    for source in [arguments.builds] if arguments.builds else OPERATORS:
+    for source in [options.builds] if options.builds else OPERATORS:
         try:
             builds[source] = load(source)
         except Exception as error:  # one broken operator must not hide the others' rows
-            if arguments.only.split("/")[0] in source:
+            if options.only.split("/")[0] in source:
                 unreadable.append(f"{source}: its builds cannot be listed: {type(error).__name__}: {error}")
     tasks = [
         Task(source, index, build, arch)
-        for arch in arguments.arch
+        for arch in options.arch
         for source, found in builds.items()
         for index, build in enumerate(found)
-        if arguments.only in build.name and wanted(build, arch) and sampled(build.name, arch, arguments.sample)
+        if options.only in build.name and wanted(build, arch) and sampled(build.name, arch, options.sample)
     ]
     return tasks, unreadable
 
 
 if __name__ == "__main__":
-    sys.exit(run(parse(sys.argv[1:])))
+    sys.exit(run(argparse.Namespace(**json.loads(sys.argv[1]))))

@@ -2,9 +2,12 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
+
+from conceptron.commands.table import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 FLOORS = ["kernels", "models", "engine", "bench"]  # each may import those before it
@@ -16,6 +19,7 @@ OUTSIDE = {  # third-party packages a floor may import; what is not listed is op
     "matplotlib": {"bench"},
 }
 MAX_LINES = 500
+GUESSES = {"train": "the trainer", "recipes": "the shipped ones"}  # command -> what its file is named after instead
 
 
 def sources(folder: str) -> list[Path]:
@@ -54,6 +58,15 @@ def test_imports_point_down(floor):
                 assert target in allowed or target == "__version__", f"{path}: {floor} must not import {target}"
 
 
+def test_the_table_of_commands_needs_nothing():
+    for path in sources("commands"):
+        for level, name in imports(path):
+            if level:
+                assert inside(path, level, name).startswith("commands."), f"{path}: {name}"
+            else:
+                assert name.split(".")[0] in sys.stdlib_module_names, f"{path}: {name} would be loaded by every --help"
+
+
 def test_inside_an_operator():
     for path in sources("kernels"):
         names = [inside(path, level, name) if level else name for level, name in imports(path)]
@@ -63,7 +76,7 @@ def test_inside_an_operator():
             assert not any(".reference" in name for name in names), f"{path}: only the door knows the oracle"
 
 
-@pytest.mark.parametrize("folder", [*FLOORS, "recipes"])
+@pytest.mark.parametrize("folder", ["commands", *FLOORS, "recipes"])
 def test_top_folders_have_no_init(folder):
     # with one, `import kernels` inside a checkout finds ours, not the Hugging Face package that transformers asks for
     assert not (ROOT / folder / "__init__.py").exists()
@@ -76,7 +89,7 @@ def test_wheel_names_every_folder():
     named = {folder.replace(".", "/") for folder in scope["FOLDERS"]}
     kept = {
         str(path.parent.relative_to(ROOT))
-        for top in [*FLOORS, "recipes"]
+        for top in ["commands", *FLOORS, "recipes"]
         for suffix in ("*.py", "*.yaml")
         for path in (ROOT / top).rglob(suffix)
     }
@@ -131,6 +144,12 @@ def test_no_circle_of_imports():
 
 def test_bench_shows_itself():
     """The files at the top of bench/ are the words of its command line; everything else has a room."""
-    words = re.search(r'"what", choices=\((.*?)\)', (ROOT / "__main__.py").read_text(), re.DOTALL)[1]
     at_top = {path.stem for path in (ROOT / "bench").glob("*.py")} | {"kernels"}
-    assert at_top == {*re.findall(r'"(\w+)"', words), "analyze", "describe"}
+    assert at_top == {command.words.split()[-1] for command in COMMANDS if command.runs.startswith("bench.")}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.words)
+def test_the_file_behind_a_command_is_found_at_the_first_guess(command):
+    *path, file = command.runs.split(":")[0].split(".")
+    last = command.words.split()[-1]
+    assert last in (file, *path) or command.words in GUESSES, f"{command.words} is run by {command.runs}"

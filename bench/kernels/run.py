@@ -14,7 +14,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,13 +22,13 @@ from torch import Tensor
 from ..figures.charts import draw_kernels
 from ..measure.allocator import allocator_peak
 from ..measure.ceilings import measure_ceilings
-from ..measure.clock import num_cold_copies, own_stream
+from ..measure.clock import device_named, num_cold_copies, own_stream
 from ..measure.environment import environment
 from ..measure.results import cell, flatten, markdown_table, rows_to_resume, write_results
 from ..measure.roofline import Ceilings, Floor, work_of
 from ..measure.timing import Refusal, Timing, compare, refusal
 from .best import COLUMNS, best_peers
-from .cases import OPERATORS, Case, Inputs, lengths_of, make_inputs, oracle
+from .cases import Case, Inputs, lengths_of, make_inputs, oracle
 from .matrix import MATRICES
 from .providers import PROVIDERS, Prepared, Provider, Tensors, Unavailable, providers_of
 
@@ -227,31 +226,15 @@ def time_mode(
     return compare(calls, device=device, budget_s=budget_s) | refused
 
 
-def main(argv: Sequence[str]) -> int:
+def main(options: argparse.Namespace) -> int:
     """The command line."""
-    on_cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(prog="conceptron bench kernels", description="Every operator beside its peers.")
-    parser.add_argument("operators", nargs="*", metavar="OPERATOR", help=f"of {', '.join(OPERATORS)}; all by default")
-    parser.add_argument("--matrix", choices=MATRICES, default="anchor" if on_cuda else "cpu")
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, metavar="NAME", help="all by default")
-    dtype_name = "bfloat16" if on_cuda else "float32"
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default=dtype_name)
-    parser.add_argument("--seconds", type=float, default=0.3, help="timed for each provider and mode")
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds a provider may take to get ready")
-    parser.add_argument("--resume", action="store_true", help="keep the cases that --out holds already")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if on_cuda else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/kernels"))
-    options = parser.parse_args(argv)
-    unknown = [name for name in options.operators if name not in OPERATORS]
-    if unknown:
-        parser.error(f"OPERATOR: expected one of {', '.join(OPERATORS)}, got {unknown[0]!r}")
-    cases = [c for c in MATRICES[options.matrix]() if not options.operators or c.operator in options.operators]
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    stamp = {**environment(seed=0), "dtype": options.dtype}
-    try:
-        rows = rows_to_resume(options.out / "kernels.json", stamp) if options.resume else []
-    except ValueError as error:
-        parser.error(f"--resume: {error}")
+    device = device_named(options.device)
+    on_cuda = device.type == "cuda"
+    dtype = getattr(torch, options.dtype or ("bfloat16" if on_cuda else "float32"))
+    matrix = MATRICES[options.matrix or ("anchor" if on_cuda else "cpu")]()
+    cases = [case for case in matrix if not options.operators or case.operator in options.operators]
+    stamp = {**environment(seed=0), "dtype": str(dtype).removeprefix("torch.")}
+    rows = rows_to_resume(options.out / "kernels.json", stamp) if options.resume else []
     ceilings = measure_ceilings(device, dtype)
     print(f"ceilings measured now: copy {ceilings.copy_gb_s:.0f} GB/s, matmul {ceilings.matmul_tflops:.2f} TF/s")
     done = {(row["operator"], row["case"]) for row in rows}

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from ...engine.errors import InputError
+
 Call = Callable[[], object]
 LONG_S = 0.1  # on a GPU: launch gaps are nothing beside it, and a graph would hold its memory twice
 _streams: dict[int, torch.cuda.Stream] = {}
@@ -50,6 +52,18 @@ def prepare_cpu(
         return (time.perf_counter() - begin) * 1e3 / num_calls
 
     return Sampler(sample, num_calls, "clock")
+
+
+def device_named(name: str | None) -> torch.device:
+    """"cpu" or "cuda"; None takes a GPU where there is one.
+
+    Raises:
+        InputError: "cuda", and torch sees no GPU.
+    """
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        raise InputError("--device: torch sees no CUDA device here; leave it out to measure the CPU")
+    return torch.device(name or ("cuda" if has_gpu else "cpu"))
 
 
 @contextmanager

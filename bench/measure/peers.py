@@ -4,10 +4,13 @@ Each is built from random weights, takes padded ids [B, N] with an attention mas
 share the vocabulary, width d, layers, heads and feed-forward width of the concept encoder they are compared with.
 """
 
+import argparse
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from ...engine.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,17 @@ class Shape:
     intermediate_size: int
     vocab_size: int
     max_tokens: int  # longest N of the comparison; absolute position tables get this many rows
+
+    @classmethod
+    def asked(cls, options: argparse.Namespace, max_tokens: int) -> "Shape":
+        """What --width, --layers and --heads ask for.
+
+        Raises:
+            InputError: heads of the asked width are not of a width that all encoders take.
+        """
+        if options.width % (2 * options.heads):
+            raise InputError(f"--width: expected a multiple of 2 * --heads = {2 * options.heads}, got {options.width}")
+        return cls(options.width, options.layers, options.heads, 2 * options.width, 8192, max_tokens)
 
 
 def bert(shape: Shape) -> nn.Module:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...engine.errors import InputError
 from .resident import Memory
 from .timing import Refusal, Timing
 
@@ -57,14 +58,14 @@ def rows_to_resume(path: Path, stamp: Mapping[str, Any]) -> list[dict[str, Any]]
     """The rows that an interrupted run left in ``path``; none when it left no file.
 
     Raises:
-        ValueError: they were measured with other code or elsewhere, so they do not belong in the table of ``stamp``.
+        InputError: they were measured with other code or elsewhere, so they do not belong in the table of ``stamp``.
     """
     if not path.exists():
         return []
     rows, before = read_results(path)
     for name in SAME:
         if before.get(name) != stamp.get(name):
-            raise ValueError(f"{path} was measured with {name} {before.get(name)}, this is {stamp.get(name)}; "
+            raise InputError(f"--resume: {path} has {name} {before.get(name)}, this is {stamp.get(name)}; "
                              "choose another --out")  # fmt: skip
     return rows
 

@@ -18,8 +18,8 @@ from ..errors import InputError
 from .checker import Checker, describe, one_line
 from .combinations import conflicts
 from .schema import Recipe
+from .shipped import SHIPPED
 
-SHIPPED = Path(__file__).parents[2] / "recipes"
 SIZES = ("full", "tiny")
 
 

@@ -6,8 +6,9 @@ import math
 import pytest
 import yaml
 
+from conceptron.__main__ import perform
 from conceptron.bench import ablation
-from conceptron.bench.ablation import Measure, cells_of, main, read_table, write_recipes
+from conceptron.bench.ablation import Measure, cells_of, read_table, write_recipes
 from conceptron.bench.analysis import yardsticks
 from conceptron.bench.documents.table import BETTER, COLUMNS, WORSE, summarize, verdict
 from conceptron.bench.measure.results import read_results
@@ -66,7 +67,7 @@ def count_trainings(monkeypatch) -> list[str]:
 def half(table, tmp_path_factory):
     """The folder of a table whose last two cells are missing, and what the command printed."""
     out = tmp_path_factory.mktemp("out")
-    assert main([str(table), "--workers", "0", "--threads", "1", "--out", str(out)]) == 0
+    assert perform(["bench", "ablation", str(table), "--workers", "0", "--threads", "1", "--out", str(out)]) == 0
     for cell in ("first-seed1", "second-seed1"):
         (out / "cells" / f"{cell}.json").unlink()
     return out
@@ -94,16 +95,16 @@ def test_every_cell_is_measured_and_the_table_written(table, half):
 def test_a_half_finished_table_goes_on_where_it_stopped(table, half, monkeypatch, capsys):
     kept = (half / "cells" / "first-seed0.json").read_text()
     ran = count_trainings(monkeypatch)
-    assert main([str(table), "--workers", "0", "--threads", "1", "--out", str(half)]) == 0
+    assert perform(["bench", "ablation", str(table), "--workers", "0", "--threads", "1", "--out", str(half)]) == 0
     assert ran == ["first-seed1", "second-seed1"]
     assert "2 of 4 cells are finished" in capsys.readouterr().out
     assert (half / "cells" / "first-seed0.json").read_text() == kept
     with pytest.raises(InputError, match=r"first-seed0.json: was made with train.steps = 3, now it is 4"):
-        main([str(table), "train.steps=4", "--workers", "0", "--out", str(half)])
+        perform(["bench", "ablation", str(table), "train.steps=4", "--workers", "0", "--out", str(half)])
 
 
 def test_no_cell_starts_after_its_time(table, tmp_path, capsys):
-    assert main([str(table), "--workers", "0", "--minutes", "-1", "--out", str(tmp_path)]) == 1
+    assert perform(["bench", "ablation", str(table), "--workers", "0", "--minutes", "0", "--out", str(tmp_path)]) == 1
     rows, _ = read_results(tmp_path / "cells.json")
     assert {row["ended"] for row in rows} == {"not started"}
 
@@ -118,7 +119,8 @@ def test_one_failing_cell_is_told_and_the_others_run(table, tmp_path, monkeypatc
 
     monkeypatch.setattr(yardsticks, "measure", broken)
     path = changed(table, tmp_path, seeds=[0])
-    assert main([str(path), "--workers", "0", "--threads", "1", "--out", str(tmp_path / "out")]) == 1
+    options = ["--workers", "0", "--threads", "1", "--out", str(tmp_path / "out")]
+    assert perform(["bench", "ablation", str(path), *options]) == 1
     assert "second seed 0: ArithmeticError: out of luck" in capsys.readouterr().out
     summary, _ = read_results(tmp_path / "out" / "ablation.json")
     assert [(line["seeds"], line["missing"]) for line in summary] == [
@@ -162,7 +164,7 @@ def test_a_wrong_row_is_refused_before_anything_is_trained(table, tmp_path, monk
     ran = count_trainings(monkeypatch)
     rows = [{"name": "a", "change": "-"}, {"name": "b", "change": "-", "set": {"model.num_concept": 3}}]
     with pytest.raises(InputError, match=r"did you mean model\.num_concepts"):
-        main([str(changed(table, tmp_path, rows=rows)), "--workers", "0", "--out", str(tmp_path / "out")])
+        perform(["bench", "ablation", str(changed(table, tmp_path, rows=rows)), "--out", str(tmp_path / "out")])
     assert not ran
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from conceptron.__main__ import perform
 from conceptron.bench.describe import (
     activation_bytes,
     aligned,
@@ -17,7 +18,6 @@ from conceptron.bench.describe import (
     encoder_activation_bytes,
     example_views,
     kept_bytes,
-    main,
     short,
 )  # fmt: skip
 from conceptron.bench.measure.parameters import PARTS
@@ -119,7 +119,7 @@ def test_the_command_prints_every_kind_on_one_screen(options, tmp_path, capsys):
     overrides = [f"model.{key}={json.dumps(value)}" for key, value in options.items()]
     overrides += ["batch.micro_tokens=512", *["objective.context=true"] * ("decoder_mixing" in options)]
     longest = "0" if options else "512"  # the second table takes a second
-    assert main(["demo.yaml", *overrides, "--max-tokens", longest, "--out", str(tmp_path)]) == 0
+    assert perform(["describe", "demo.yaml", *overrides, "--max-tokens", longest, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) <= 30 and max(map(len, printed)) <= 120
     assert f"({options.get('layer_kind', 'cross')})" in printed[0]
@@ -133,7 +133,7 @@ def test_the_command_prints_every_kind_on_one_screen(options, tmp_path, capsys):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_recipe_is_described(path, capsys):
-    assert main([str(path), "size=tiny", "--max-tokens", "0"]) == 0
+    assert perform(["describe", str(path), "size=tiny", "--max-tokens", "0"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{path.stem}-tiny: width 64") and any(line.startswith("sum ") for line in lines)
 

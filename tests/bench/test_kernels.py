@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+from conceptron.__main__ import perform
 from conceptron.bench.figures import charts
 from conceptron.bench.kernels import run
 from conceptron.bench.kernels.cases import OPERATORS, make_inputs
@@ -105,12 +106,12 @@ def test_a_comparison_goes_on_where_it_was_cut(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(charts, "SUFFIXES", ("png",))
     options = ["--matrix", "small", "--device", "cpu", "--seconds", "0.001", "--out", str(tmp_path), "--resume",
                "--providers", "conceptron (torch)", "eager"]  # fmt: skip
-    run.main(["adaln", *options])
+    perform(["bench", "kernels", "adaln", *options])
     first, _ = read_results(tmp_path / "kernels.json")
     measured = []
     real = run.run_case
     monkeypatch.setattr(run, "run_case", lambda case, *a, **k: measured.append(case.operator) or real(case, *a, **k))
-    run.main(["adaln", "linear_cross_entropy", *options])
+    perform(["bench", "kernels", "adaln", "linear_cross_entropy", *options])
     rows, environment = read_results(tmp_path / "kernels.json")
     assert measured == ["linear_cross_entropy"] and rows[: len(first)] == first and len(rows) > len(first)
     assert environment["seed"] == 0 and environment["copy_gb_s"] == 10.0

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from conceptron.__main__ import perform
 from conceptron.bench import meaning
 from conceptron.bench.analysis import chapters
 from conceptron.bench.analysis.embedding import ConceptEmbedder, Parts, open_embedder, span_of
@@ -56,7 +57,8 @@ def model(data, tmp_path_factory):
 def test_the_whole_command(model, data, tmp_path, monkeypatch, capsys):
     for name, value in dict(MIN_WORDS=100, WINDOW=64, NUM_WINDOWS=6, READ_TOKENS=48, NUM_READ=4, LONG=256).items():
         monkeypatch.setattr(meaning, name, value)
-    assert meaning.main([str(model), "--data", str(data), "--out", str(tmp_path), "--name", "small"]) == 0
+    argv = ["bench", "meaning", str(model), "--data", str(data), "--out", str(tmp_path)]
+    assert perform([*argv, "--name", "small"]) == 0
     content = json.loads((tmp_path / "small.json").read_text())
     found = {(row["part"], row["what"]): row["value"] for row in content["rows"]}
     assert {part for part, _ in found} == set(meaning.PARTS)
@@ -66,12 +68,12 @@ def test_the_whole_command(model, data, tmp_path, monkeypatch, capsys):
     assert 0 <= found["content", "words read back"] <= 1
     assert content["environment"]["distilled_from"] == {"teacher": "some/encoder"}
     assert "STS-B test" in capsys.readouterr().out and (tmp_path / "small.md").is_file()
-    assert meaning.main([str(model), "--data", str(data), "--out", str(tmp_path), "--skip", *meaning.PARTS[1:]]) == 0
+    assert perform([*argv, "--skip", *meaning.PARTS[1:]]) == 0
 
 
 def test_data_that_is_not_there(model, tmp_path):
     with pytest.raises(InputError, match="no such file; give --data"):
-        meaning.main([str(model), "--data", str(tmp_path)])
+        perform(["bench", "meaning", str(model), "--data", str(tmp_path)])
     with pytest.raises(InputError, match=r"there is no config\.json"):
         open_embedder(str(tmp_path))
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from conceptron.__main__ import main, perform
 from conceptron.bench import suite
-from conceptron.bench.suite import CUT, DONE, FAILED, WAITING, Stage, closing_table, main, run_stage, run_stages, stages
+from conceptron.bench.suite import CUT, DONE, FAILED, WAITING, Stage, closing_table, run_stage, run_stages, stages
 
 
 def python(code: str) -> list[str]:
@@ -103,7 +104,7 @@ def test_every_stage_is_a_command_that_its_benchmark_accepts(size, tmp_path, mon
             assert load_recipe(recipe, preset).model["hidden_size"] == 512
             continue
         with pytest.raises(Parsed):
-            {"kernels": run, "scaling": scaling, "memory": memory}[stage.name].main(stage.command[5:])
+            perform(stage.command[3:])
     assert names == {
         "gpu": ["correctness", "kernels", "step", "scaling", "memory"], "cpu": ["kernels", "scaling", "memory"],
         "tiny": ["kernels", "scaling"],
@@ -134,6 +135,5 @@ def test_the_last_table_has_stages_crossovers_and_winners(tmp_path):
 
 def test_refused(tmp_path, capsys):
     (tmp_path / "suite.json").write_text(json.dumps({"stages": {}}))
-    with pytest.raises(SystemExit):
-        main(["--out", str(tmp_path)])
+    assert main(["bench", "suite", "--out", str(tmp_path)]) == 2
     assert "add --resume" in capsys.readouterr().err

@@ -96,7 +96,7 @@ def test_the_command_line_reaches_every_option(folder, capsys):
 @pytest.mark.parametrize(
     "options, found",
     [
-        (["--unmask", "best"], "--unmask: expected one of confidence, margin"),
+        (["--unmask", "best"], "generate: --unmask: expected one of confidence, margin"),
         (["--guidance", "2"], "--guidance: expected 0 for a model without null concepts"),
         (["--steps", "2", "--block", "4"], "--steps: expected at least 8, one for each block of 4, got 2"),
     ],

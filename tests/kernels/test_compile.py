@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from conceptron.__main__ import main
 from conceptron.kernels import compile as table
-from conceptron.kernels.compile import Row, main
+from conceptron.kernels.compile import Row
 
 FABRICATED = str(Path(__file__).parent / "fabricated_builds.py")
 
@@ -16,7 +17,7 @@ def fabricated(tmp_path_factory):
     """The rows of the fabricated kernels by name and architecture, compiled afresh, and the exit code."""
     report = tmp_path_factory.mktemp("compile") / "rows.json"
     argv = ["--builds", FABRICATED, "--arch", "sm_90", "--no-cache", "--json", str(report)]
-    code = main(argv)
+    code = main(["kernels", "compile", *argv])
     return {row["name"].removeprefix("fabricated/"): row for row in json.loads(report.read_text())}, code
 
 
@@ -85,15 +86,13 @@ def test_matrix_instructions_of_each_architecture():
     ("argv", "message"),
     [
         (["--arch", "sm_70"], "--arch: expected one of sm_80"),
-        (["--jobs", "0"], "--jobs: expected at least 1, got 0"),
-        (["--sample", "0"], "--sample: expected at least 1, got 0"),
-        (["--builds", "nowhere.py"], "--builds: no file nowhere.py"),
+        (["--jobs", "0"], "--jobs: expected a whole number from 1 to 4096, got '0'"),
+        (["--sample", "0"], "--sample: expected a whole number from 1, got '0'"),
+        (["--builds", "nowhere.py"], "--builds: expected a file, found nothing at nowhere.py"),
     ],
 )
 def test_refused(argv, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert main(["kernels", "compile", *argv]) == 2 and message in capsys.readouterr().err
 
 
 def test_a_second_run_reads_the_cache(tmp_path, monkeypatch, capfd):
@@ -101,7 +100,7 @@ def test_a_second_run_reads_the_cache(tmp_path, monkeypatch, capfd):
     argv = ["--builds", FABRICATED, "--arch", "sm_80,sm_100", "--only", "fabricated/clean", "--json"]
     rows = []
     for name in ("first.json", "second.json"):
-        assert main([*argv, str(tmp_path / name)]) == 0
+        assert main(["kernels", "compile", *argv, str(tmp_path / name)]) == 0
         rows.append(json.loads((tmp_path / name).read_text()))
     assert [row["cached"] for row in rows[0] + rows[1]] == [False, False, True, True]
     assert [{**row, "cached": None} for row in rows[0]] == [{**row, "cached": None} for row in rows[1]]
@@ -125,5 +124,5 @@ def test_samples_differ_by_architecture_and_cover_all():
 @pytest.mark.parametrize(("arch", "every"), [("sm_90", "6"), ("sm_80,sm_100", "24")])
 def test_shipped_configurations_are_clean(arch, every, capfd):
     """A fixed part of them; all take minutes and are compiled by `conceptron kernels compile`."""
-    code = main(["--arch", arch, "--sample", every])
+    code = main(["kernels", "compile", "--arch", arch, "--sample", every])
     assert code == 0, capfd.readouterr().out
