@@ -195,7 +195,7 @@ class Asked:
         """Of the table: the main figure in percent with its interval."""
         key, figure = main_figure(scored.score)
         again = None
-        if not scored.rows or key == "pearson" or "f1" in scored.score and key == "accuracy":
+        if not scored.rows or key == "pearson" or ("f1" in scored.score and key == "accuracy"):
             again = self.resampled(predictions)
         low, high = interval(scored, again, self.groups)
         return {"task": self.task.name, "row": name, "metric": key, "score": figure, "low": low, "high": high,

@@ -18,9 +18,7 @@ SENTENCE = re.compile(r"[^\n.!?]+(?:[.!?](?!\s)[^\n.!?]*)*[.!?]*")
 WORD = re.compile(r"\w+")
 YES_OR_NO = re.compile(r"(is|are|was|were|do|does|did|can|could|has|have|had|will|would|should)\b", re.IGNORECASE)
 FUNCTION = frozenset(
-    "a an the of to in on at by for from with and or but as is are was were be been it its this that these those he she"
-    " they we you i his her their our not no so if then than there here which who whom whose what when where how why do"
-    " does did has have had will would can could should may might about into over under up down out".split()
+    ["a", "an", "the", "of", "to", "in", "on", "at", "by", "for", "from", "with", "and", "or", "but", "as", "is", "are", "was", "were", "be", "been", "it", "its", "this", "that", "these", "those", "he", "she", "they", "we", "you", "i", "his", "her", "their", "our", "not", "no", "so", "if", "then", "than", "there", "here", "which", "who", "whom", "whose", "what", "when", "where", "how", "why", "do", "does", "did", "has", "have", "had", "will", "would", "can", "could", "should", "may", "might", "about", "into", "over", "under", "up", "down", "out"]
 )
 SHORTEST, LONGEST = 4, 60  # words of a sentence that a summary may have
 SHARPNESS = 12.0  # of a softmax over cosines, with which a question weighs the parts of a document

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from conceptron.bench.downstream import score as command
+from conceptron.bench import score as command
 from conceptron.bench.downstream.scoring import score
 from conceptron.bench.downstream.task import expand, known, load_task
 from conceptron.engine.errors import InputError

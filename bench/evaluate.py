@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...engine.errors import InputError
-from ..measure.environment import environment
-from ..measure.results import markdown_table, write_json, write_results
-from . import figures, submission
-from .protocol import Outcome, Settings, run
-from .readers import open_reader
-from .task import expand, load_task
+from ..engine.errors import InputError
+from .downstream import figures, submission
+from .downstream.protocol import Outcome, Settings, run
+from .downstream.readers import open_reader
+from .downstream.task import expand, load_task
+from .measure.environment import environment
+from .measure.results import markdown_table, write_json, write_results
 
 COLUMNS = ("task", "row", "metric", "score", "low", "high", "spread over seeds", "examples", "documents", "tokens seen",
            "tokens given", "beside it")  # fmt: skip
@@ -32,8 +32,7 @@ def main(options: argparse.Namespace) -> int:
 
     Args:
         options: ``task`` (names with commas between them), ``model`` (a folder or a hub id), ``settings`` (FIELD=VALUE,
-            see FIELDS), ``limit`` (examples or documents of a task; None: all), ``floors`` (False: only the model and
-            its ablations' absence), ``out``.
+            see FIELDS), ``limit`` (pairs, or documents, of a task; None: all), ``no_floors`` (only the model), ``out``.
 
     Raises:
         InputError: one line: an unknown task, a model that cannot be read, data that are missing or broken.
@@ -45,7 +44,7 @@ def main(options: argparse.Namespace) -> int:
         data=Path(given["data"]).expanduser() if "data" in given else None, limit=options.limit,
         train=tuple(given.get("train", "").split(",")) if given.get("train") else (),
         report=tuple(given.get("report", "").split(",")) if given.get("report") else (),
-        seeds=whole_number(given, "seeds", 3), with_floors=options.floors,
+        seeds=whole_number(given, "seeds", 3), with_floors=not options.no_floors,
     )  # fmt: skip
     piece = whole_number(given, "piece", 0) or None
     reader, floors = open_reader(options.model, piece, given.get("cache"))

@@ -5,11 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ...engine.errors import InputError
-from ..measure.results import finite
-from .metrics import scrolls
-from .scoring import read_json, score
-from .task import expand, load_task
+from ..engine.errors import InputError
+from .downstream.metrics import scrolls
+from .downstream.scoring import read_json, score
+from .downstream.task import expand, load_task
+from .measure.results import finite
 
 
 def main(options: argparse.Namespace) -> int:
