@@ -12,7 +12,7 @@ TASKS = ["tasks", *(f"tasks.{family}" for family in (
 FOLDERS = [  # tests/test_house.py holds this list against the tree
     "commands", "kernels", *(f"kernels.{operator}" for operator in OPERATORS),
     "models", "models.generation", "models.objectives", "models.start", "models.tasks",
-    "engine", "engine.data", "engine.jobs", "engine.recipe",
+    "engine", "engine.data", "engine.jobs", "engine.labelled", "engine.recipe",
     "recipes", "recipes.ablation", "recipes.pretrain",
     "bench", "bench.analysis", "bench.analysis.geometry", "bench.documents", "bench.figures", "bench.kernels",
     "bench.measure",

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.errors import InputError
+from ..engine.labelled.task import expand, load_task
 from .downstream import figures, submission
 from .downstream.protocol import Outcome, Settings, run
 from .downstream.readers import open_reader
-from .downstream.task import expand, load_task
 from .measure.environment import environment
 from .measure.results import markdown_table, write_json, write_results
 

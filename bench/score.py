@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.errors import InputError
+from ..engine.labelled.task import expand, load_task
 from .downstream.metrics import scrolls
 from .downstream.scoring import read_json, score
-from .downstream.task import expand, load_task
 from .measure.results import finite
 
 

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 
 from ...engine.errors import InputError
+from ...engine.labelled.examples import Example, examples, several
+from ...engine.labelled.task import Task
 from .answers import choice, extract, labels, place, retrieval, shots, similarity
-from .examples import Example, examples, several
 from .intervals import interval
 from .metrics.longbench import FIRST_LINE
 from .readers import Ablated, Reader
 from .scoring import Scored, main_figure, score
-from .task import Task
 
 MODEL = "concepts"
 ABLATIONS = ("zeroed", "shuffled")
@@ -237,7 +237,7 @@ def quoted(task: Task, name: str, figures: Mapping[str, float]) -> dict[str, Any
                 "beside it": task.published_by}  # fmt: skip
     key, figure = main_figure(known)
     return {"task": task.name, "row": f"{name} (quoted)", "metric": key, "score": figure,
-            "beside it": "; ".join(part for part in (others(known)["beside it"], task.published_by) if part)}  # fmt: skip
+            "beside it": "; ".join(each for each in (others(known)["beside it"], task.published_by) if each)}
 
 
 def by_place(given: Sequence[Example], scored: Scored) -> list[dict[str, Any]]:

@@ -8,8 +8,8 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from ...engine.errors import InputError
+from ...engine.labelled.task import Task
 from .metrics import labels, longbench, ranking, scrolls
-from .task import Task
 
 NO_OBJECT = 'The predictions must be saved a JSON object: {"id1": "prediction1", "id2": "prediction2", ...}'
 NO_TEXT = "All values of the predictions dictionary must be strings"

@@ -3,12 +3,13 @@
 K options, P parts of a document, e width of a vector.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
+from ....engine.labelled.examples import Example
 from ...analysis.embedding import directions
-from ..examples import Example
 from ..readers import Reader
 from .retrieval import bm25_scores
 
@@ -35,7 +36,7 @@ def bm25(given: Sequence[Example]) -> dict[str, str]:
     made = {}
     for each in given:
         edges = [i * len(each.document) // PIECES for i in range(PIECES + 1)]
-        pieces = [each.document[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+        pieces = [each.document[a:b] for a, b in itertools.pairwise(edges)]
         scores = bm25_scores([f"{each.question} {option}" for option in each.options], pieces)
         made[each.id] = each.options[int(np.sort(scores, axis=1)[:, -BEST:].mean(1).argmax())]
     return made

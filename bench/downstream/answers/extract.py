@@ -8,18 +8,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ....engine.labelled.examples import Example
+from ....engine.labelled.task import Task
 from ...analysis.embedding import directions
-from ..examples import Example
 from ..readers import Read, Reader
-from ..task import Task
 from .retrieval import bm25_scores
 
 SENTENCE = re.compile(r"[^\n.!?]+(?:[.!?](?!\s)[^\n.!?]*)*[.!?]*")
 WORD = re.compile(r"\w+")
 YES_OR_NO = re.compile(r"(is|are|was|were|do|does|did|can|could|has|have|had|will|would|should)\b", re.IGNORECASE)
-FUNCTION = frozenset(
-    ["a", "an", "the", "of", "to", "in", "on", "at", "by", "for", "from", "with", "and", "or", "but", "as", "is", "are", "was", "were", "be", "been", "it", "its", "this", "that", "these", "those", "he", "she", "they", "we", "you", "i", "his", "her", "their", "our", "not", "no", "so", "if", "then", "than", "there", "here", "which", "who", "whom", "whose", "what", "when", "where", "how", "why", "do", "does", "did", "has", "have", "had", "will", "would", "can", "could", "should", "may", "might", "about", "into", "over", "under", "up", "down", "out"]
-)
 SHORTEST, LONGEST = 4, 60  # words of a sentence that a summary may have
 SHARPNESS = 12.0  # of a softmax over cosines, with which a question weighs the parts of a document
 SECOND = 0.3  # what a second sentence about a part still adds
@@ -64,8 +61,11 @@ def answer_in(question: str, sentence: str, num_words: int) -> str:
     """The run of ``num_words`` words of the sentence with the most that neither the question has nor every text."""
     if YES_OR_NO.match(question.strip()):
         return "Yes"
-    words, asked = sentence.split(), {word.lower() for word in WORD.findall(question)}
-    is_new = [bool(WORD.search(w)) and WORD.search(w)[0].lower() not in asked | FUNCTION for w in words]
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+    words, known = sentence.split(), {word.lower() for word in WORD.findall(question)} | ENGLISH_STOP_WORDS
+    found = [WORD.search(word) for word in words]
+    is_new = [match is not None and match[0].lower() not in known for match in found]
     runs = [sum(is_new[i : i + num_words]) for i in range(max(1, len(words) - num_words + 1))]
     first = int(np.argmax(runs))
     return " ".join(words[first : first + num_words]).strip(" ,;:")

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from ....engine.labelled.examples import Example, hold_out
+from ....engine.labelled.task import Task
 from ...analysis.embedding import directions
-from ..examples import Example, hold_out
 from ..readers import Read, Reader
-from ..task import Task
 from .similarity import Space, cosines
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the head's penalty, inverse; chosen by the held-out part of training

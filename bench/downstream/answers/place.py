@@ -3,15 +3,16 @@
 P parts of a document, e width of a vector.
 """
 
+import itertools
 import re
 from collections.abc import Sequence
 
 import numpy as np
 
+from ....engine.labelled.examples import Example
+from ....engine.labelled.task import Task
 from ...analysis.embedding import directions
-from ..examples import Example
 from ..readers import Read, Reader
-from ..task import Task
 from .retrieval import bm25_scores
 
 PARAGRAPH = re.compile(r"Paragraph (\d+): ")
@@ -56,7 +57,7 @@ def paragraphs(example: Example, read: Read) -> tuple[list[str], np.ndarray]:
     edges = [*(start for start, _ in starts), len(example.document)]
     middle = read.spans.mean(1)
     rows = []
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in itertools.pairwise(edges):
         inside = (middle >= begin) & (middle < end)
         if not inside.any():
             inside = np.arange(len(middle)) == np.abs(middle - (begin + end) / 2).argmin()
@@ -84,11 +85,11 @@ def bm25(task: Task, given: Sequence[Example], num_parts: int) -> dict[str, int 
             starts = [match.start() for match in PARAGRAPH.finditer(each.document)]
             names = PARAGRAPH.findall(each.document)
             edges = [*starts, len(each.document)]
-            pieces = [each.document[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+            pieces = [each.document[a:b] for a, b in itertools.pairwise(edges)]
             made[each.id] = f"Paragraph {names[int(bm25_scores([each.question], pieces)[0].argmax())]}"
             continue
         edges = [i * len(each.document) // num_parts for i in range(num_parts + 1)]
-        pieces = [each.document[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+        pieces = [each.document[a:b] for a, b in itertools.pairwise(edges)]
         best = int(bm25_scores([each.question], pieces)[0].argmax())
         made[each.id] = int(overlaps(np.array(edges[best : best + 2]), each.spans[0]))
     return made

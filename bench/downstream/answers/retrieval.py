@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ....engine.errors import InputError
+from ....engine.labelled.examples import Example
 from ...analysis.embedding import directions
-from ..examples import Example
 from ..metrics.ranking import CUT
 from ..readers import Reader
 

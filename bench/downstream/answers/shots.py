@@ -4,8 +4,8 @@ import re
 from collections.abc import Sequence
 
 from ....engine.errors import InputError
+from ....engine.labelled.examples import Example
 from ...analysis.embedding import directions
-from ..examples import Example
 from ..readers import Reader
 
 SHOT = re.compile(r"Question: (.*)\nType: (.+)")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..examples import Example
+from ....engine.labelled.examples import Example
 from ..readers import Reader
 
 LEAST_VARIANCE = 1e-4  # of the largest direction: what lies lower is noise that whitening would blow up

@@ -63,9 +63,11 @@ def test_longbench_by_hand():
     assert of("classification", "Food or Date", "Food", ["Food", "Date"]) == 0.5
     # a class that is part of the answer's name is not counted
     assert of("classification", "Date of birth", "Date of birth", ["Date", "x", "Date of birth"]) == 1.0
-    score, _ = longbench.score("classification", "trec", ["\nFood\nDate"], [{"answers": ["Food"], "all_classes": ["Food", "Date"]}], False)  # fmt: skip
+    wanted = {"answers": ["Food"], "all_classes": ["Food", "Date"]}
+    score, _ = longbench.score("classification", "trec", ["\nFood\nDate"], [wanted], False)
     assert score == {"score": 100.0}  # only the first line counts
-    buckets, _ = longbench.score("f1", "qasper", ["x", "y"], [{"answers": ["x"], "length": 3999}, {"answers": ["x"], "length": 8000}], True)  # fmt: skip
+    wanted = [{"answers": ["x"], "length": 3999}, {"answers": ["x"], "length": 8000}]
+    buckets, _ = longbench.score("f1", "qasper", ["x", "y"], wanted, True)
     assert buckets == {"0-4k": 100.0, "4-8k": None, "8k+": 0.0}
     with pytest.raises(ValueError, match="needs all_classes"):
         longbench.score("classification", "trec", ["x"], [{"answers": ["x"]}], False)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ...engine.errors import InputError
+from ..errors import InputError
 from . import synthetic
 from .rows import Row, read_split
 from .task import Task
@@ -76,8 +76,8 @@ def label_number(task: Task, label: Any, split: str, name: str) -> int:
         raise hidden(task, split)
     if isinstance(label, str):
         if label not in task.labels:
-            expected = ", ".join(task.labels)
-            raise InputError(f"{task.name}: unknown label {label!r} of {name!r} in split {split!r}; expected {expected}")
+            where, expected = f"of {name!r} in split {split!r}", ", ".join(task.labels)
+            raise InputError(f"{task.name}: unknown label {label!r} {where}; expected {expected}")
         return task.labels.index(label)
     if not 0 <= int(label) < len(task.labels):
         raise InputError(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ...engine.errors import InputError
+from ..errors import InputError
 from .task import Source, Task
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz")
@@ -79,7 +79,8 @@ def on_hub(source: Source, split: str, name: str) -> Place:
         path = hf_hub_download(source.hub, file, repo_type="dataset", revision=source.revision)
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         line = " ".join(str(error).split())[:160]
-        raise InputError(f"{name}: {source.hub}/{file} cannot be had ({line}); give data=DIR with {source.local}") from error
+        remedy = f"give data=DIR with {source.local}"
+        raise InputError(f"{name}: {source.hub}/{file} cannot be had ({line}); {remedy}") from error
     return Place(Path(path), source.member.format(split=split))
 
 

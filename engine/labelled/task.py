@@ -1,7 +1,7 @@
 """What a task is: one YAML file each under ``tasks/``, checked when it is read.
 
-A task says where its data are, how a row of them becomes an example, how it is answered, and which metric scores it. Its
-name is its path: ``tasks/scrolls/qmsum.yaml`` is ``scrolls/qmsum``; ``scrolls`` are all of that folder.
+A task says where its data are, how a row of them becomes an example, how it is answered, and which metric scores it.
+Its name is its path: ``tasks/scrolls/qmsum.yaml`` is ``scrolls/qmsum``; ``scrolls`` are all of that folder.
 """
 
 import difflib
@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ...engine.errors import InputError
+from ..errors import InputError
 
-FOLDER = Path(__file__).parent / "tasks"
+FOLDER = Path(__file__).parents[2] / "bench" / "downstream" / "tasks"
 Form = Literal["pair", "scrolls", "longbench", "passage", "synthetic"]
 Answer = Literal["similarity", "labels", "values", "choice", "span", "summary", "retrieval", "place", "written"]
 Metric = Literal[

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ...engine.errors import InputError
+from ..errors import InputError
 
 PER_LENGTH = 40  # examples
 DEPTHS = 5  # parts of a text in which a needle is put in turn
@@ -18,10 +18,11 @@ PEOPLE = ("Ada", "Bruno", "Clara", "Dmitri", "Elsa", "Farid", "Greta", "Hugo", "
 PLACES = ("harbour", "library", "orchard", "station", "mill", "chapel", "market", "bridge", "garden", "workshop",
           "quarry", "school", "theatre", "bakery", "lighthouse", "stable")  # fmt: skip
 THINGS = ("a red umbrella", "two letters", "an old map", "the broken clock", "a basket of plums", "some rope",
-          "the blue ledger", "a copper kettle", "three candles", "a wooden chair", "the spare key", "a bag of flour")  # fmt: skip
+          "the blue ledger", "a copper kettle", "three candles", "a wooden chair", "the spare key",
+          "a bag of flour")  # fmt: skip
 DEEDS = ("carried {thing} to the {place}", "forgot {thing} at the {place}", "painted the door of the {place}",
-         "waited near the {place} until evening", "asked for {thing} in the {place}", "repaired {thing} behind the {place}",
-         "walked past the {place} without a word", "counted the windows of the {place}")  # fmt: skip
+         "waited near the {place} until evening", "asked for {thing} in the {place}",
+         "repaired {thing} behind the {place}", "walked past the {place} without a word", "counted the windows of the {place}")  # fmt: skip
 TIMES = ("In the morning", "After the rain", "On Tuesday", "Late at night", "Before lunch", "Once again", "That winter",
          "Years later")  # fmt: skip
 CITIES = ("Lisbon", "Oslo", "Cairo", "Lima", "Quito", "Hanoi", "Dublin", "Riga", "Tunis", "Sofia", "Accra", "Havana",
