@@ -22,7 +22,8 @@ THINGS = ("a red umbrella", "two letters", "an old map", "the broken clock", "a 
           "a bag of flour")  # fmt: skip
 DEEDS = ("carried {thing} to the {place}", "forgot {thing} at the {place}", "painted the door of the {place}",
          "waited near the {place} until evening", "asked for {thing} in the {place}",
-         "repaired {thing} behind the {place}", "walked past the {place} without a word", "counted the windows of the {place}")  # fmt: skip
+         "repaired {thing} behind the {place}", "walked past the {place} without a word",
+         "counted the windows of the {place}")  # fmt: skip
 TIMES = ("In the morning", "After the rain", "On Tuesday", "Late at night", "Before lunch", "Once again", "That winter",
          "Years later")  # fmt: skip
 CITIES = ("Lisbon", "Oslo", "Cairo", "Lima", "Quito", "Hanoi", "Dublin", "Riga", "Tunis", "Sofia", "Accra", "Havana",

@@ -11,26 +11,35 @@ import numpy as np
 from ....engine.labelled.examples import Example, hold_out
 from ....engine.labelled.task import Task
 from ...analysis.embedding import directions
-from ..readers import Read, Reader
+from ..readers import Reader
 from .similarity import Space, cosines
 
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the head's penalty, inverse; chosen by the held-out part of training
+STRENGTHS = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)  # of the head, inverse to its penalty; chosen on held-out training
 EVIDENCE = 4  # parts of a document that are nearest to the question
 SHARPNESS = 20.0  # of the softmax over their cosines
+AROUND = 1  # parts on either side that a part of a document is averaged with
+FEW = 64  # questions, so few that each can have weights of its own
+DIRECTIONS, WHOLE_DIRECTIONS = 32, 8  # principal ones of evidence, and of documents, that such weights see
+NUM_STATISTICS = 65536  # vectors, at most, that where vectors lie is measured on
 
 
 def pair_features(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """[n, 3e + 1] of two texts: what both say, where they differ, and their cosine. Symmetric.
+    """[n, 3e + 1] of two texts: where they differ, what both say, both together, and their cosine. Symmetric.
 
-    Source: the features of InferSent (Conneau et al. 2017, arXiv:1705.02364) without the vectors themselves.
+    Source: the features of InferSent (Conneau et al. 2017, arXiv:1705.02364), with a + b in place of a and b.
     """
     a, b = directions(first), directions(second)
     return np.concatenate([np.abs(a - b), a * b, a + b, 10 * cosines(a, b)[:, None]], axis=1)
 
 
-def evidence(read: Read, query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """([e] what the document says that is near to the question, [EVIDENCE] how near)."""
-    parts = directions(read.vectors)
+def averaged(parts: np.ndarray) -> np.ndarray:
+    """[P, e] each with its neighbours."""
+    wide = np.pad(parts, ((AROUND, AROUND), (0, 0)), mode="edge")
+    return np.mean([wide[i : i + len(parts)] for i in range(2 * AROUND + 1)], axis=0)
+
+
+def evidence(parts: np.ndarray, query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """([e] what the document says that is near to the question, [EVIDENCE] how near). Of directions."""
     near = parts @ query
     best = np.argsort(-near)[:EVIDENCE]
     weights = np.exp(SHARPNESS * (near[best] - near[best[0]]))
@@ -39,30 +48,75 @@ def evidence(read: Read, query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (weights / weights.sum()) @ parts[best], closest
 
 
-def features(task: Task, given: Sequence[Example], reader: Reader, asks: Reader, space: Space) -> np.ndarray:
-    """[n, F]; of a document by what of it is near to the question."""
-    questions = space.place(asks.whole([each.question for each in given]), "centred")
-    if task.form == "pair":
-        return pair_features(questions, space.place(reader.whole([each.document for each in given]), "centred"))
-    reads, rows = reader.parts([each.document for each in given]), []
-    for read, query in zip(reads, directions(questions), strict=True):
-        centred = read._replace(vectors=space.place(read.vectors, "centred"))
-        found, closest = evidence(centred, query)
-        rows.append(np.concatenate([query, found, query * found, 10 * closest]))
-    return np.stack(rows)
+class Features:
+    """[n, F] of examples, measured on those of training.
+
+    Of a pair ``pair_features``. Of a question about a document: the question, what of the document is near to it, their
+    product, and how near. Where few questions are asked of many documents, each instead has weights of its own, for
+    how near the evidence is and for the principal directions of evidence and document.
+    """
+
+    def __init__(self, task: Task, train: Sequence[Example], reader: Reader) -> None:
+        self.is_pair = task.form == "pair"
+        self.questions = list(dict.fromkeys(each.question for each in train))
+        self.is_few = not self.is_pair and len(self.questions) <= min(FEW, len(train) // 4)
+        documents = list(dict.fromkeys(each.document for each in train))
+        if self.is_pair:
+            self.space = Space(reader.whole(list(dict.fromkeys([*self.questions, *documents]))[:4096]))
+            return
+        reads = reader.parts(documents)
+        self.space = Space(np.concatenate([read.vectors for read in reads])[:NUM_STATISTICS])
+        self.middle = np.mean([read.whole for read in reads], axis=0)
+        found, near, _ = self.looked_up(train, reader, reader)
+        self.mean, self.nearness = found.mean(0), near.mean()
+        self.axes = np.linalg.svd(found - self.mean, full_matrices=False)[2][:DIRECTIONS].T
+        wholes = directions(np.stack([read.whole for read in reads]) - self.middle)
+        self.whole_axes = np.linalg.svd(wholes, full_matrices=False)[2][:WHOLE_DIRECTIONS].T
+
+    def rows(self, given: Sequence[Example], reader: Reader, asks: Reader) -> np.ndarray:
+        if self.is_pair:
+            first = self.space.place(asks.whole([each.question for each in given]), "centred")
+            return pair_features(first, self.space.place(reader.whole([each.document for each in given]), "centred"))
+        found, near, whole = self.looked_up(given, reader, asks)
+        if not self.is_few:
+            queries = directions(self.space.place(asks.whole([each.question for each in given]), "centred"))
+            return np.concatenate([queries, found, queries * found, 10 * near], axis=1)
+        own = np.concatenate(
+            [10 * (near - self.nearness), 10 * (found - self.mean) @ self.axes, 5 * whole @ self.whole_axes], axis=1
+        )
+        number = {question: i for i, question in enumerate(self.questions)}
+        is_asked = np.zeros((len(given), len(self.questions)))
+        for row, each in zip(is_asked, given, strict=True):
+            if each.question in number:  # a new one is told by nothing: all weights see zeros
+                row[number[each.question]] = 1
+        crossed = (0.3 * is_asked[:, :, None] * own[:, None, :]).reshape(len(given), -1)
+        return np.concatenate([3 * is_asked, crossed], axis=1)
+
+    def looked_up(
+        self, given: Sequence[Example], reader: Reader, asks: Reader
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """[n, e] evidence, [n, EVIDENCE] how near it is, [n, e] the directions of the documents."""
+        documents = list(dict.fromkeys(each.document for each in given))
+        reads = dict(zip(documents, reader.parts([each for each in documents]), strict=True))
+        parts = {text: directions(averaged(self.space.place(read.vectors, "centred"))) for text, read in reads.items()}
+        queries = directions(self.space.place(asks.whole([each.question for each in given]), "centred"))
+        found = [evidence(parts[each.document], query) for each, query in zip(given, queries, strict=True)]
+        middle = getattr(self, "middle", 0.0)
+        wholes = directions(np.stack([reads[each.document].whole for each in given]) - middle)
+        return np.stack([vector for vector, _ in found]), np.stack([near for _, near in found]), wholes
 
 
 class Fitted:
-    """A head for each seed, which draws the part of training that the penalty is chosen by; and where vectors lie."""
+    """A head for each seed, which draws the part of training that the penalty is chosen by."""
 
-    def __init__(self, task: Task, space: Space, heads: Sequence[Any], scaling: tuple[float, float]) -> None:
-        self.task, self.space, self.heads, self.scaling = task, space, heads, scaling
+    def __init__(self, task: Task, features: Features, heads: Sequence[Any], scaling: tuple[float, float]) -> None:
+        self.task, self.features, self.heads, self.scaling = task, features, heads, scaling
 
     def predict(self, given: Sequence[Example], reader: Reader, asks: Reader) -> dict[str, Any]:
-        return self.answers(self.heads[0], given, features(self.task, given, reader, asks, self.space))
+        return self.answers(self.heads[0], given, self.features.rows(given, reader, asks))
 
     def of_seeds(self, given: Sequence[Example], reader: Reader, asks: Reader) -> list[dict[str, Any]]:
-        rows = features(self.task, given, reader, asks, self.space)
+        rows = self.features.rows(given, reader, asks)
         return [self.answers(head, given, rows) for head in self.heads]
 
     def answers(self, head: Any, given: Sequence[Example], rows: np.ndarray) -> dict[str, Any]:
@@ -91,14 +145,8 @@ def as_predictions(task: Task, given: Sequence[Example], found: np.ndarray) -> d
 
 def fit(task: Task, train: Sequence[Example], reader: Reader, seeds: int) -> Fitted:
     """The penalty is chosen on documents held out of the training split, then all of it is learned from."""
-    texts = list(dict.fromkeys(each.question for each in train))
-    if task.form == "pair":
-        texts = list(dict.fromkeys([*texts, *(each.document for each in train)]))
-        space = Space(reader.whole(texts[:4096]))
-    else:
-        documents = list(dict.fromkeys(each.document for each in train))
-        space = Space(np.concatenate([read.vectors for read in reader.parts(documents)])[:65536])
-    rows = features(task, train, reader, reader, space)
+    features = Features(task, train, reader)
+    rows = features.rows(train, reader, reader)
     truth = np.array([each.truth for each in train], dtype=np.float64)
     middle, spread = (truth.mean(), truth.std() or 1.0) if task.answer == "values" else (0.0, 1.0)
     truth = (truth - middle) / spread if task.answer == "values" else truth.astype(np.int64)
@@ -108,20 +156,20 @@ def fit(task: Task, train: Sequence[Example], reader: Reader, seeds: int) -> Fit
         learned, held = ([place[each.id] for each in part] for part in hold_out(train, seed))
         scores = []
         for strength in STRENGTHS:
-            head = new_head(task, strength).fit(rows[learned], truth[learned])
+            head = new_head(task, strength, features.is_few).fit(rows[learned], truth[learned])
             scores.append(quality(task, outputs(task, head, rows[held]), truth[held]))
-        heads.append(new_head(task, STRENGTHS[int(np.argmax(scores))]).fit(rows, truth))
-    return Fitted(task, space, heads, (middle, spread))
+        heads.append(new_head(task, STRENGTHS[int(np.argmax(scores))], features.is_few).fit(rows, truth))
+    return Fitted(task, features, heads, (middle, spread))
 
 
-def new_head(task: Task, strength: float) -> Any:
+def new_head(task: Task, strength: float, is_scaled: bool) -> Any:
+    """``is_scaled``: the features have the sizes that the penalty is meant for."""
     from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    if task.answer == "values":
-        return make_pipeline(StandardScaler(), Ridge(alpha=1 / strength))
-    return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=400))
+    head = Ridge(alpha=1 / strength) if task.answer == "values" else LogisticRegression(C=strength, max_iter=200)
+    return make_pipeline(head) if is_scaled else make_pipeline(StandardScaler(), head)
 
 
 def quality(task: Task, found: np.ndarray, truth: np.ndarray) -> float:
