@@ -81,6 +81,11 @@ COMMANDS = (
         "conceptron train pretrain/diffusion.yaml optim.lr=2e-4 batch.tokens=131072", "engine.trainer:main",
         (RECIPE, OVERRIDES),
     ),
+    Command(
+        "doctor", "whether this machine can train, and what to mend where it cannot",
+        "conceptron doctor pretrain/diffusion.yaml", "engine.doctor:main",
+        (Option("recipe", Text("a recipe"), "also what this one needs: folder, tokenizer", None, "?"), OVERRIDES),
+    ),
     Command("recipes", "list the shipped recipes, one line each", "conceptron recipes", "engine.recipe.shipped:main"),
     Command(
         "describe", "what the model of a recipe costs, before training",
@@ -238,6 +243,19 @@ COMMANDS = (
             Option("--chapters", Whole(1, 100_000), "how many are searched", 100, shown="N"),
             Option("--name", Text("a name"), "of the result files; left out: the model's folder"),
             out("runs/bench/meaning"),
+        ),
+    ),
+    Command(
+        "bench parallel", "what one text over several GPUs sends, beside Ulysses and ring attention: counted",
+        "conceptron bench parallel --tokens 1048576 --gpus 8 64 512", "bench.parallel:main",
+        (
+            Option("--tokens", Whole(1, 2**40), "N, of the text", 2**20),
+            Option("--gpus", Whole(1, 2**20), "how many hold it", (8, 16, 32, 64, 128, 256, 512), "+", "P"),
+            Option("--concepts", Whole(1, 2**20), "C", 128),
+            Option("--width", Whole(1, 2**20), "d", 4096), Option("--heads", Whole(1, 2**16), "of a layer", 32),
+            Option("--bandwidth", Number(0, 1e6, above=True), "GB/s that a GPU receives, assumed", 50.0),
+            Option("--tflops", Number(0, 1e6, above=True), "that a GPU does, assumed", 400.0),
+            out("runs/bench/parallel"),
         ),
     ),
     Command(

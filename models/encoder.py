@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
@@ -199,6 +200,7 @@ class ConceptEncoder(ConceptPreTrainedModel):
     """
 
     keep: str | None = None
+    group: ProcessGroup | None = None  # of devices that each hold a part of every text, ``sharding.shard``
     # of the folder of a model with a head, whose encoder this is: what AutoModel leaves there is no surprise
     _keys_to_ignore_on_load_unexpected: ClassVar = [
         rf"^{part}\." for part in ("decoder", "exposure", "lm_head", "norm", "pool", "classifier", "qa_outputs")
@@ -303,7 +305,7 @@ class ConceptEncoder(ConceptPreTrainedModel):
             num_frozen = max(0, K - config.backprop_iterations)
         read = tokens.states if tokens.source is None else tokens.source
         beginning = read if tokens.raw is None else tokens.raw
-        start_BCd = self.concepts(beginning, tokens.packed, num_concepts)
+        start_BCd = self.concepts(beginning, tokens.packed, num_concepts, self.group)
         if asked is not None:
             self.check_asked(asked, B, start_BCd.shape[0])
             start_BCd = torch.cat((start_BCd, asked.to(start_BCd.dtype)), dim=1)
@@ -354,7 +356,7 @@ class ConceptEncoder(ConceptPreTrainedModel):
     def kept_of_tokens(self) -> str:
         """What is kept of a token in this call, see ``keep``."""
         check_keep(self.config, self.keep)
-        if self.config.layer_kind != "cross":
+        if self.config.layer_kind != "cross" or self.group is not None:
             return "keys"
         is_default = self.keep is None and (
             self.config.tie_layers or self.config.share_kv > 1 or self.token_norm.weight.device.type != "cpu"
@@ -383,6 +385,9 @@ class ConceptEncoder(ConceptPreTrainedModel):
             rows_Re = self.backbone(packed) if packed.states is None else packed.states.to(self.token_norm.weight.dtype)
             places = Places(packed.position_ids, packed.sequence_ids(), packed)
             raw = self.backbone.centred(rows_Re) if self.config.init_queries == "state" else None
+        if places.packed.own is not None:
+            own = places.packed.own
+            rows_Re, places = rows_Re[own], Places(places.positions[own], places.sequence_ids[own], packed.select(own))
         states = self.token_norm(self.widen_tokens(rows_Re))
         if self.config.layer_kind != "bixt":  # there they go on as a residual stream
             states = lower_precision(states)[0]  # once for the keys and values of all layers
@@ -393,7 +398,7 @@ class ConceptEncoder(ConceptPreTrainedModel):
         states, positions, packed, raw = self.token_states(packed)
         # the temperature of YaRN is for a softmax over tokens
         find = self.positions.angles if self.config.layer_kind == "slot" else self.positions.read_angles
-        return Tokens(states, find(positions), packed, raw)
+        return Tokens(states, find(positions), packed, raw, group=self.group)
 
     def pooled(self, concepts_BCd: Tensor) -> Tensor:
         """[B, d]: the mean of the concepts. With init_queries = state, brought back into the backbone's own space: of

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..kernels.bixt_attention.op import bixt_attention
@@ -18,6 +19,7 @@ from .layers import BranchNorm, ConceptAttention, FeedForward, Heads, ResidualLi
 from .mixing import concept_mixing
 from .packing import Packed
 from .positions import Angles
+from .sharding import read_shard
 from .token_source import TokenSource
 
 
@@ -31,6 +33,7 @@ class Tokens(NamedTuple):
     keys_values: tuple[Tensor, Tensor] | None = None  # [T, Hkv, D] each, where a layer has made them for those after it
     source: TokenSource | None = None  # instead of states and angles: they are read in chunks
     maker: "TokenRead | None" = None  # then the one whose projections make keys and values
+    group: ProcessGroup | None = None  # of devices that hold the other tokens of these texts
 
 
 class ConceptAngles(NamedTuple):
@@ -99,7 +102,10 @@ class TokenRead(ConceptAttention):
         q_BCHD, packed = self.query(concepts_BCd, anchor_angles), tokens.packed
         if tokens.source is None:
             tokens = with_keys_values(self, tokens, self.is_tied)
-            read_BCHD = concept_attention(q_BCHD, *tokens.keys_values, packed.cu_seqlens, packed.max_seqlen)
+            if tokens.group is not None:
+                read_BCHD = read_shard(q_BCHD, *tokens.keys_values, packed, tokens.group)
+            else:
+                read_BCHD = concept_attention(q_BCHD, *tokens.keys_values, packed.cu_seqlens, packed.max_seqlen)
         else:
             tokens = tokens._replace(maker=self) if hasattr(self, "key") else tokens
             key, value = tokens.maker.key, tokens.maker.value

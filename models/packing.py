@@ -27,6 +27,7 @@ class Packed(NamedTuple):
     extents: Tensor | None = None  # [B] int64, N before tokens were left out; None: none was at the end
     states: Tensor | None = None  # [T, e] what a frozen backbone made of these very texts, where that is known
     embeds: Tensor | None = None  # [T, e] in place of the rows of the table of embeddings; input_ids are then -1
+    own: Tensor | None = None  # [T] bool, False where a token is only there for its neighbours (``sharding.shard``)
 
     @property
     def num_sequences(self) -> int:
@@ -41,7 +42,7 @@ class Packed(NamedTuple):
             return None if x is None else x.to(device, non_blocking=non_blocking)
 
         tensors = (self.input_ids, self.position_ids, self.cu_seqlens)
-        others = (self.extents, self.states, self.embeds)
+        others = (self.extents, self.states, self.embeds, self.own)
         return Packed(*(move(x) for x in tensors), self.max_seqlen, *(move(x) for x in others))
 
     def num_positions(self) -> Tensor:

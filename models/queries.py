@@ -9,10 +9,12 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from .config import ConceptConfig
 from .packing import Packed
 from .positions import anchor_fractions, segment_offsets, sinusoids
+from .sharding import sum_shards, summed
 from .shares import share_means
 from .similarity import wide
 from .start.resize import resize
@@ -94,9 +96,12 @@ class ConceptQueries(nn.Module):
         is_resized = self.config.init_queries == "state" and num_concepts != self.config.num_concepts
         return rows_Cd - rows_Cd.mean(0) if is_resized else rows_Cd
 
-    def forward(self, tokens: Tensor | TokenSource, packed: Packed, num_concepts: int | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor | TokenSource, packed: Packed, num_concepts: int | None = None,
+        group: ProcessGroup | None = None,
+    ) -> Tensor:  # fmt: skip
         """``num_concepts``: other than the configuration's C, which learned rows and places then follow as they do when
-        a checkpoint is loaded with another C (``start.resize``)."""
+        a checkpoint is loaded with another C (``start.resize``). ``group``: of devices that hold the other tokens."""
         config, B = self.config, packed.num_sequences
         C, d = config.num_concepts if num_concepts is None else num_concepts, config.hidden_size
         shares_C = anchor_fractions(C, packed.cu_seqlens.device)
@@ -113,6 +118,10 @@ class ConceptQueries(nn.Module):
         offsets = segment_offsets(packed, C)
         if isinstance(tokens, TokenSource):
             means = tokens.segment_means(offsets)
+        elif group is not None:
+            sums = torch.segment_reduce(wide(tokens), "sum", offsets=offsets, axis=0, unsafe=True, initial=0)
+            sums, counts = sum_shards(sums, group), summed(offsets.diff(), group)
+            means = sums / counts.clamp_min(1)[:, None]
         else:
             # unsafe skips a check of the offsets that would synchronise; they are right by construction
             means = torch.segment_reduce(wide(tokens), "mean", offsets=offsets, axis=0, unsafe=True, initial=0)

@@ -40,8 +40,10 @@ BAD = {
 def line(command: Command, option: Option, value: str, tmp_path) -> list[str]:
     """A command line in which all that must be given is given, and ``option`` has ``value``."""
     argv, taken = command.words.split(), set()
-    for other in command.options:
-        if other is option or (not other.required and other.name.startswith("--")) or other.count in "?*":
+    for i, other in enumerate(command.options):
+        stands_before = not option.name.startswith("--") and i < command.options.index(option)
+        may_go = other.count in "?*" and not stands_before
+        if other is option or (not other.required and other.name.startswith("--")) or may_go:
             continue
         argv += given(other, tmp_path)
     for other in command.options:

@@ -1,0 +1,143 @@
+"""Two and four devices that each hold a part of every text give what one gives, and send the same whatever N is."""
+
+import functools
+import multiprocessing
+import traceback
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from conceptron.models.config import ConceptConfig
+from conceptron.models.encoder import ConceptEncoder
+from conceptron.models.packing import pack
+from conceptron.models.sharding import shard
+
+VOCAB, C, D = 60, 6, 16  # ids, concepts, width
+LENGTHS = [37, 5, 0, 1, 64]
+MODELS = {
+    "segment": {},
+    "shared keys": {"share_kv": 2, "init_queries": "orthogonal"},
+    "tied": {"tie_layers": True, "num_iterations": 3},
+    "window": {"num_token_layers": 2, "token_window": 4},
+    "convolution": {"num_token_layers": 2, "token_mixer": "conv", "normalize_tokens": True},
+    "learned places": {"token_positions": "learned", "concept_positions": "learned", "max_position_embeddings": 64},
+}
+
+
+def build(fields: dict) -> ConceptEncoder:
+    torch.manual_seed(0)
+    config = ConceptConfig(
+        vocab_size=VOCAB, hidden_size=D, num_concepts=C, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, num_decoder_layers=1, **fields,
+    )  # fmt: skip
+    return ConceptEncoder(config).double()
+
+
+def texts(lengths=LENGTHS):
+    generator = np.random.default_rng(0)
+    return pack([generator.integers(1, VOCAB, n) for n in lengths])
+
+
+def weighing(rank: int, size: int) -> torch.Tensor:
+    """What the loss of one device makes of the concepts; over all devices they differ."""
+    generator = torch.Generator().manual_seed(size * 10 + rank)
+    return torch.randn(len(LENGTHS), C, D, generator=generator, dtype=torch.float64)
+
+
+def compare(rank: int, size: int, group) -> None:
+    for name, fields in MODELS.items():
+        one, many = build(fields), build(fields)
+        loss = sum((one(packed=texts()).last_hidden_state * weighing(r, size)).sum() for r in range(size))
+        loss.backward()
+        many.group = group
+        output = many(packed=shard(texts(), rank, size, many.config))
+        expected = one(packed=texts())
+        told = functools.partial("{}: {}".format, name)
+        torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state, msg=told)
+        assert torch.equal(output.anchors, expected.anchors)
+        (output.last_hidden_state * weighing(rank, size)).sum().backward()
+        for (part, p), q in zip(many.named_parameters(), one.parameters(), strict=True):
+            gradient = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(gradient, group=group)
+            told = functools.partial("{} {}: {}".format, name, part)
+            torch.testing.assert_close(gradient, q.grad, rtol=1e-9, atol=1e-9, msg=told)
+
+
+def count_bytes(rank: int, size: int, group) -> None:
+    sent = []
+    real = dist.all_gather, dist.all_reduce
+
+    def all_gather(parts, x, **options):
+        sent.append(x.nbytes)
+        return real[0](parts, x, **options)
+
+    def all_reduce(x, **options):
+        sent.append(x.nbytes)
+        return real[1](x, **options)
+
+    dist.all_gather, dist.all_reduce = all_gather, all_reduce
+    model, totals = build({}), []
+    model.group = group
+    for num_tokens in (1024, 65536):
+        sent.clear()
+        part = shard(texts([num_tokens]), rank, size, model.config)
+        assert part.num_tokens == num_tokens // size
+        model(packed=part).last_hidden_state.sum().backward()
+        totals.append(sum(sent))
+    dist.all_gather, dist.all_reduce = real
+    rows = C * D * 8  # of one text, float64
+    lse = C * 2 * 8
+    start = 2 * rows + C * 8  # segment sums forward and backward, and how many tokens each has
+    assert totals == [2 * (2 * rows + lse) + start] * 2, totals
+
+
+def run(rank: int, size: int, folder: str, errors) -> None:
+    try:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", size), rank=rank, world_size=size)
+        pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        compare(rank, size, dist.group.WORLD)
+        compare(rank % 2, 2, pairs[rank // 2])
+        count_bytes(rank, size, dist.group.WORLD)
+        dist.destroy_process_group()
+    except BaseException:
+        errors.put(f"rank {rank}:\n{traceback.format_exc()}")
+        raise
+
+
+def test_devices_that_share_texts_are_one(tmp_path):
+    size, context = 4, multiprocessing.get_context("fork")
+    errors = context.SimpleQueue()
+    ranks = [context.Process(target=run, args=(rank, size, str(tmp_path), errors)) for rank in range(size)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    for process in ranks:
+        if process.is_alive():
+            process.kill()
+    assert errors.empty(), errors.get()
+    assert [process.exitcode for process in ranks] == [0] * size
+
+
+@pytest.mark.parametrize(
+    "fields", [{"layer_kind": "bixt"}, {"layer_kind": "slot"}, {"num_token_layers": 2, "funnel": [0]}]
+)
+def test_what_cannot_be_sharded_is_named(fields):
+    with pytest.raises(ValueError, match=f"{'funnel' if 'funnel' in fields else 'layer_kind'}: .* several devices"):
+        shard(texts(), 0, 2, build(fields).config)
+    with pytest.raises(ValueError, match="rank: expected 0 to 1, got 2"):
+        shard(texts(), 2, 2, build({}).config)
+
+
+def test_every_token_has_one_owner_and_its_neighbours():
+    config = build(MODELS["window"]).config
+    parts = [shard(texts(), rank, 3, config) for rank in range(3)]
+    owned = torch.cat([part.input_ids[part.own] for part in parts])
+    assert torch.equal(owned.sort().values, texts().input_ids.sort().values)
+    middle = parts[1]
+    last = middle.sequence_ids() == len(LENGTHS) - 1
+    assert middle.position_ids[last].tolist() == list(range(21 - 8, 42 + 8))
+    assert torch.equal(middle.num_positions(), torch.tensor(LENGTHS))
