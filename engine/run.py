@@ -13,14 +13,14 @@ from . import checkpoint
 from .errors import InputError
 from .launch import World
 from .recipe.load import save_recipe
-from .recipe.schema import Recipe
+from .recipe.schema import Training
 from .telemetry import environment
 
 
 class RunFolder:
     """One run's folder. Nothing is written before `create`, which the trainer calls when all input has proved good."""
 
-    def __init__(self, recipe: Recipe, world: World) -> None:
+    def __init__(self, recipe: Training, world: World) -> None:
         self.recipe, self.world, self.path = recipe, world, recipe.path
         self.checkpoints, self.model = self.path / "checkpoints", self.path / "model"
         self.found: Path | None = None  # the checkpoint to go on from

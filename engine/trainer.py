@@ -13,13 +13,15 @@ import torch
 
 from . import checkpoint, compat, launch, zero
 from .errors import InputError
+from .jobs.finetuning import FinetuningJob
 from .jobs.job import Job
-from .jobs.pretraining import PretrainingJob, counted
+from .jobs.pretraining import PretrainingJob
 from .launch import StopRequest, World
 from .optimizer import build_optimizer
 from .precision import settled
-from .recipe.load import load_recipe
-from .recipe.schema import Recipe
+from .recipe.finetune import Finetune
+from .recipe.load import load_any
+from .recipe.schema import Training
 from .run import RunFolder
 from .schedule import learning_rate
 from .telemetry import Clock, Telemetry, duration, peak_memory_bytes
@@ -41,14 +43,15 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
             disk is full or gradients stay non-finite: the last good checkpoint stays.
         SystemExit: SIGTERM or SIGINT came; a checkpoint was saved. The code is 128 plus the signal's number.
     """
-    recipe, stop = load_recipe(recipe_path, overrides), StopRequest()
-    with launch.world() as world, RunFolder(settled(counted(recipe, world), world), world) as run:
+    recipe, stop = load_any(recipe_path, overrides), StopRequest()
+    kind = FinetuningJob if isinstance(recipe, Finetune) else PretrainingJob
+    with launch.world() as world, RunFolder(settled(kind.completed(recipe, world), world), world) as run:
         notes, recipe = run.inspect(), run.recipe
         if run.is_finished:
             if world.is_first:
                 print(f"{run.path}: finished already ({run.progress.step} steps); the model is in {run.model}")
             return run.path
-        trainer = Trainer(recipe, world, stop, run, PretrainingJob(recipe, world))
+        trainer = Trainer(recipe, world, stop, run, kind(recipe, world))
         try:
             with stop:
                 trainer.fit(notes)
@@ -67,7 +70,7 @@ def main(options: argparse.Namespace) -> None:
 class Trainer:
     """How a job is trained: steps, checkpoints, the record. All is built and checked before its folder is touched."""
 
-    def __init__(self, recipe: Recipe, world: World, stop: StopRequest, run: RunFolder, job: Job) -> None:
+    def __init__(self, recipe: Training, world: World, stop: StopRequest, run: RunFolder, job: Job) -> None:
         self.recipe, self.world, self.stop, self.run, self.progress = recipe, world, stop, run, run.progress
         self.job = job
         self.identity = {
