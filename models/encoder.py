@@ -243,7 +243,8 @@ class ConceptEncoder(ConceptPreTrainedModel):
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, *,
         token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
         packed: Packed | None = None, num_concepts: int | None = None, asked: Tensor | None = None,
-        num_iterations: int | None = None, tolerance: float | None = None, cu_seq_lens_q: Tensor | None = None, cu_seq_lens_k: Tensor | None = None,
+        num_iterations: int | None = None, tolerance: float | None = None,
+        cu_seq_lens_q: Tensor | None = None, cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None, max_length_k: int | None = None, output_attentions: bool | None = None,
         output_hidden_states: bool | None = None, output_convergence: bool = False, return_dict: bool | None = None,
     ) -> ConceptEncoderOutput | tuple:  # fmt: skip
@@ -256,9 +257,9 @@ class ConceptEncoder(ConceptPreTrainedModel):
             token_type_ids: not read: which of two texts a token is of, the separator says.
             num_concepts: C, any, of all texts of the batch; the configuration's by default. Learned rows follow as when
                 a checkpoint is loaded with another C. ``packing.fitting_concepts`` finds one that fits the texts.
-            asked: [B, Q, d] concepts of a question about each text. They join the C that read it, as rows C to C + Q - 1
-                of what comes back, spread over the text as C of them would be; the pooled output is that of the first
-                C. So what is kept of a text can depend on what is wanted of it.
+            asked: [B, Q, d] concepts of a question about each text. They join the C that read it, as the last Q rows
+                of what comes back, spread over the text like others; the pooled output is that of the first C. So what
+                is kept of a text can depend on what is wanted of it.
             num_iterations: K of a tied layer, any; the configuration's by default.
             tolerance: in evaluation, ends the iterations of a tied layer after one that changed the concepts of every
                 sequence by less, |c_k+1 - c_k| < tolerance * |c_k|. Synchronises with the host once an iteration.
@@ -444,7 +445,8 @@ class ConceptEncoder(ConceptPreTrainedModel):
             keep[rows[there].flatten()] = False
         kept = packed.select(keep)
         positions = torch.arange(kept.num_tokens, device=keep.device) - kept.cu_seqlens[:-1].long()[kept.sequence_ids()]
-        return Packed(kept.input_ids, positions, kept.cu_seqlens, packed.max_seqlen)
+        states = packed.states if kept.num_tokens == packed.num_tokens else None  # of other texts
+        return Packed(kept.input_ids, positions, kept.cu_seqlens, packed.max_seqlen, states=states)
 
     def visible(self, packed: Packed) -> Packed:
         """What the encoder reads of a text with [MASK] tokens in it: without them if it was configured to drop them."""

@@ -133,9 +133,9 @@ class FinetuningJob:
         self.source = ConceptConfig.from_dict(config)
         self.vocabulary = load_vocabulary(self.folder, self.source)
         self.is_pair, self.is_whole = task.form == "pair", task.answer != "values"
-        splits, data = recipe.task.train or task.splits.train, recipe.task.data
-        every = [each for split in splits
-                 for each in examples(task, split, Path(data).expanduser() if data else None, recipe.task.limit)]  # fmt: skip
+        data = Path(recipe.task.data).expanduser() if recipe.task.data else None
+        splits = recipe.task.train or task.splits.train
+        every = [each for split in splits for each in examples(task, split, data, recipe.task.limit)]
         train, held = hold_out(every, recipe.task.fold)
         self.num_options = len(every[0].options) or None if task.answer == "choice" else None
         if self.num_options and any(len(each.options) != self.num_options for each in every):
@@ -143,6 +143,8 @@ class FinetuningJob:
         truth = np.array([each.truth for each in train], dtype=np.float64)
         self.middle, self.spread = (float(truth.mean()), float(truth.std()) or 1.0) if not self.is_whole else (0.0, 1.0)
         self.loader, self.held_out = self.read(train), self.read(held)
+        cut = sum(len(g.document) == recipe.task.max_tokens for p in (self.loader, self.held_out) for g in p.groups)
+        self.cut = f", {cut} documents read up to task.max_tokens = {recipe.task.max_tokens}" if cut else ""
 
     @staticmethod
     def completed(recipe: Finetune, world: World) -> Finetune:
@@ -151,6 +153,13 @@ class FinetuningJob:
     def read(self, given: Sequence[Example]) -> Groups:
         recipe = self.recipe
         groups = grouped(given, self.vocabulary.encode, recipe.task.max_tokens, self.is_pair)
+        longest = max(group.num_tokens for group in groups)
+        for field, room in (("tokens", recipe.batch.tokens), ("micro_tokens", recipe.batch.micro_tokens)):
+            if room < longest:
+                raise InputError(
+                    f"batch.{field}: expected room for the longest document with its questions, {longest} tokens, got "
+                    f"{room}; raise it or lower task.max_tokens"
+                )
         return Groups(
             groups, self.is_whole, seed=recipe.run.seed, tokens_per_step=recipe.batch.tokens,
             micro_tokens=recipe.batch.micro_tokens, rank=self.world.rank, world_size=self.world.size,
@@ -161,19 +170,20 @@ class FinetuningJob:
         for group in self.loader.groups:
             digest.update(group.document.tobytes())
             digest.update(json.dumps([group.names, group.labels]).encode())
-        return {"task": {"examples": sum(len(group.labels) for group in self.loader.groups),
-                         "texts and labels": digest.hexdigest()[:16], "source": fingerprint_of(self.folder)}}  # fmt: skip
+        count, source = sum(len(group.labels) for group in self.loader.groups), fingerprint_of(self.folder)
+        return {"task": {"examples": count, "texts and labels": digest.hexdigest()[:16], "source": source}}
 
     def describe(self) -> str:
         parts = (self.loader, "learned from"), (self.held_out, "held out")
         words = [f"{sum(len(group.labels) for group in part.groups)} examples {what}" for part, what in parts]
-        return f"{self.task.name}: {', '.join(words)} ({self.loader.steps_per_epoch} steps an epoch)"
+        return f"{self.task.name}: {', '.join(words)} ({self.loader.steps_per_epoch} steps an epoch{self.cut})"
 
     def build_config(self) -> ConceptConfig:
         task = self.task
         labels: dict[str, Any] = {"num_labels": 1 if not self.is_whole or self.num_options else len(task.labels)}
-        labels["problem_type"] = "single_label_classification" if self.is_whole else "regression"
+        labels["problem_type"] = None if self.is_whole else "regression"
         if self.is_whole and not self.num_options:
+            labels["problem_type"] = "single_label_classification"
             labels["id2label"] = dict(enumerate(task.labels))
             labels["label2id"] = {name: i for i, name in enumerate(task.labels)}
         if self.is_pair:
@@ -192,7 +202,8 @@ class FinetuningJob:
         config = self.build_config()
         try:
             with quiet():
-                model = kind.from_pretrained(self.folder, config=config, use_safetensors=True) if is_new else kind(config)
+                options = {"config": config, "use_safetensors": True}
+                model = kind.from_pretrained(self.folder, **options) if is_new else kind(config)
         except (OSError, RuntimeError, ValueError) as error:
             raise InputError(f"source: {self.recipe.source}: {' '.join(str(error).split())}") from error
         if self.recipe.learned == "head":
@@ -212,11 +223,14 @@ class FinetuningJob:
         backbone.to(self.world.device)
         cache, key = cache_folder(self.recipe.task.cache), {"source": fingerprint_of(self.folder)}
         for loader in (self.loader, self.held_out):
-            both = windows_of([g.document for g in loader.groups]), windows_of([q for g in loader.groups for q in g.questions])
+            documents = windows_of([group.document for group in loader.groups])
+            questions = windows_of([question for group in loader.groups for question in group.questions])
             loader.stores = tuple(
-                self.world.first_then_others(lambda some=some: open_states(cache, some, backbone, {**key, **digest(some)}, room))
-                for some in both
-            )  # fmt: skip
+                self.world.first_then_others(
+                    lambda some=some: open_states(cache, some, backbone, key | digest(some), room)
+                )
+                for some in (documents, questions)
+            )
 
     def batches(self, start: int, stop: int) -> Iterator[list[Asked]]:
         return self.loader.prefetch(start, stop)

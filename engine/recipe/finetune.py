@@ -6,9 +6,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ...models.config import ConceptConfig
+from ...models.decisions import FIELDS
 from ..errors import InputError
 from ..labelled.task import Task, load_task
-from .checker import one_line
+from .checker import one_line, unknown
 from .schema import Count, CountOrZero, Section, Training
 
 OF_THE_TASK = ("num_labels", "problem_type", "label_offset", "label_scale")  # fields of ConceptConfig that it decides
@@ -19,7 +20,7 @@ class Learned(Section):
 
     name: str  # such as glue/stsb
     data: str | None = None  # a folder with it; none: the hub
-    train: list[str] = []  # splits, in place of the task's own
+    train: list[str] = Field(default_factory=list)  # splits, in place of the task's own
     limit: Count | None = None  # pairs, or documents
     fold: CountOrZero = 0  # which draw of the training split is held out, to choose by
     max_tokens: Count = 65536  # of a text; the rest of a longer one is not read, which the log says
@@ -32,7 +33,7 @@ class Finetune(Training):
 
     source: str  # a folder, a run, or a hub id of a model of this package
     task: Learned
-    model: dict[str, Any] = {}
+    model: dict[str, Any] = Field(default_factory=dict)
     learned: Literal["head", "all"] = "all"  # head: the encoder stays as it is
 
     def open_task(self) -> Task:
@@ -51,12 +52,12 @@ class Finetune(Training):
         Raises:
             InputError: a field is unknown or does not fit.
         """
-        names = source.to_dict()
         for name in self.model:
-            if name not in names:
-                raise InputError(f"model.{name}: unknown; expected a field of ConceptConfig")
             if name in OF_THE_TASK:
                 raise InputError(f"model.{name}: the task decides it; leave it out")
+            if name not in FIELDS:
+                raise InputError(f"model.{name}: {unknown(name, FIELDS)}")
+        names = {name: value for name, value in source.to_dict().items() if name not in ("id2label", "label2id")}
         try:
             return ConceptConfig.from_dict({**names, **self.model, **labels})
         except (ValueError, TypeError) as error:
