@@ -13,7 +13,7 @@ FOLDERS = [  # tests/test_house.py holds this list against the tree
     "commands", "kernels", *(f"kernels.{operator}" for operator in OPERATORS),
     "models", "models.generation", "models.objectives", "models.start", "models.tasks",
     "engine", "engine.data", "engine.jobs", "engine.labelled", "engine.recipe",
-    "recipes", "recipes.ablation", "recipes.pretrain",
+    "recipes", "recipes.ablation", "recipes.finetune", "recipes.pretrain",
     "bench", "bench.analysis", "bench.analysis.geometry", "bench.documents", "bench.figures", "bench.kernels",
     "bench.measure",
     "bench.downstream", "bench.downstream.answers", "bench.downstream.metrics", *(f"bench.downstream.{tasks}" for tasks
@@ -29,6 +29,7 @@ setup(
         "conceptron.kernels": ["*.pyi"],
         "conceptron.recipes": ["*.yaml"],
         "conceptron.recipes.ablation": ["*.yaml"],
+        "conceptron.recipes.finetune": ["*.yaml"],
         "conceptron.recipes.pretrain": ["*.yaml"],
         **{f"conceptron.bench.downstream.{tasks}": ["*.yaml"] for tasks in TASKS},
     },

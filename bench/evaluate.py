@@ -14,16 +14,17 @@ from typing import Any
 from ..engine.errors import InputError
 from ..engine.labelled.task import expand, load_task
 from .downstream import figures, submission
+from .downstream.grid import tuned
 from .downstream.protocol import Outcome, Settings, run
 from .downstream.readers import open_reader
 from .measure.environment import environment
 from .measure.results import markdown_table, write_json, write_results
 
-COLUMNS = ("task", "row", "metric", "score", "low", "high", "spread over seeds", "examples", "documents", "tokens seen",
+COLUMNS = ("task", "row", "metric", "score", "low", "high", "spread over seeds", "learning rate", "examples", "documents", "tokens seen",
            "tokens given", "beside it")  # fmt: skip
 FIELDS = {  # field -> what is asked for
     "data": "a folder", "cache": "a folder", "train": "splits", "report": "splits", "piece": "tokens",
-    "seeds": "a whole number",
+    "seeds": "a whole number", "finetune": "a recipe", "rates": "learning rates with commas between",
 }  # fmt: skip
 
 
@@ -52,7 +53,14 @@ def main(options: argparse.Namespace) -> int:
     out, rows, places = Path(options.out), [], []
     outcomes: list[Outcome] = []
     for task in tasks:
-        outcome = run(task, settings, reader, floors)
+        mine, seeds, chosen = reader, [], None
+        if "finetune" in given:
+            chosen = tuned(given["finetune"], task, options.model, settings.data, out / task.name / "runs",
+                           rates_of(given), settings.seeds, settings.limit)  # fmt: skip
+            mine, *seeds = [open_reader(str(run), piece, given.get("cache"))[0] for run in chosen.folders]
+        outcome = run(task, settings, mine, floors, seeds)
+        if chosen is not None:
+            outcome.rows[0]["learning rate"] = chosen.lr
         outcomes.append(outcome)
         write_outcome(out / task.name, outcome, stamp)
         rows += outcome.rows
@@ -87,6 +95,16 @@ def whole_number(given: dict[str, str], name: str, default: int) -> int:
     if not re.fullmatch(r"\d+", value) or (name in given and int(value) < 1):
         raise InputError(f"{name}={value}: expected {FIELDS[name]}, at least 1")
     return int(value)
+
+
+def rates_of(given: dict[str, str]) -> list[float]:
+    try:
+        rates = [float(text) for text in given.get("rates", "1e-3").split(",")]
+    except ValueError:
+        rates = []
+    if not rates or min(rates) <= 0:
+        raise InputError(f"rates={given['rates']}: expected {FIELDS['rates']}, above 0, such as 3e-4,1e-3")
+    return rates
 
 
 def shown(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -20,7 +20,7 @@ import numpy as np
 from ...engine.errors import InputError
 from ...engine.labelled.examples import Example, examples, several
 from ...engine.labelled.task import Task
-from .answers import choice, extract, labels, place, retrieval, shots, similarity
+from .answers import choice, extract, head, labels, place, retrieval, shots, similarity
 from .intervals import interval
 from .metrics.longbench import FIRST_LINE
 from .readers import Ablated, Reader
@@ -54,8 +54,14 @@ class Outcome:
     places: list[dict[str, Any]] = field(default_factory=list)  # of a synthetic task: length, depth, score
 
 
-def run(task: Task, settings: Settings, reader: Reader, floors: Mapping[str, Callable[[], Reader]]) -> Outcome:
+def run(
+    task: Task, settings: Settings, reader: Reader, floors: Mapping[str, Callable[[], Reader]],
+    seeds: Sequence[Reader] = (),
+) -> Outcome:  # fmt: skip
     """
+    Args:
+        seeds: further models, of other seeds, that only say how far the score is spread.
+
     Raises:
         InputError: the task needs what this model or this folder does not have.
     """
@@ -63,7 +69,7 @@ def run(task: Task, settings: Settings, reader: Reader, floors: Mapping[str, Cal
         raise InputError(f"{task.name}: wants text to be written; `conceptron score` scores what another program wrote")
     started = time.perf_counter()
     report = settings.report or tuple(task.splits.report)
-    given = unique(several(task, report, settings.data, settings.limit, 0), report)
+    given = several(task, report, settings.data, settings.limit)
     asked = Asked(task, given, learned_from(task, settings))
     fitted = asked.fit(reader, settings.seeds)
     predictions = asked.predict(reader, reader, fitted)
@@ -73,7 +79,7 @@ def run(task: Task, settings: Settings, reader: Reader, floors: Mapping[str, Cal
     add = asked.row
     outcome.rows.append(add(MODEL if reader.name == MODEL else "encoder", scored, predictions) | {
         "tokens seen": seen, "tokens given": total, "seconds": round(time.perf_counter() - started, 1),
-        "spread over seeds": asked.spread(reader, fitted),
+        "spread over seeds": asked.spread(reader, fitted, seeds),
     })  # fmt: skip
     for name, other in asked.variants(reader, fitted).items():
         outcome.rows.append(add(f"{MODEL}, {name}", score(task, other, asked.references), other))
@@ -92,15 +98,6 @@ def run(task: Task, settings: Settings, reader: Reader, floors: Mapping[str, Cal
     if task.form == "synthetic":
         outcome.places = by_place(given, scored)
     return outcome
-
-
-def unique(given: Sequence[Example], splits: Sequence[str]) -> list[Example]:
-    """Ids that several splits share get the split's number in front."""
-    if len({each.id for each in given}) == len(given):
-        return list(given)
-    if len(splits) == 1:
-        raise InputError(f"split {splits[0]!r}: an id occurs twice")
-    return [Example(**{**each.__dict__, "id": f"{number}-{each.id}"}) for number, each in enumerate(given)]
 
 
 def learned_from(task: Task, settings: Settings) -> list[Example]:
@@ -129,6 +126,8 @@ class Asked:
 
     def fit(self, reader: Reader, seeds: int) -> Any:
         kind = self.task.answer
+        if head.has_head(reader, self.task):
+            return None
         if kind == "similarity":
             texts = list(dict.fromkeys(text for each in self.train for text in (each.question, each.document)))
             return similarity.Space(reader.whole(texts[:4096]))
@@ -138,6 +137,8 @@ class Asked:
 
     def predict(self, reader: Reader, asks: Reader, fitted: Any) -> dict[str, Any]:
         task, given = self.task, self.given
+        if head.has_head(asks, task):
+            return head.predict(task, given, reader)
         match task.answer:
             case "similarity":
                 return similarity.predict(given, reader, asks)
@@ -183,13 +184,14 @@ class Asked:
                 return {"majority": labels.majority(task, self.train, given)}
         return {}
 
-    def spread(self, reader: Reader, fitted: Any) -> float | None:
-        """Standard deviation of the main figure over seeds, in percent."""
-        if not hasattr(fitted, "of_seeds") or len(fitted.heads) < 2:
-            return None
-        figures = [main_figure(score(self.task, each, self.references).score)[1]
-                   for each in fitted.of_seeds(self.given, reader, reader)]  # fmt: skip
-        return float(np.std(figures, ddof=1))
+    def spread(self, reader: Reader, fitted: Any, seeds: Sequence[Reader]) -> float | None:
+        """Standard deviation of the main figure over seeds, in percent; None of one seed."""
+        if seeds:
+            answers = [self.predict(each, each, None) for each in (reader, *seeds)]
+        else:
+            answers = fitted.of_seeds(self.given, reader, reader) if isinstance(fitted, labels.Fitted) else []
+        figures = [main_figure(score(self.task, each, self.references).score)[1] for each in answers]
+        return float(np.std(figures, ddof=1)) if len(figures) > 1 else None
 
     def row(self, name: str, scored: Scored, predictions: Mapping[str, Any]) -> dict[str, Any]:
         """Of the table: the main figure in percent with its interval."""

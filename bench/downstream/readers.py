@@ -125,12 +125,14 @@ class ConceptReader:
     def __init__(self, folder: Path, kind: str = CONCEPTS, piece: int | None = None, cache: str | None = None) -> None:
         self.name, self.kind, self.piece = kind, kind, piece
         model = load_model(folder)
-        self.encoder: ConceptEncoder = getattr(model, "encoder", model)
+        self.model, self.encoder = model, getattr(model, "encoder", model)
         self.config, self.vocabulary = model.config, load_vocabulary(folder, model.config)
         if kind == UNTRAINED:
             device = next(self.encoder.parameters()).device
             torch.manual_seed(0)
             self.encoder = ConceptEncoder(self.config).to(device).eval()
+        if kind != CONCEPTS:
+            self.config = ConceptConfig.from_dict({**self.config.to_dict(), "task": None})  # the head is not theirs
         key = fingerprint([fingerprint_of(folder), kind, piece])
         self.stored = Stored(cache_folder(cache) / f"downstream-{key}")
 

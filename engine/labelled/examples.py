@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,17 @@ def examples(task: Task, split: str, data: Path | None, limit: int | None = None
     return made[:limit] if kept is None else [each for each in made if each.document in set(kept)]
 
 
-def several(task: Task, splits: Sequence[str], data: Path | None, limit: int | None, seed: int) -> list[Example]:
-    return [each for split in splits for each in examples(task, split, data, limit, seed)]
+def several(task: Task, splits: Sequence[str], data: Path | None, limit: int | None = None) -> list[Example]:
+    """Of several splits, whose names then stand before the ids.
+
+    Raises:
+        InputError: an id occurs twice.
+    """
+    made = [each if len(splits) == 1 else replace(each, id=f"{split}/{each.id}")
+            for split in splits for each in examples(task, split, data, limit)]  # fmt: skip
+    if len({each.id for each in made}) < len(made):
+        raise InputError(f"{task.name}: an id occurs twice in split {', '.join(splits)}")
+    return made
 
 
 def pairs(task: Task, split: str, rows: Sequence[Row]) -> list[Example]:
