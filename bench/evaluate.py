@@ -20,8 +20,8 @@ from .downstream.readers import open_reader
 from .measure.environment import environment
 from .measure.results import markdown_table, write_json, write_results
 
-COLUMNS = ("task", "row", "metric", "score", "low", "high", "spread over seeds", "learning rate", "examples", "documents", "tokens seen",
-           "tokens given", "beside it")  # fmt: skip
+COLUMNS = ("task", "row", "metric", "score", "low", "high", "spread over seeds", "learning rate", "examples",
+           "documents", "tokens seen", "tokens given", "beside it")  # fmt: skip
 FIELDS = {  # field -> what is asked for
     "data": "a folder", "cache": "a folder", "train": "splits", "report": "splits", "piece": "tokens",
     "seeds": "a whole number", "finetune": "a recipe", "rates": "learning rates with commas between",

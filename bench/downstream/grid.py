@@ -1,4 +1,4 @@
-"""A model fine-tuned on a task before it is scored: a grid of learning rates, several seeds, chosen on held-out training.
+"""A model fine-tuned before it is scored: a grid of learning rates, several seeds, chosen on held-out training.
 
 Every run is one of the training engine, in a folder of its own; a run that is there is gone on with or taken as it is.
 """
