@@ -23,6 +23,7 @@ from ...engine.labelled.task import Task
 from .answers import choice, extract, head, labels, place, retrieval, shots, similarity
 from .intervals import interval
 from .metrics.longbench import FIRST_LINE
+from .metrics.scrolls import DISPLAYED
 from .readers import Ablated, Reader
 from .scoring import Scored, main_figure, score
 
@@ -196,23 +197,22 @@ class Asked:
     def row(self, name: str, scored: Scored, predictions: Mapping[str, Any]) -> dict[str, Any]:
         """Of the table: the main figure in percent with its interval."""
         key, figure = main_figure(scored.score)
-        again = None
-        if not scored.rows or key == "pearson" or ("f1" in scored.score and key == "accuracy"):
-            again = self.resampled(predictions)
-        low, high = interval(scored, again, self.groups)
+        low, high = interval(*self.drawn_from(scored, predictions), self.groups)
         return {"task": self.task.name, "row": name, "metric": key, "score": figure, "low": low, "high": high,
                 "examples": len(self.given), "documents": len(set(self.groups)), **others(scored.score)}  # fmt: skip
 
-    def resampled(self, predictions: Mapping[str, Any]) -> Callable[[np.ndarray], float]:
-        """The main figure of some of the examples, some of them several times."""
-        ids = [each.id for each in self.given]
-
-        def figure(rows: np.ndarray) -> float:
-            some = {str(i): predictions[ids[row]] for i, row in enumerate(rows)}
-            truth = {str(i): self.references[ids[row]] for i, row in enumerate(rows)}
-            return main_figure(score(self.task, some, truth).score)[1]
-
-        return figure
+    def drawn_from(self, scored: Scored, predictions: Mapping[str, Any]) -> tuple[np.ndarray, str]:
+        """Of every example what the main figure is made of, in percent, and how it is made."""
+        key, _ = main_figure(scored.score)
+        if key == "pearson":
+            both = [(predictions[each.id], each.truth) for each in self.given]
+            return np.array(both, dtype=np.float64), "pearson"
+        if "rouge/geometric_mean" in scored.score:
+            kinds = [f"rouge/{kind}" for kind in DISPLAYED]
+            return np.array([[row[kind] for kind in kinds] for row in scored.rows]), "geometric"
+        key = key if key in scored.rows[0] else "score"  # buckets of length
+        scale = 100 if key in ("accuracy", "ndcg@10") else 1
+        return scale * np.array([[row[key]] for row in scored.rows]), "mean"
 
 
 SHOWN = ("f1", "spearmanr", "spearman", "average_precision", "rouge/rouge1", "rouge/rouge2", "rouge/rougeL", "recall@1")
