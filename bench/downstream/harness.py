@@ -65,7 +65,7 @@ class ConceptLM(LM):
         return found
 
     def predicted(self, contexts: Sequence[Sequence[int]], lengths: Sequence[int]) -> Tensor:
-        """[M, V] float32 logits of ``lengths`` tokens behind each context, which is read once however often it comes."""
+        """[M, V] float32 logits of ``lengths`` tokens behind each context; the same context is read once."""
         model, mask = self.model, self.vocabulary.tokens.mask_id
         unique = list(dict.fromkeys(map(tuple, contexts)))
         read = model.encoder(packed=model.encoder.bare(pack(unique).to(model.device)))
@@ -92,11 +92,12 @@ class ConceptLM(LM):
         written = []
         for request in requests:
             context, options = request.args
+            tokens = self.vocabulary.tokens
             until, length = stops(options), int(options.get("max_gen_toks", NEW_TOKENS))
             (ids,) = self.vocabulary.encode([context])
-            canvas = continue_canvas([ids], length, self.vocabulary.tokens)
+            canvas = continue_canvas([ids], length, tokens)
             sampling = Sampling(steps=min(self.steps, length))
-            filled = fill(self.model, canvas, self.vocabulary.tokens, sampling, given_text(canvas, self.vocabulary.tokens))
+            filled = fill(self.model, canvas, tokens, sampling, given_text(canvas, tokens))
             text = self.vocabulary.tokenizer.decode(filled.input_ids[len(ids) :].tolist())
             for each in until:
                 text = text.partition(each)[0]

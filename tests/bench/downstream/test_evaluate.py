@@ -44,7 +44,8 @@ def folder(tmp_path_factory):
             listed = "".join(f" ({letter}) {each}\n" for letter, each in zip("ABC", COLOURS, strict=True))
             made["contract_nli"].append({"id": name, "input": f"The {thing} is {asked}.\n\n{text}",
                                          "output": "Entailment" if asked == colour else "Contradiction"})  # fmt: skip
-            made["quality"].append({"id": name, "input": f"Which is the {thing}?\n\n{listed}\n{text}", "output": colour})
+            which = f"Which is the {thing}?\n\n{listed}\n{text}"
+            made["quality"].append({"id": name, "input": which, "output": colour})
             made["qmsum"].append({"id": name, "input": f"What of the {thing}?\n\n{text}", "output": f"It is {colour}."})
             made["qasper"].append({"id": name, "input": f"What of the {thing}?\n\n{text}", "output": colour})
             made["stsb"].append({"sentence1": f"The {thing} is {asked}", "sentence2": f"A {colour} {thing}",
@@ -68,8 +69,11 @@ def folder(tmp_path_factory):
     config = ConceptConfig(vocab_size=len(words), mask_token_id=words.mask_token_id, **SHAPE)
     ConceptEncoder(config).save_pretrained(folder / "model")
     words.save_pretrained(folder / "model")
-    BertModel(BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                         intermediate_size=16, max_position_embeddings=32)).save_pretrained(folder / "peer")  # fmt: skip
+    peer = BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    BertModel(peer).save_pretrained(folder / "peer")
     words.save_pretrained(folder / "peer")
     return folder
 
