@@ -3,6 +3,7 @@
     OUT/TASK/predictions.json references.json metrics.json     of every task; in SCROLLS' and LongBench's own form too
     OUT/downstream.json .csv .md                                one table: scores, intervals, floors, published figures
     OUT/downstream.png .svg, places.png .svg                    the same drawn; synthetic tasks against length
+    OUT/report.md .html                                         all of it as one page
 """
 
 import argparse
@@ -13,6 +14,7 @@ from typing import Any
 
 from ..engine.errors import InputError
 from ..engine.labelled.task import expand, load_task
+from .documents import downstream as page
 from .downstream import figures, submission
 from .downstream.grid import tuned
 from .downstream.protocol import Outcome, Settings, run
@@ -71,6 +73,7 @@ def main(options: argparse.Namespace) -> int:
         write_results(out, "places", places, stamp, title="By length and depth")
     submission.write(out, outcomes)
     figures.draw(out)
+    page.write(out)
     print(f"written to {out}")
     return 0
 

@@ -101,6 +101,9 @@ def test_labels_on_frozen_vectors(folder):
     assert len(predictions) == 60 and set(predictions.values()) <= {"Entailment", "Contradiction", "Not mentioned"}
     assert (out / "scrolls_predictions.csv").read_text().startswith("Task,ID,Prediction\ncontract_nli,0-door,")
     assert (out / "downstream.svg").stat().st_size > 1000
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") == 1 and "LED-base, 16K (quoted)" in page and "src=" not in page
+    assert "## scrolls/contract_nli, scrolls_score" in (out / "report.md").read_text()
 
 
 def test_similarity_and_values(folder):
