@@ -31,7 +31,7 @@ from ..engine import launch, zero
 from ..engine.data.corpus import Corpus
 from ..engine.data.stages import Stages
 from ..engine.data.windows import Part, Windows, cut
-from ..engine.jobs.pretraining import PretrainingJob, counted
+from ..engine.jobs.pretraining import PretrainingJob
 from ..engine.launch import StopRequest
 from ..engine.optimizer import build_optimizer
 from ..engine.precision import settled
@@ -145,7 +145,7 @@ def run(
         if use_synthetic:
             corpora = [synthetic(recipe, vocabulary, window) for _, window in recipe.stages()]
         else:
-            recipe = counted(recipe, world)
+            recipe = PretrainingJob.completed(recipe, world)
         job = PretrainingJob(recipe, world, corpora)
         loader = job.loader
         torch.manual_seed(recipe.run.seed)
