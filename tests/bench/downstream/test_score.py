@@ -6,6 +6,7 @@ import json
 import pytest
 
 from conceptron.bench import score as command
+from conceptron.bench.downstream.protocol import quoted
 from conceptron.bench.downstream.scoring import score
 from conceptron.engine.errors import InputError
 from conceptron.engine.labelled.task import expand, known, load_task
@@ -93,4 +94,7 @@ def test_every_task_is_well_formed():
         assert task.about.endswith(".") and task.licence
         assert task.form == "synthetic" or (task.source.hub and task.source.local)
         assert task.answer not in ("span", "summary") or task.words > 0
+        assert bool(task.published) is bool(task.published_by)
+        for label, figures in task.published.items():
+            assert quoted(task, label, figures)["score"] > 1  # percent
         assert task.answer not in ("labels", "values") or task.splits.train or task.family.startswith("longbench")
