@@ -2,7 +2,7 @@
 to know what it is worth.
 
     majority           the commonest label or the mean value of the training split (of the same question, where several
-                       documents are asked it); of options and places: chance
+                       documents are asked it); of options the first one, of summaries the first words
     BM25               words alone, where something is searched
     bag of embeddings  the means of the backbone's bare token embeddings, in place of concepts
     untrained encoder  the same architecture with weights as they are drawn
@@ -22,7 +22,6 @@ from ...engine.labelled.examples import Example, examples, several
 from ...engine.labelled.task import Task
 from .answers import choice, extract, head, labels, place, retrieval, shots, similarity
 from .intervals import interval
-from .metrics.longbench import FIRST_LINE
 from .metrics.scrolls import DISPLAYED
 from .readers import Ablated, Reader
 from .scoring import Scored, main_figure, score
@@ -105,7 +104,7 @@ def run(
 def learned_from(task: Task, settings: Settings) -> list[Example]:
     """The training split of a task that learns, or that centres; none of the others."""
     splits = settings.train or tuple(task.splits.train)
-    if task.answer not in ("labels", "values", "similarity") or task.short in FIRST_LINE:
+    if task.answer not in ("labels", "values", "similarity") or task.form == "longbench":  # examples are in the prompt
         return []
     if not splits:
         raise InputError(f"{task.name}: has no training split; name one with train=SPLIT")

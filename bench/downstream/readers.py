@@ -3,6 +3,7 @@
 n texts, P parts of a text, C concepts, e width of a vector.
 """
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -288,5 +289,6 @@ def open_reader(place: str, piece: int | None, cache: str | None) -> tuple[Reade
         raise InputError(f"--model {place}: expected a model folder, there is no config.json")
     if config.get("model_type") != ConceptConfig.model_type:
         return PeerReader(str(folder), cache), {}
-    kinds = {kind: lambda kind=kind: ConceptReader(folder, kind, piece, cache) for kind in (BAG, UNTRAINED)}
+    kinds = {kind: functools.cache(functools.partial(ConceptReader, folder, kind, piece, cache))
+             for kind in (BAG, UNTRAINED)}  # fmt: skip
     return ConceptReader(folder, CONCEPTS, piece, cache), kinds
