@@ -32,12 +32,13 @@ import yaml
 from pydantic import Field
 
 from ..engine.errors import InputError
+from ..engine.files import as_json, write_json
 from ..engine.recipe.checker import Checker
 from ..engine.recipe.load import apply_override, find_recipe, load_recipe, read_yaml
 from ..engine.recipe.schema import Count, CountOrZero, Recipe, Section, flatten
 from .documents.table import COLUMNS, write_tables
 from .measure.environment import environment
-from .measure.results import markdown_table, write_json, write_results
+from .measure.results import markdown_table, write_results
 from .measure.timing import refusal
 
 WAITING = "not started"
@@ -111,7 +112,7 @@ def write_recipes(table: TableSection, overrides: Sequence[str], folder: Path) -
         against = section.against or (rows[-1].name if rows else None)
         tree = trees[section.name] = deepcopy(trees[against])
         for field, value in section.set.items():
-            apply_override(tree, f"{field}={json.dumps(value)}")
+            apply_override(tree, f"{field}={json.dumps(value, allow_nan=False)}")
         row = Row(section.name, section.change, against, folder / f"{section.name}.yaml")
         row.path.write_text(f"# {section.change}\n{yaml.safe_dump(tree, sort_keys=False)}", encoding="utf-8")
         rows.append(row)
@@ -183,7 +184,7 @@ def finished(out: Path, cell: Cell, measured_on: Measure) -> dict[str, Any] | No
     if not path.is_file():
         return None
     content = json.loads(path.read_text(encoding="utf-8"))
-    before, now = content["made_with"], json.loads(json.dumps(made_with(cell, measured_on)))
+    before, now = content["made_with"], json.loads(as_json(made_with(cell, measured_on)))
     for key in sorted({*before, *now}):
         if before.get(key) != now.get(key):
             raise InputError(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.errors import InputError
+from ..engine.files import is_lost, write_json, write_text
 from ..models.masked_lm import smoothing_floor
 from .analysis.findings import (
     NATS,
@@ -28,7 +29,6 @@ from .analysis.subject import open_subject
 from .documents.page import markdown
 from .figures import curves
 from .figures import geometry as plots
-from .measure import results
 
 
 def analyze(path: str | Path, text: Sequence[str] = ()) -> Path:
@@ -56,8 +56,8 @@ def analyze(path: str | Path, text: Sequence[str] = ()) -> Path:
     for figure in draw(findings, folder):
         if not figure.is_file():
             raise RuntimeError(f"{figure} was not written")
-    results.write_json(folder / "summary.json", summary(findings))
-    results.write_text(folder / "report.md", markdown(findings))
+    write_json(folder / "summary.json", summary(findings))
+    write_text(folder / "report.md", markdown(findings))
     print(headline(findings, folder))
     return folder
 
@@ -129,7 +129,9 @@ def headline(findings: Findings, folder: Path) -> str:
     if training:
         speed = f", {training.tokens_per_s:,.0f} tokens/s" if training.tokens_per_s else ""
         rows.append(("training", training_line(findings) + speed))
-    if losses and losses.is_seen:
+    if losses and is_lost([losses.heldout_nll_seen if losses.is_seen else losses.heldout_nll]):
+        rows.append(("held-out NLL", "not finite"))
+    elif losses and losses.is_seen:
         rows.append(("held-out NLL", f"{losses.heldout_nll_seen:.3f} {NATS}, of tokens that the encoder SAW (copying)"))
     elif losses:
         below = losses.unigram_entropy - losses.heldout_nll

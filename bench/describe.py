@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..engine.data import tokenizer
+from ..engine.data import pydocs, tokenizer
 from ..engine.errors import InputError
 from ..engine.recipe.load import load_recipe
 from ..engine.recipe.schema import Recipe
@@ -262,9 +262,9 @@ def short(value: float | None) -> str:
 
 
 def special_tokens(recipe: Recipe, vocabulary: int | None) -> SpecialTokens:
-    """As many ids as the recipe's tokenizer has; ``pydocs`` is taken to fill its vocabulary."""
+    """As many ids as the recipe's tokenizer has; ``pydocs`` and ``pydocs-small`` are taken to fill their vocabulary."""
     size = vocabulary
-    if size is None and recipe.data.tokenizer == "pydocs":
+    if size is None and recipe.data.tokenizer in pydocs.NAMES:
         size = recipe.data.vocab_size
     if size is None:
         try:

@@ -4,12 +4,13 @@ import argparse
 from pathlib import Path
 
 from ..engine.errors import InputError
+from ..engine.files import write_text
 from .documents.paste import fill
 from .documents.table import write_tables as write_ablation
 from .figures.charts import draw_kernels, draw_memory, draw_scaling
 from .kernels.best import COLUMNS, best_peers
 from .measure.exponents import write_tables
-from .measure.results import read_results, read_rows, write_results, write_text
+from .measure.results import read_results, read_rows, write_results
 
 CHECKOUT = Path(__file__).parent.parent
 MEASURED = {  # result file -> its figures

@@ -28,9 +28,10 @@ from typing import NamedTuple
 import torch
 
 from ..engine.errors import InputError
+from ..engine.files import write_json
 from .kernels.best import BEST_COLUMNS, best_peers
 from .measure.environment import environment
-from .measure.results import markdown_table, read_results, write_json
+from .measure.results import markdown_table, read_results
 from .report import report
 
 CHECKOUT = Path(__file__).parent.parent

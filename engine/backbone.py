@@ -1,23 +1,24 @@
 """The pretrained module that a recipe names as `model.backbone`: found, checked against the tokenizer, filled."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoModel
 
 from ..models.backbone_config import inner_config
 from ..models.backbone_source import around, backbone_of, describe, load
+from ..models.folder import read_json
 from ..models.objectives.view import SpecialTokens
 from ..models.packing import pack
 from .data.corpus import Corpus
 from .data.loader import EVALUATION_SEED
 from .data.order import raw
+from .data.tokenizer import load as load_tokenizer
 from .errors import InputError
-from .initialize import find, has_tokenizer
 from .launch import World
+from .model_folder import find, has_tokenizer, in_one_line, inspect
 from .recipe.schema import Recipe
 from .saved_model import quiet
 
@@ -47,15 +48,20 @@ def open_backbone(recipe: Recipe, tokenizer: Any, world: World, kept: Path | Non
     if name is None:
         return None
     if kept is not None and kept.exists():
-        return Opened(json.loads(kept.read_text(encoding="utf-8")), None)
+        with in_one_line(kept):
+            described = read_json(kept)
+            inner_config(described)  # which knows whether it is one
+        return Opened(described, None)
     folder = world.first_then_others(lambda: find(name, "model.backbone"))
-    try:
+    inspect(folder, "model.backbone")
+    with in_one_line(name, "model.backbone"):
         is_folder = Path(name).expanduser().exists()
         described = describe(folder, name=None if is_folder else name)
-        words = AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if has_tokenizer(folder) else tokenizer
+        with torch.device("meta"):  # sizes that no module can have are found before anything is made
+            AutoModel.from_config(inner_config(described))
+    words = load_tokenizer(str(folder), "model.backbone") if has_tokenizer(folder) else tokenizer
+    with in_one_line(name, "model.backbone"):
         described["prefix"], described["suffix"] = around(words)
-    except (ValueError, OSError) as error:
-        raise InputError(f"model.backbone: {' '.join(str(error).split()).removeprefix('backbone: ')}") from error
     check_tokenizer(tokenizer, words, inner_config(described).vocab_size, name, recipe)
     return Opened(described, folder)
 
@@ -88,11 +94,8 @@ def fill(model: nn.Module, opened: Opened, corpus: Corpus) -> str:
         InputError: a weight is missing or does not fit.
     """
     backbone, config = backbone_of(model), model.config
-    try:
-        with quiet():
-            load(backbone, opened.folder, config.backbone_layers)
-    except (ValueError, OSError, RuntimeError) as error:
-        raise InputError(f"model.backbone: {' '.join(str(error).split())}") from error
+    with in_one_line(opened.folder, "model.backbone"), quiet():
+        load(backbone, opened.folder, config.backbone_layers)
     if config.init_queries == "state":
         backbone.calibrate(pack(sample(corpus)))
     about, layers = opened.described, len(backbone.layers)

@@ -9,6 +9,7 @@ from torch import nn
 
 from .. import __version__
 from ..models.masked_lm import ConceptForMaskedLM
+from .files import in_words
 
 INSTALL = f"the Python package conceptron, version {__version__} or newer, beside transformers; there is no code here"
 
@@ -92,7 +93,7 @@ def scores(about: About) -> list[str]:
     rows = {name: value for name, value in about.figures.items() if isinstance(value, int | float)}
     if not rows:
         return ["No held-out figures were measured in the run.", ""]
-    table = [f"| {name} | {value:.5g} |" for name, value in rows.items()]
+    table = [f"| {name} | {in_words(value, '.5g')} |" for name, value in rows.items()]
     return ["Held-out text, end of the run (nats a token unless named otherwise):", "", "| figure | value |",
             "|---|---:|", *table, ""]  # fmt: skip
 
@@ -100,6 +101,6 @@ def scores(about: About) -> list[str]:
 def recipe(about: About) -> list[str]:
     if not about.recipe:
         return []
-    plain = json.loads(json.dumps(about.recipe, default=str))
+    plain = json.loads(json.dumps(about.recipe, default=str, allow_nan=False))
     return ["Recipe (`conceptron train` runs it):", "", "```yaml", yaml.safe_dump(plain, sort_keys=False).strip(),
             "```", ""]  # fmt: skip

@@ -122,13 +122,13 @@ def verify(folder: Path) -> str:
         files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
         return f"{MANIFEST} is damaged"
     if manifest.get("format") != FORMAT:
         return f"its format is {manifest.get('format')!r}, this version reads {FORMAT}"
     for name, (size, digest) in files.items():
         file = folder / name
-        if not file.exists():
+        if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes instead of {size}"
@@ -273,7 +273,7 @@ def sha256(path: Path) -> str:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, sort_keys=True))
+    path.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False))
     _sync(path)
 
 

@@ -158,6 +158,7 @@ def hub() -> Finding:
 def recipe(path: str, overrides: list[str]) -> dict[str, Callable[[], Finding]]:
     """The checks of one recipe: itself, the folder of its runs, its tokenizer and its text."""
     from .data import tokenizer
+    from .data.pydocs import NAMES
     from .recipe.load import load_recipe
 
     try:
@@ -167,8 +168,8 @@ def recipe(path: str, overrides: list[str]) -> dict[str, Callable[[], Finding]]:
         return {"recipe": lambda: Finding(FAULT, told, "mend the recipe")}
 
     def words() -> Finding:
-        if loaded.data.tokenizer == "pydocs":
-            return Finding(OK, "pydocs: trained on the text when the run begins")
+        if loaded.data.tokenizer in NAMES:
+            return Finding(OK, f"{loaded.data.tokenizer}: trained on the text when the run begins")
         try:
             found = tokenizer.load(loaded.data.tokenizer)
         except InputError as error:

@@ -12,9 +12,11 @@ from torch import nn
 from transformers.utils import logging
 
 from .. import __version__
+from ..models.folder import not_finite
 from . import compat
 from .card import INSTALL, About, card
 from .data.tokenizer import for_use
+from .errors import InputError
 from .launch import World
 
 
@@ -25,6 +27,7 @@ def export(world: World, model: nn.Module, tokenizer: Any, folder: Path, about: 
     is complete.
 
     Raises:
+        InputError: a weight is not finite; nothing is written, and what was in the folder stays.
         OSError: on every rank.
     """
     gathered = {}
@@ -34,6 +37,11 @@ def export(world: World, model: nn.Module, tokenizer: Any, folder: Path, about: 
             gathered[name] = value
 
     def write() -> None:
+        if problem := not_finite(gathered.items()):
+            raise InputError(
+                f"{folder}: not written, {problem}; start again under another run.name with a lower optim.lr, or with "
+                "init.source = the model of a run that went well"
+            )
         unfinished = folder.with_name(f".unfinished-{folder.name}")
         shutil.rmtree(unfinished, ignore_errors=True)
         try:
@@ -44,7 +52,7 @@ def export(world: World, model: nn.Module, tokenizer: Any, folder: Path, about: 
             for_use(tokenizer, about.length).save_pretrained(unfinished)
             for name, content in sentence_transformers_files(about.length).items():
                 (unfinished / name).parent.mkdir(exist_ok=True)
-                (unfinished / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+                (unfinished / name).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
             (unfinished / "README.md").write_text(card(bare, about), encoding="utf-8")
             for weights in unfinished.glob("*.safetensors"):
                 shutil.copymode(unfinished / "config.json", weights)  # safetensors lets only the owner read

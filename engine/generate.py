@@ -12,7 +12,7 @@ from ..models.packing import Packed, pack
 from .data.sources import read_text
 from .data.tokenizer import Vocabulary
 from .errors import InputError
-from .initialize import find
+from .model_folder import find
 from .saved_model import load_model, load_vocabulary
 
 MODES = ("prefix", "fill", "infill", "concepts")
@@ -37,12 +37,10 @@ def generate(
             with prefix_diffusion.
 
     Raises:
-        InputError: the folder holds no such model, the text is empty, there is nothing to fill, or the model cannot
-            sample in this way.
+        InputError: the folder holds no such model, the text is empty or no text, there is nothing to fill, or the model
+            cannot sample in this way or gives no finite logits.
     """
     folder = find(str(checkpoint), "CHECKPOINT")
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder}: no config.json; give a Hugging Face folder such as runs/demo/model")
     model = load_model(folder)
     if not isinstance(model, ConceptForMaskedLM):
         raise InputError(f"{folder}: a {type(model).__name__} cannot generate; give a masked language model")
@@ -55,22 +53,27 @@ def generate(
             for i in range(num_samples)
         ]
     except ValueError as error:
-        names_an_option = str(error).split(":")[0] in {field.name for field in fields(Sampling)}
-        raise InputError(f"--{error}" if names_an_option else str(error)) from error
+        option = str(error).partition(":")[0]  # of `Sampling`, or something about the model
+        is_option = option in {field.name for field in fields(Sampling)}
+        dashed = f"--{error}".replace("_", "-", option.count("_"))
+        raise InputError(dashed if is_option else f"{folder}: {error}") from error
     return [vocabulary.tokenizer.decode(packed.input_ids.tolist()) for packed in drawn]
 
 
 def read(text: str, vocabulary: Vocabulary) -> list[int]:
     """The text's ids; a mask token written in it becomes the mask id, anything else stays what it says.
 
-    One space before a mask token belongs to the hidden word, as it does in byte-level vocabularies.
+    White space before a mask token belongs to the hidden word, as it does in byte-level vocabularies. The exported
+    tokenizer gives the same ids (`for_use`), and training masks such a text in the same places.
+
+    Raises:
+        InputError: there is nothing to read, or what is there is no text.
     """
-    *before, last = text.split(vocabulary.tokenizer.mask_token)
-    pieces = [*(piece.removesuffix(" ") for piece in before), last]
-    encoded = vocabulary.encode(pieces)
-    ids = list(encoded[0])
-    for piece in encoded[1:]:
-        ids += [vocabulary.tokens.mask_id, *piece]
+    for place, character in enumerate(text):
+        if character == "\0" or "\ud800" <= character <= "\udfff":
+            what = "NUL" if character == "\0" else "bytes that are not UTF-8"
+            raise InputError(f"--text: expected text, got {what} at character {place + 1}; convert it to UTF-8")
+    ids = vocabulary.encode_with_masks(text)
     if not ids:
         raise InputError("--text: expected some text to read, got none")
     return ids

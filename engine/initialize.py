@@ -5,19 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from ..models.backbone_source import check_loaded
 from ..models.config import ConceptConfig
+from ..models.folder import not_finite, of_other_shapes
 from ..models.masked_lm import ConceptForMaskedLM
 from ..models.start.warm_start import WarmStart, warm_start_tied
 from ..models.tasks.model import LoadReport
 from .errors import InputError
 from .launch import World
+from .model_folder import find, has_tokenizer, in_one_line, inspect
 from .recipe.schema import Init
 from .saved_model import quiet
-
-FILES = ("*.json", "*/config.json", "*.safetensors", "*.txt", "*.model", "README.md")  # no pickles, no code
 
 
 def initialize(model: ConceptForMaskedLM, init: Init, tokenizer: Any, world: World) -> str:
@@ -26,28 +26,33 @@ def initialize(model: ConceptForMaskedLM, init: Init, tokenizer: Any, world: Wor
     Raises:
         InputError: there is no such model, it is of another kind, a size does not fit, or nothing could be loaded.
     """
-    folder = world.first_then_others(lambda: find(init.source, "init.source"))
-    try:
+    folder, field = world.first_then_others(lambda: find(init.source, "init.source")), "init.source"
+    kind = inspect(folder, field)
+    with in_one_line(init.source, field):
         if init.embeddings:
             return take_embeddings(model, folder, init, tokenizer)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if not isinstance(config, ConceptConfig):
-            kind = getattr(config, "model_type", None)
+        if kind != ConceptConfig.model_type:
             raise InputError(
-                f"init.source: {init.source}: expected a model of this package, got one of type {kind}; "
+                f"{field}: {init.source}: expected a model of this package, got one of type {kind}; "
                 "model.backbone takes pretrained models of transformers"
             )
-        return str(from_ours(model, folder, config, init))
-    except InputError:
-        raise
-    except (ValueError, OSError, RuntimeError) as error:
-        raise InputError(f"init.source: {init.source}: {' '.join(str(error).split())}") from error
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        report = from_ours(model, folder, config, init)
+    if problem := not_finite(model.state_dict().items()):
+        raise InputError(f"{field}: {init.source}: {problem}; take an earlier checkpoint of that run")
+    return str(report)
 
 
 def take_embeddings(model: ConceptForMaskedLM, folder: Path, init: Init, tokenizer: Any) -> str:
     """The word embeddings of any encoder, each by its entry in the vocabulary."""
     with quiet():
-        source = AutoModel.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
+        source, info = AutoModel.from_pretrained(
+            folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    check_loaded(folder, source, info)
+    if not has_tokenizer(folder):
+        raise InputError(f"init.source: {init.source}: no tokenizer.json, which says whose embeddings these are")
     theirs, ours = source.get_input_embeddings().weight.detach(), model.encoder.embed_tokens.weight
     if theirs.shape[1] != ours.shape[1]:
         raise InputError(
@@ -73,30 +78,14 @@ def from_ours(model: ConceptForMaskedLM, folder: Path, config: ConceptConfig, in
         raise InputError("init.layer: expected nothing unless model.tie_layers is true and those of the source are not")
     with quiet():
         source, info = ConceptForMaskedLM.from_pretrained(
-            folder, config=copy.deepcopy(model.config), use_safetensors=True, output_loading_info=True
+            folder, config=copy.deepcopy(model.config), use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
+    if problem := of_other_shapes(info):
+        raise InputError(f"init.source: {init.source}: {problem}; say under model: what its config.json says")
     new = sorted(info["missing_keys"])
     loaded = sorted({name for name, _ in source.named_parameters()} - set(new))
     if not loaded:
         raise InputError(f"init.source: {init.source}: none of its weights has a place in this model")
     model.load_state_dict(source.state_dict())
     return LoadReport(tuple(loaded), tuple(new), tuple(sorted(info["unexpected_keys"])))
-
-
-def find(source: str, field: str) -> Path:
-    """The folder itself, or what the hub has under this name. ``field``: of the recipe, for the error."""
-    folder = Path(source).expanduser()
-    if folder.exists():
-        return folder
-    try:
-        return Path(snapshot_download(source, allow_patterns=list(FILES)))
-    except Exception as error:  # huggingface_hub has dozens of kinds
-        raise InputError(
-            f"{field}: {source}: no such folder here, and it cannot be fetched from the hub "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); give a folder with config.json and "
-            "safetensors, or a hub id"
-        ) from error
-
-
-def has_tokenizer(folder: Path) -> bool:
-    return (folder / "tokenizer.json").exists() or (folder / "tokenizer_config.json").exists()

@@ -4,17 +4,18 @@ RUN/recipe.yaml  environment.json  metrics.jsonl  tb/  checkpoints/  model/  rep
 """
 
 import fcntl
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from . import checkpoint
+from .environment import environment
 from .errors import InputError
+from .files import write_json
 from .launch import World
 from .recipe.load import save_recipe
 from .recipe.schema import Training
-from .telemetry import environment
+from .record import record, trajectory
 
 
 class RunFolder:
@@ -40,7 +41,7 @@ class RunFolder:
         if self.found is None:
             return [f"{self.path}: no checkpoint was saved yet; this run starts from the beginning"]
         self.progress = checkpoint.load_progress(self.found)
-        self.compare("trajectory", self.recipe.trajectory())
+        self.compare("trajectory", trajectory(self.recipe))
         return [f"warning: {warning}" for warning in warnings]
 
     @property
@@ -67,8 +68,8 @@ class RunFolder:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._take_lock()
-                save_recipe(self.recipe, self.path / "recipe.yaml")
-                (self.path / "environment.json").write_text(json.dumps(environment(self.world), indent=1))
+                save_recipe(record(self.recipe), self.path / "recipe.yaml")
+                write_json(self.path / "environment.json", environment(self.world))
             except OSError:
                 if is_new:
                     shutil.rmtree(self.path, ignore_errors=True)

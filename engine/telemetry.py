@@ -1,9 +1,6 @@
-"""What a run tells: metrics.jsonl, TensorBoard, environment.json, and a progress bar or plain lines."""
+"""What a run tells: metrics.jsonl, TensorBoard, and a progress bar or plain lines."""
 
-import importlib.metadata
 import json
-import os
-import platform
 import resource
 import sys
 import time
@@ -14,10 +11,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from .files import as_json, in_words, is_lost
 from .launch import World
 
-PACKAGES = ("torch", "triton", "deepspeed", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
-VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "NCCL_DEBUG", "CONCEPTRON_BACKEND", "TRITON_INTERPRET")
 UNCOUNTED_STEPS = 3  # of each start: allocation, compilation and caches
 
 
@@ -80,7 +76,7 @@ class Telemetry:
         """One line of metrics.jsonl, on the disk's queue at once, and the numbers in it to TensorBoard."""
         if not self.active:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.write(as_json({"kind": kind, "step": step, **values}) + "\n")
         self._file.flush()
         for name, number in numbers(kind, values):
             self._board.add_scalar(name, number, step)
@@ -90,30 +86,31 @@ class Telemetry:
         if not self.active:
             return
         speed = f"{tokens_per_s:,.0f} tokens/s" if tokens_per_s else "..."
-        self._bar.set_postfix_str(f"loss {loss:.4f}{self._floor}, {speed}", refresh=False)
+        self._bar.set_postfix_str(f"loss {in_words(loss, '.4f')}{self._floor}, {speed}", refresh=False)
         self._bar.update(step - self._bar.n)
         now = time.perf_counter()
         if not self._is_tty and (now - self._printed >= 10 or step in (self._first_step + 1, self._total_steps)):
             self._printed = now
             left = (now - self._started) / (step - self._first_step) * (self._total_steps - step)
-            self.say(f"step {step}/{self._total_steps}  loss {loss:.4f}{self._floor}  {speed}  {duration(left)} left")
+            now_at = f"loss {in_words(loss, '.4f')}{self._floor}"
+            self.say(f"step {step}/{self._total_steps}  {now_at}  {speed}  {duration(left)} left")
 
     def evaluation(self, step: int, figures: dict[str, Any]) -> None:
         self.record("eval", step, **figures)
         grids = figures.get("parts", {"": figures})
         nll = [
-            f"{part}{' ' * bool(part)}{name} {grid[name]:.4f}"
+            f"{part}{' ' * bool(part)}{name} {in_words(grid[name], '.4f')}"
             for part, grid in grids.items() for name in ("nll_unseen", "nll_seen") if grid.get(name) is not None
         ]  # fmt: skip
-        found = [f"{name} {figures[name]:.4f}" for name in ("contrastive", "retrieval") if name in figures]
+        found = [f"{name} {in_words(figures[name], '.4f')}" for name in ("contrastive", "retrieval") if name in figures]
         taught = [
-            f"{name.replace('_', ' ')} {figures[name]:.4f}"
+            f"{name.replace('_', ' ')} {in_words(figures[name], '.4f')}"
             for name in ("alignment", "alignment_of_stretches") if figures.get(name) is not None
         ]  # fmt: skip
         texts = [f"nats per token: {', '.join(nll)}"] * bool(nll) + [f"pairs: {', '.join(found)}"] * bool(found)
         texts += [f"teacher: {', '.join(taught)}"] * bool(taught)
         if not texts:  # of another job
-            texts = [f"{name} {value:.4f}" for name, value in figures.items() if isinstance(value, float)]
+            texts = [f"{name} {in_words(value, '.4f')}" for name, value in figures.items() if isinstance(value, float)]
         self.say(f"step {step}: held out, {'; '.join(texts)}")
 
     def say(self, text: str) -> None:
@@ -129,51 +126,28 @@ class Telemetry:
 
 
 def numbers(prefix: str, value: Any) -> Iterator[tuple[str, float]]:
-    """Every number inside, under its path: "eval/nll_by_t/t=0.10"."""
+    """Every finite number inside, under its path: "eval/nll_by_t/t=0.10"."""
     if isinstance(value, dict):
         for name, inside in value.items():
             yield from numbers(f"{prefix}/{name}", inside)
-    elif isinstance(value, int | float):
+    elif isinstance(value, int | float) and not is_lost(value):
         yield prefix, value
 
 
 def forget_after(metrics: Path, step: int) -> None:
-    """Removes the lines after `step`, which will be written again, and one that a crash cut in half."""
+    """Removes the lines after `step`, which will be written again, and what is no line: a crash may cut one in half."""
     kept = []
-    for line in metrics.read_text(encoding="utf-8").splitlines():
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
-        except ValueError:
+            is_before = entry["step"] <= step and entry["kind"] != "end"
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
-        if entry["step"] <= step and entry["kind"] != "end":
+        if is_before:
             kept.append(line + "\n")
     replacement = metrics.with_suffix(".new")
     replacement.write_text("".join(kept), encoding="utf-8")
     replacement.replace(metrics)
-
-
-def environment(world: World) -> dict[str, Any]:
-    """Where a run takes place."""
-    installed = {}
-    for name in PACKAGES:
-        try:
-            installed[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            installed[name] = None
-    cuda = world.device.type == "cuda"
-    return {
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": installed,
-        "world_size": world.size,
-        "device": torch.cuda.get_device_name(world.device) if cuda else "cpu",
-        "num_devices": torch.cuda.device_count() if cuda else 0,
-        "cuda": torch.version.cuda,
-        "cpu_count": os.cpu_count(),
-        "num_threads": torch.get_num_threads(),
-        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
-    }
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import math
 import signal
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from .precision import settled
 from .recipe.finetune import Finetune
 from .recipe.load import load_any
 from .recipe.schema import Training
+from .record import trajectory
 from .run import RunFolder
 from .schedule import learning_rate
 from .telemetry import Clock, Telemetry, duration, peak_memory_bytes
@@ -74,7 +74,7 @@ class Trainer:
         self.recipe, self.world, self.stop, self.run, self.progress = recipe, world, stop, run, run.progress
         self.job = job
         self.identity = {
-            "trajectory": recipe.trajectory(),
+            "trajectory": trajectory(recipe),
             "topology": {"ranks": world.size, "stage": recipe.zero.stage, "micro_tokens": recipe.batch.micro_tokens},
             **job.identity(),
         }
@@ -116,7 +116,7 @@ class Trainer:
             progress.optimizer_steps += applied
             telemetry.record(
                 "train", progress.step, **as_tree(figures), **job.labels(step), lr=lr,
-                grad_norm=finite(self.engine.get_global_grad_norm()), tokens=progress.tokens, tokens_per_s=speed,
+                grad_norm=float(self.engine.get_global_grad_norm()), tokens=progress.tokens, tokens_per_s=speed,
                 elapsed_s=progress.elapsed_s + clock.elapsed_s, **({"smoothing_floor": floor} if floor else {}),
             )  # fmt: skip
             telemetry.step(progress.step, figures["loss"], clock.tokens_per_s)
@@ -209,15 +209,10 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def finite(value: Any) -> float | None:
-    """JSON knows no NaN and no infinity."""
-    return float(value) if math.isfinite(value) else None
-
-
 def as_tree(figures: dict[str, float]) -> dict[str, Any]:
     """{"terms/vicreg": 1.0} -> {"terms": {"vicreg": 1.0}}"""
     tree: dict[str, Any] = {}
     for name, value in figures.items():
         section, _, figure = name.rpartition("/")
-        (tree.setdefault(section, {}) if section else tree)[figure] = finite(value)
+        (tree.setdefault(section, {}) if section else tree)[figure] = value
     return tree

@@ -4,7 +4,6 @@ The folder is needed once. What ``describe`` returns is part of ``ConceptConfig`
 """
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers import AutoModel
 
 from .backbone import Backbone, keep_layers
 from .backbone_config import inner_config, layer_numbers
+from .folder import not_finite, of_other_shapes, read_config, weight_files
 
 IGNORED = ("pooler.", "cls.", "lm_head.", "vocab_transform.", "vocab_layer_norm.", "vocab_projector.", "head.",
            "decoder.", "classifier.", "qa_outputs.", "embeddings.position_ids")  # fmt: skip
@@ -32,9 +32,7 @@ def describe(folder: str | Path, tokenizer: Any = None, name: str | None = None)
         ValueError: one line: no folder, no config.json, no safetensors, code of its own, an unknown family.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: expected the folder of a model of transformers, there is no config.json")
-    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    fields = read_config(folder)
     if "auto_map" in fields:
         raise ValueError(f"{folder}: its config.json asks for code of its own (auto_map), which is never run here")
     files = weight_files(folder)
@@ -54,15 +52,13 @@ def load(backbone: Backbone, folder: str | Path, layers: int | list[int] | None)
     Rows of the embeddings behind the folder's own (of a mask token that was added) start as the mean of the others.
 
     Raises:
-        ValueError: a weight is missing or has another shape.
+        ValueError: a weight is missing, has another shape, or is not finite.
     """
     source, info = AutoModel.from_pretrained(
-        folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True, dtype=torch.float32
+        folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True, dtype=torch.float32,
+        ignore_mismatched_sizes=True,  # which check_loaded names
     )
-    missing = sorted(name for name in info["missing_keys"] if not name.startswith(IGNORED))
-    missing += sorted(name for name, *_ in info["mismatched_keys"])
-    if missing:
-        raise ValueError(f"{folder}: {len(missing)} weights are missing or of another shape, {missing[0]} among them")
+    check_loaded(folder, source, info)
     state = keep_layers(source, layer_numbers(source.config, layers)).state_dict()
     table = backbone.embeddings_name.removeprefix("model.")
     num_new = backbone.embeddings.num_embeddings - len(state[table])
@@ -71,16 +67,16 @@ def load(backbone: Backbone, folder: str | Path, layers: int | list[int] | None)
     backbone.model.load_state_dict(state)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-    else:
-        files = [single]
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"{folder}: expected {file.name}; load the model and save it with save_pretrained")
-    return files
+def check_loaded(folder: str | Path, source: nn.Module, info: dict[str, Any]) -> None:
+    """What ``from_pretrained`` only warns of, where it says what it did (``info``), but for heads that nothing needs.
+
+    Raises:
+        ValueError: a weight is missing, has another shape, or is not finite.
+    """
+    if missing := sorted(name for name in info["missing_keys"] if not name.startswith(IGNORED)):
+        raise ValueError(f"{folder}: {len(missing)} weights are missing, {missing[0]} among them; get the model again")
+    if problem := of_other_shapes(info) or not_finite(source.state_dict().items()):
+        raise ValueError(f"{folder}: {problem}; get the model again")
 
 
 def around(tokenizer: Any) -> tuple[list[int], list[int]]:

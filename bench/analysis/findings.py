@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ...engine.errors import InputError
 from ...engine.telemetry import duration
+from ...models.folder import read_json
 from ..measure import environment
 from . import heldout
 from .geometry import gates, metrics
@@ -41,6 +42,7 @@ class Findings(NamedTuple):
 
 def find(subject: Subject) -> Findings:
     history = read_history(subject.folder / "metrics.jsonl")
+    run_environment(subject.folder)  # read later; that it can be read is known before anything is measured
     concepts = heldout.concepts(subject.encoder, subject.loader)
     losses, samples = None, []
     if subject.can_predict:
@@ -65,9 +67,12 @@ def read_history(metrics_file: Path) -> list[dict[str, Any]]:
     if not metrics_file.is_file():
         return []
     try:
-        return [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except ValueError as error:
+        lines = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{metrics_file}: not a file of JSON lines ({error}); restore it or move it away") from error
+    if not all(isinstance(line, dict) and {"kind", "step"} <= line.keys() for line in lines):
+        raise InputError(f"{metrics_file}: a line of it is not one of a run; restore it or move it away")
+    return lines
 
 
 def training_of(history: Sequence[Mapping[str, Any]]) -> Training | None:
@@ -123,7 +128,15 @@ def device_name(findings: Findings) -> str:
 def run_environment(folder: Path) -> dict[str, Any]:
     """environment.json of a run: where it was trained, which need not be where the report is made."""
     path = folder / "environment.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        found = read_json(path)
+    except ValueError as error:
+        raise InputError(f"{error}, or move it away") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: expected an object; restore it or move it away")
+    return found
 
 
 def label_smoothing(subject: Subject) -> float:

@@ -11,6 +11,7 @@ from torch import nn
 from ...engine.data import sources, tokenizer
 from ...engine.data.corpus import open_corpus
 from ...engine.data.loader import Loader
+from ...engine.data.phrases import open_phrases
 from ...engine.data.windows import Part, Windows, cut
 from ...engine.errors import InputError
 from ...engine.recipe.data import DataRecipe
@@ -59,7 +60,8 @@ def open_subject(path: Path, text: Sequence[str] = ()) -> Subject:
         InputError: ``path`` is neither a finished run nor a checkpoint of ours, or its text cannot be used.
     """
     if not path.is_dir():
-        raise InputError(f"{path}: no such folder; give a run folder such as runs/demo, or a checkpoint")
+        found = "expected a folder, got a file" if path.exists() else "no such folder"
+        raise InputError(f"{path}: {found}; give a run folder such as runs/demo, or a checkpoint")
     if (path / "recipe.yaml").is_file():
         return open_run(path, text)
     if (path / "config.json").is_file():
@@ -69,6 +71,8 @@ def open_subject(path: Path, text: Sequence[str] = ()) -> Subject:
 
 def open_run(path: Path, text: Sequence[str]) -> Subject:
     recipe = load_recipe(path / "recipe.yaml")
+    if recipe.needs_phrases:
+        recipe = recipe.with_phrases(open_phrases(recipe.data))
     checkpoint = path / "model"
     if not (checkpoint / "config.json").is_file():
         raise InputError(f"{path}: the run has not finished, {checkpoint} is missing; go on with resume=auto")

@@ -4,6 +4,7 @@ import math
 import textwrap
 from typing import Any
 
+from ...engine.files import finite
 from ...models.masked_lm import smoothing_floor
 from ..analysis.findings import (
     NATS,
@@ -109,7 +110,8 @@ NAMES = (
 
 def concepts_section(findings: Findings) -> str:
     geometry, concepts = findings.geometry, findings.concepts
-    rows = [{"metric": text, "value": geometry[key]} for key, text in NAMES]
+    values = finite(geometry)  # NaN: of too few texts to measure
+    rows = [{"metric": text, "value": values[key]} for key, text in NAMES]
     return (
         f"## Concepts\n\n{geometry['num_concepts']} concepts of width {geometry['width']}, of "
         f"{geometry['num_texts']} held-out texts of {concepts.shortest} to {concepts.longest} tokens with nothing "

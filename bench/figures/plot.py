@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..measure.results import write_bytes
+from ...engine.files import write_bytes
 
 BLUE, ORANGE, GREEN, PURPLE, GREY, INK = "#2364aa", "#d1632a", "#2f855a", "#7b4fa3", "#8b929c", "#22262b"
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, GREY)  # told apart in print and by the colour-blind

@@ -4,33 +4,32 @@ import importlib.util
 import os
 import platform
 import re
-import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...engine import telemetry
+from ...engine import environment as of_run
+from ...engine.environment import first_line, last_line
 from ...engine.launch import World
 
 
 def environment(seed: int | None = None) -> dict[str, Any]:
     """What a number depends on besides the code measured: commit, hardware, driver, versions, threads, date, command.
 
-    What a run records about itself (``engine.telemetry.environment``) is part of it; None is unknown or not there. The
+    What a run records about itself (``engine.environment``) is part of it; None is unknown or not there. The
     command leaves out where results go (``--out``), which changes no number.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = telemetry.environment(World(rank=0, local_rank=0, size=1, device=device))
-    commit, dirty = checkout()
+    run = of_run.environment(World(rank=0, local_rank=0, size=1, device=device))
     program, *rest = run.pop("command")
     if "--out" in rest:
         del rest[rest.index("--out") : rest.index("--out") + 2]
     return {
-        "commit": commit,
-        "dirty": dirty,
+        "commit": run.pop("commit"),
+        "dirty": run.pop("dirty"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": seed,
         "command": " ".join([Path(program).name, *rest]),
@@ -51,21 +50,6 @@ def device_of(environment: Mapping[str, Any]) -> str:
     return environment.get("gpu") or f"{environment.get('cpu')}, {threads} thread{'s' * (threads != 1)}"
 
 
-def checkout() -> tuple[str | None, bool | None]:
-    """(commit, has uncommitted changes) when the package runs from a git checkout of its own.
-
-    A copy without its .git is what CONCEPTRON_COMMIT says (``git describe --always --abbrev=40 --dirty`` of the
-    original); without that, (None, None).
-    """
-    root = Path(__file__).parents[2]
-    if (root / ".git").exists():
-        commit = first_line(["git", "-C", str(root), "rev-parse", "HEAD"])
-        if commit is not None:
-            return commit, first_line(["git", "-C", str(root), "status", "--porcelain"]) is not None
-    told = os.environ.get("CONCEPTRON_COMMIT")
-    return (told.removesuffix("-dirty"), told.endswith("-dirty")) if told else (None, None)
-
-
 def ptxas_versions() -> dict[str, str | None]:
     """Versions of the assemblers that Triton may use, by file name; ``TRITON_PTXAS_PATH`` goes before them."""
     found = importlib.util.find_spec("triton")
@@ -78,20 +62,3 @@ def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else []
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def first_line(command: Sequence[str]) -> str | None:
-    return (output_lines(command) or [None])[0]
-
-
-def last_line(command: Sequence[str]) -> str | None:
-    return (output_lines(command) or [None])[-1]
-
-
-def output_lines(command: Sequence[str]) -> list[str]:
-    """What a program prints; nothing when it is not installed or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return done.stdout.strip().splitlines() if done.returncode == 0 else []

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from .results import write_results, write_text
+from ...engine.files import write_text
+from .results import write_results
 from .timing import Timing
 
 OURS, GROWING = "concept", "concept, C grows"
@@ -79,7 +80,8 @@ def fits(rows: Rows) -> list[dict]:
                 whole, large = fit_exponent(lengths, values), fit_exponent(lengths[-LARGE:], values[-LARGE:])
                 table.append({
                     "encoder": name, "phase": phase, "of": of, "exponent": round(whole.exponent, 3),
-                    "low": round(whole.low, 3), "high": round(whole.high, 3),
+                    **({"low": None, "high": None} if whole.num_points == 2 else
+                       {"low": round(whole.low, 3), "high": round(whole.high, 3)}),
                     "exponent at large N": round(large.exponent, 3), "up to N": lengths[-1],
                 })  # fmt: skip
     return table

@@ -10,6 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...engine.files import as_json
+
 
 class Memory(NamedTuple):
     baseline_bytes: int  # before the measured call: parameters, inputs, libraries
@@ -31,7 +33,7 @@ def resident_peak(target: str, timeout_s: float = 600, **arguments: Any) -> tupl
     Raises:
         RuntimeError: the child failed, with its last line of standard error, or took longer than ``timeout_s``.
     """
-    command = [sys.executable, "-m", __name__, target, json.dumps(arguments)]
+    command = [sys.executable, "-m", __name__, target, json.dumps(arguments, allow_nan=False)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired as error:
@@ -50,7 +52,7 @@ def resident_child(target: str, arguments: str) -> None:
     baseline = resident_bytes()
     forget_peak()
     result = call()
-    print(json.dumps({"baseline_bytes": baseline, "peak_bytes": peak_resident_bytes(), "result": result}))
+    print(as_json({"baseline_bytes": baseline, "peak_bytes": peak_resident_bytes(), "result": result}))
 
 
 def resident_bytes() -> int:

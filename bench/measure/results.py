@@ -3,13 +3,12 @@
 import csv
 import io
 import json
-import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...engine.errors import InputError
+from ...engine.files import finite, is_lost, write_json, write_text
 from .resident import Memory
 from .timing import Refusal, Timing
 
@@ -21,21 +20,23 @@ def write_results(
     """``name``.json (environment and rows), ``name``.csv (rows) and ``name``.md (a table); returns the JSON's path.
 
     A row maps columns to text, numbers, None (not measured), a ``Timing``, a ``Memory`` or a ``Refusal``. ``columns``
-    picks and orders those of the Markdown table; the other two files have all.
+    picks and orders those of the Markdown table; the other two files have all. A number that is not finite is no
+    result: its place is empty, and the row's column ``not_finite`` names it; in the table it reads "not finite".
     """
     flat = [flatten(row) for row in rows]
-    every = list(dict.fromkeys(column for row in flat for column in row))
+    kept = [finite(row) for row in flat]
+    every = list(dict.fromkeys(column for row in kept for column in row))
     folder.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     writer = csv.DictWriter(text, every, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(flat)
+    writer.writerows(kept)
     write_text(folder / f"{name}.csv", text.getvalue())
     heading = f"# {title}\n\n" if title else ""
     table = markdown_table(flat, columns or every)
     write_text(folder / f"{name}.md", f"{heading}{table}\n{environment_lines(environment)}")
     path = folder / f"{name}.json"
-    write_json(path, {"environment": dict(environment), "rows": flat})
+    write_json(path, {"environment": dict(environment), "rows": kept})
     return path
 
 
@@ -95,8 +96,10 @@ def markdown_table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) ->
 
 
 def cell(value: Any) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None:
         return "not measured"
+    if is_lost(value):
+        return "not finite"
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
     return str(value).replace("|", "\\|").replace("\n", " ")
@@ -111,33 +114,3 @@ def in_words(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {item}" for name, item in value.items() if item is not None)
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """JSON with NaN and infinities as null, written atomically."""
-    write_text(path, json.dumps(finite(content), indent=2) + "\n")
-
-
-def finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def write_text(path: Path, text: str) -> None:
-    """Atomic: a reader finds the old file or the new one, never a part."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

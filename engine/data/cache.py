@@ -11,9 +11,11 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from ..errors import InputError
 
@@ -21,11 +23,20 @@ INDEX = "index.json"
 UNUSABLE = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST,
 )  # fmt: skip
+DELAY_S = 1.0
 CHECKED_BYTES = 1 << 30  # larger folders are checked by the sizes of their files only
 
 
 def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
+
+
+def progress(items: Iterable[Any], unit: str, total: int | None = None) -> Iterator[Any]:
+    """The same items, with a bar on a terminal where they take longer than a second; elsewhere nothing is said."""
+    return iter(tqdm(
+        items, total=total, unit=unit, delay=DELAY_S, leave=False, dynamic_ncols=True, file=sys.stderr,
+        disable=not sys.stderr.isatty(),
+    ))  # fmt: skip
 
 
 def cache_folder(cache: str | None) -> Path:
@@ -38,7 +49,7 @@ def cache_folder(cache: str | None) -> Path:
 
 def fingerprint(value: Any) -> str:
     """Sixteen hexadecimal digits that change with a JSON value."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=True)
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -88,7 +99,7 @@ def read_index(folder: Path) -> tuple[dict[str, Any] | None, str]:
                 return None, f"{name}: {(folder / name).stat().st_size} bytes instead of {entry['bytes']}"
             if whole and digest(folder / name) != entry["sha256"]:
                 return None, f"{name}: its contents have changed"
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return None, f"{type(error).__name__}: {error}"
     return index, ""
 
@@ -116,7 +127,7 @@ def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, A
         index["files"] = {
             name: {"bytes": (unfinished / name).stat().st_size, "sha256": digest(unfinished / name)} for name in names
         }
-        (unfinished / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+        (unfinished / INDEX).write_text(json.dumps(index, indent=1, allow_nan=False) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(unfinished, folder)
     finally:

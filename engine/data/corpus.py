@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..recipe.data import DataRecipe, Source
 from . import tokenizer
 from .cache import built, cache_folder, fingerprint, say
-from .pydocs import open_pydocs
+from .pydocs import NAMES, open_pydocs
 from .sources import Documents, Split, open_source
 from .store import FORMAT, Store, open_store
 from .tokenizer import Vocabulary
@@ -57,17 +57,17 @@ def open_corpus(data: DataRecipe) -> Corpus:
 
 
 def open_vocabulary(data: DataRecipe, cache: Path) -> Vocabulary:
-    if data.tokenizer != "pydocs":
+    if data.tokenizer not in NAMES:
         return tokenizer.describe(tokenizer.with_mask(tokenizer.load(data.tokenizer)), data.tokenizer)
-    split, _ = open_pydocs(cache)
+    split, _ = open_pydocs(cache, data.tokenizer)
     folder = cache / f"tokenizer-{fingerprint([FORMAT, split.train.identity, data.vocab_size])}"
 
     def build(unfinished: Path) -> dict[str, Any]:
-        say(f"training a tokenizer of {data.vocab_size} entries on pydocs")
+        say(f"training a tokenizer of {data.vocab_size} entries on {data.tokenizer}")
         return tokenizer.save(tokenizer.train(split.train.read(), data.vocab_size), unfinished)
 
     built(folder, build)
-    return tokenizer.describe(tokenizer.load(str(folder)), "pydocs")
+    return tokenizer.describe(tokenizer.load(str(folder)), data.tokenizer)
 
 
 def open_parts(
@@ -75,10 +75,10 @@ def open_parts(
 ) -> tuple[tuple[Part, Part], dict[str, Any]]:
     """The training and the held-out windows of one source, and its facts for the description."""
     facts: dict[str, Any] = {"path": source.path, "weight": source.weight}
-    if source.path == "pydocs":
+    if source.path in NAMES:
         if source.validation is not None:
-            raise InputError("data.validation: pydocs has a fixed split of its own; remove this field")
-        split, facts["pydocs"] = open_pydocs(cache)
+            raise InputError(f"data.validation: {source.path} has a fixed split of its own; remove this field")
+        split, facts["pydocs"] = open_pydocs(cache, source.path)
         split = Split(split.train.first(source.max_documents), split.validation.first(source.max_documents))
     else:
         split = open_source(source)
@@ -114,18 +114,25 @@ def tokenise(documents: Documents, vocabulary: Vocabulary, cache: Path) -> Store
 def hold_out(hashes: np.ndarray, fraction: float, source: Source) -> tuple[np.ndarray, np.ndarray]:
     """Splits documents by the hash of their text, so that equal texts fall on one side.
 
+    A text that makes up more than half of the documents is trained on: held out, it would leave little to train on.
+
     Returns:
         The numbers of the documents to train on and of those to hold out: about ``fraction`` of all, at least one.
 
     Raises:
-        InputError: there are not two different documents.
+        InputError: there are not two different texts.
     """
-    count = max(1, round(fraction * len(hashes)))
-    threshold = np.sort(hashes)[min(count, len(hashes)) - 1]
-    is_held_out = hashes <= threshold
-    if is_held_out.all():
+    distinct, text_of, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+    if len(distinct) < 2:
+        found = f"{len(hashes)} documents, all of the same text" if len(hashes) > 1 else "one document"
         raise InputError(
-            f"data.source: {source.path}: {len(hashes)} document(s), too few to hold {fraction:g} of them out; "
-            "give more documents, or set data.validation to a file"
+            f"data.source: {source.path}: {found}, of which none can be held out; give more documents, or set "
+            "data.validation to a file"
         )
+    can_be = counts * 2 <= len(hashes)
+    held = np.cumsum(np.where(can_be, counts, 0))
+    wanted = max(1, round(fraction * len(hashes)))
+    of_text = can_be & (held - counts < wanted)
+    of_text[-1] &= not of_text.all()  # something has to be left to train on
+    is_held_out = of_text[text_of]
     return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)

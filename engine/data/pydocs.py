@@ -1,4 +1,4 @@
-"""`pydocs`: the documentation that an installed Python carries, as a corpus of English prose.
+"""`pydocs`: the documentation that an installed Python carries, as a corpus of English prose; `pydocs-small` a part.
 
 One document is one module: the docstrings of the module, its classes and functions, in the order of the file; and one
 for each topic of the language reference. Sources are parsed, never imported. Which packages are read is a fixed list,
@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .cache import built, fingerprint, say
+from .cache import built, fingerprint, progress, say
 from .docstrings import Section, paragraphs
 from .sources import Documents, Split
 
@@ -37,6 +37,8 @@ PACKAGES = (
     "networkx", "deepspeed", "tensorboard", "pydantic", "fontTools", "mpmath", "fsspec", "tqdm", "werkzeug", "jinja2",
     "markdown",
 )  # fmt: skip
+CORPORA = {"pydocs": PACKAGES, "pydocs-small": ()}  # the small one: the standard library and the language alone
+NAMES = tuple(CORPORA)
 SKIPPED_FOLDERS = {
     "test", "tests", "testing", "idle_test", "__pycache__", "_vendor", "vendor", "vendored_packages", "_vendored",
     "externals", "third_party", "site-packages", "dist-packages",
@@ -55,15 +57,18 @@ class Module(NamedTuple):
     path: Path
 
 
-def open_pydocs(cache: Path) -> tuple[Split, dict[str, Any]]:
-    """The corpus, built in ``cache`` when this set of packages has not been seen before; and what the build counted."""
-    folders = package_folders(PACKAGES)
+def open_pydocs(cache: Path, name: str = "pydocs") -> tuple[Split, dict[str, Any]]:
+    """The corpus, built in ``cache`` when this set of packages has not been seen before; and what the build counted.
+
+    ``name``: one of ``CORPORA``.
+    """
+    folders = package_folders(CORPORA[name])
     versions = {name: package_version(name) for name in folders}
     identity = fingerprint([platform.python_implementation(), platform.python_version(), versions, own_code()])
     folder = cache / f"pydocs-{identity}"
     index = built(folder, lambda unfinished: write(unfinished, folders))
     train, validation = (
-        Documents("pydocs", [identity, split], lambda split=split: read(folder / f"{split}.jsonl"))
+        Documents(name, [identity, split], lambda split=split: read(folder / f"{split}.jsonl"))
         for split in ("train", "validation")
     )
     return Split(train, validation), {key: value for key, value in index.items() if key != "files"}
@@ -78,14 +83,15 @@ def read(file: Path) -> Iterator[str]:
 def write(folder: Path, folders: dict[str, Path]) -> dict[str, Any]:
     modules = [module for name, place in folders.items() for module in find_modules(name, place)]
     say(f"reading the documentation in {len(modules)} installed modules")
-    found = list(parse([module.path for module in modules]))
+    found = list(progress(parse([module.path for module in modules]), "module", len(modules)))
     topics = language_topics()
     documents = [*topics, *((module.name, parts) for module, parts in zip(modules, found, strict=True) if parts)]
     texts, counts = assemble(documents)
     num_documents = {}
     for split, held_out in (("train", False), ("validation", True)):
         chosen = [{"name": name, "text": text} for name, text in texts if is_held_out(name) == held_out]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(document) + "\n" for document in chosen))
+        lines = (json.dumps(document, allow_nan=False) + "\n" for document in chosen)
+        (folder / f"{split}.jsonl").write_text("".join(lines))
         num_documents[split] = len(chosen)
     return {
         "packages": {name or "python": package_version(name) for name in folders},

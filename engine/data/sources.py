@@ -3,6 +3,7 @@
 import glob
 import gzip
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,7 @@ from ..recipe.data import DEFAULT_VALIDATION, Source
 KNOWN = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.+-]+)?")
 TRAIN_NAMES = ("train",)
+SHOWN = 12  # names of columns in one line
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 
 
@@ -62,7 +64,7 @@ def open_source(source: Source) -> Split:
 
 def is_local(path: str) -> bool:
     looks_local = path.startswith(("/", "./", "../", "~")) or path.endswith(KNOWN) or glob.has_magic(path)
-    return looks_local or Path(path).exists()
+    return looks_local or len(path) > 255 or Path(path).exists() or Path(path).is_symlink()
 
 
 def open_local(source: Source) -> Split:
@@ -92,12 +94,20 @@ def find(path: str) -> list[Path]:
     Raises:
         InputError: there are none, or one has an unknown ending.
     """
-    place = Path(path).expanduser()
-    if place.is_dir():
-        files = sorted(file for file in place.rglob("*") if file.name.endswith(KNOWN) and file.is_file())
+    try:
+        place = Path(path).expanduser()
+        is_folder = place.is_dir()
+    except (RuntimeError, OSError) as error:  # a home that nobody has, a name that no file can have
+        raise InputError(f"data.source: {path[:200]}: not a path ({str(error)[:40]}); correct it") from error
+    if is_folder:
+        files = sorted(file for file in place.rglob("*") if file.name.endswith(KNOWN) and not file.is_dir())
+        if lost := [file for file in files if not file.exists()]:
+            raise InputError(f"{lost[0]}: a link to {os.readlink(lost[0])}, which is not there; mend or remove it")
         if not files:
             raise InputError(f"data.source: {path}: no {', '.join(KNOWN)} file in this folder")
         return files
+    if place.is_symlink() and not place.exists():
+        raise InputError(f"data.source: {path}: a link to {os.readlink(place)}, which is not there; mend the link")
     if place.exists():
         files = [place]
     else:
@@ -146,11 +156,14 @@ def read_text(file: Path) -> str:
     """A UTF-8 text file, with or without a byte order mark.
 
     Raises:
-        InputError: it is missing or not UTF-8.
+        InputError: it is missing, not UTF-8, or not text.
     """
     if not file.is_file():
         raise InputError(f"{file}: no such file; correct the path")
     raw = file.read_bytes()
+    if 0 in raw:
+        line = raw.count(b"\n", 0, raw.index(0)) + 1
+        raise InputError(f"{file}:{line}: a NUL byte, which no text holds; convert the file to UTF-8")
     try:
         return raw.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
@@ -173,17 +186,24 @@ def read_jsonl(file: Path, column: str) -> Iterator[str]:
 
 def parse_line(where: str, line: bytes, column: str) -> str:
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        text = line.decode("utf-8-sig")
+        row = json.loads(text)
     except UnicodeDecodeError as error:
         raise InputError(
             f"{where}: byte {line[error.start]:#04x} at offset {error.start} of the line is not UTF-8; convert the file"
         ) from error
+    except RecursionError:
+        raise InputError(f"{where}: nested too deeply; correct or remove the line") from None
     except ValueError as error:
         raise InputError(f"{where}: not a line of JSON ({error}); correct or remove the line") from error
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected an object such as {{\"{column}\": \"...\"}}, got {type(row).__name__}")
     if column not in row:
-        raise InputError(f"{where}: no column {column!r}, only {', '.join(map(repr, row))}; set data.text_column")
+        raise InputError(no_column(where, column, {name: isinstance(value, str) for name, value in row.items()}))
+    if text.count(json.dumps(column, allow_nan=False)) > 1:  # perhaps as a name, perhaps inside a text
+        pairs = json.loads(text, object_pairs_hook=list)
+        if sum(name == column for name, _ in pairs) > 1:
+            raise InputError(f"{where}: column {column!r} is there more than once; correct the line")
     text = check_text(where, row[column], column)
     if not text.isprintable() and any("\ud800" <= char <= "\udfff" for char in text):
         raise InputError(f"{where}: half of a surrogate pair in column {column!r}; correct the line")
@@ -199,26 +219,61 @@ def check_text(where: str, text: Any, column: str) -> str:
     return text
 
 
+def no_column(where: str, column: str, columns: dict[str, bool]) -> str:
+    """The line that says so. ``columns``: those that are there, and whether they hold text. None is taken by itself."""
+    texts = [name for name, holds_text in columns.items() if holds_text]
+    only = f"no column {column!r}, only {', '.join(map(repr, list(columns)[:SHOWN]))}{', ...' * (len(columns) > SHOWN)}"
+    if not columns:
+        return f"{where}: no column {column!r}, and no other"
+    if not texts:
+        return f"{where}: {only}, none of which holds text"
+    if len(texts) == 1:
+        return f"{where}: {only}; set data.text_column={texts[0]}"
+    return f"{where}: {only}; set data.text_column to that of {', '.join(map(repr, texts[:SHOWN]))} which is meant"
+
+
 def read_parquet(file: Path, column: str) -> Iterator[str]:
+    """The rows of a column of any type that Arrow has for text, and of bytes that are UTF-8."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         table = pq.ParquetFile(file)
-        if column not in table.schema_arrow.names:
-            names = ", ".join(map(repr, table.schema_arrow.names))
-            raise InputError(f"{file}: no column {column!r}, only {names}; set data.text_column")
-        kind = table.schema_arrow.field(column).type
-        known = (pa.types.is_string, pa.types.is_large_string, pa.types.is_dictionary, pa.types.is_null)
-        if not any(is_kind(kind) for is_kind in known):
+        schema = table.schema_arrow
+        if column not in schema.names:
+            raise InputError(no_column(str(file), column, {field.name: holds_text(field.type) for field in schema}))
+        if schema.names.count(column) > 1:
+            raise InputError(f"{file}: {schema.names.count(column)} columns are named {column!r}; rename all but one")
+        kind = schema.field(column).type
+        if not holds_text(kind):
             raise InputError(f"{file}: expected text in column {column!r}, got {kind}; set data.text_column")
         row = 0
         for batch in table.iter_batches(batch_size=1024, columns=[column]):
-            for text in batch.column(0).to_pylist():
+            for value in batch.column(column).cast(pa.large_binary()).to_pylist():
                 row += 1
-                yield check_text(f"{file}, row {row}", text, column)
-    except (pa.ArrowInvalid, pa.ArrowIOError) as error:
+                yield "" if value is None else decode(value, f"{file}, row {row}", column)
+    except pa.ArrowException as error:
         raise InputError(f"{file}: not a readable parquet file ({one_line(error)})") from error
+
+
+def holds_text(kind: Any) -> bool:
+    """Whether a column of this Arrow type can hold text: of characters, of bytes, or nothing but null."""
+    import pyarrow as pa
+
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    known = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
+    return any(getattr(pa.types, f"is_{name}")(kind) for name in known)
+
+
+def decode(value: bytes, where: str, column: str) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        byte = f"byte {value[error.start]:#04x} at offset {error.start} of column {column!r}"
+        raise InputError(f"{where}: {byte} is not UTF-8; convert it, or set data.text_column") from error
 
 
 # --- the hub
@@ -256,6 +311,7 @@ def read_hub(source: Source, split: str) -> Iterator[str]:
         rows = datasets.load_dataset(
             name, config or None, split=split, revision=source.revision, streaming=source.max_documents is not None
         )
+        features = getattr(rows, "features", None) or {}
         names = rows.column_names or list(next(iter(rows), {}))
     except Exception as error:  # datasets, huggingface_hub and the formats they read have dozens of kinds
         raise InputError(
@@ -263,11 +319,17 @@ def read_hub(source: Source, split: str) -> Iterator[str]:
             f"({type(error).__name__}: {one_line(error)}); correct data.source, go online or use local files"
         ) from error
     if column not in names:
-        raise InputError(
-            f"data.source: {name}: no column {column!r}, only {', '.join(map(repr, names))}; set data.text_column"
-        )
-    for number, row in enumerate(islice(rows.select_columns(column), source.max_documents), start=1):
-        yield check_text(f"{source.path}, row {number}", row[column], column)
+        texts = {name: getattr(features.get(name), "dtype", "string").endswith("string") for name in names}
+        raise InputError(no_column(f"data.source: {name}", column, texts))
+    number = 0
+    try:
+        for number, row in enumerate(islice(rows.select_columns(column), source.max_documents), start=1):
+            yield check_text(f"{source.path}, row {number}", row[column], column)
+    except InputError:
+        raise
+    except Exception as error:  # as above: a file of it that cannot be fetched or read
+        problem = f"cannot be read behind row {number} ({type(error).__name__}: {one_line(error)})"
+        raise InputError(f"data.source: {source.path}: {problem}; correct it, or use local files") from error
 
 
 def one_line(error: BaseException) -> str:

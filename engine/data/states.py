@@ -115,12 +115,15 @@ def read_progress(folder: Path) -> tuple[int, int]:
     note, file = folder / PROGRESS, folder / STATES
     if not note.exists() or not file.exists():
         return 0, 0
-    entry = json.loads(note.read_text())
-    whole = file.stat().st_size >= entry["bytes"]
-    return (entry["windows"], entry["bytes"]) if whole else (0, 0)
+    try:
+        entry = json.loads(note.read_text())
+        windows, num_bytes = int(entry["windows"]), int(entry["bytes"])
+    except (ValueError, KeyError, TypeError, RecursionError):  # damaged: they are computed again
+        return 0, 0
+    return (windows, num_bytes) if file.stat().st_size >= num_bytes else (0, 0)
 
 
 def note_progress(folder: Path, windows: int, num_bytes: int) -> None:
     unfinished = folder / f".{PROGRESS}"
-    unfinished.write_text(json.dumps({"windows": windows, "bytes": num_bytes}))
+    unfinished.write_text(json.dumps({"windows": windows, "bytes": num_bytes}, allow_nan=False))
     unfinished.replace(folder / PROGRESS)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from .cache import built, say
+from .cache import built, progress, say
 from .sources import Documents
 
 FORMAT = 1
@@ -48,7 +48,7 @@ def write(folder: Path, documents: Documents, encode: Encode, vocab_size: int) -
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
     lengths, hashes, num_bytes = [], [], 0
     with open(folder / "tokens.bin", "wb") as file:
-        for texts in batches(documents.read()):
+        for texts in batches(progress(documents.read(), " documents")):
             for text, ids in zip(texts, encode(texts), strict=True):
                 if not ids:
                     continue

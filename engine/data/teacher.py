@@ -1,7 +1,6 @@
 """A sentence encoder whose vectors others learn from: any encoder of transformers, in a folder or on the hub."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -10,11 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel
 
+from ...models.backbone_source import check_loaded
+from ...models.folder import read_json as read_strictly
 from ..errors import InputError
-from ..initialize import find
+from ..model_folder import find, has_tokenizer, in_one_line, inspect
 from ..saved_model import quiet
+from .tokenizer import load as load_tokenizer
 
 POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 BATCH_TOKENS = 8192  # padding included
@@ -38,18 +40,20 @@ class Teacher:
             InputError: it cannot be read, or pools in a way that is not known here.
         """
         self.name, self.device = place, torch.device(device)
-        folder = find(place, field="distill.teacher")
-        self.pooling, limit = read_pooling(folder)
-        try:
+        folder, field = find(place, "distill.teacher"), f"distill.teacher: {place}"
+        inspect(folder, "distill.teacher")
+        with in_one_line(place, "distill.teacher"):
+            self.pooling, limit = read_pooling(folder)
+        if not has_tokenizer(folder):
+            raise InputError(f"{field}: no tokenizer.json; a teacher reads text in its own tokens")
+        self.tokenizer = load_tokenizer(str(folder), "distill.teacher")
+        with in_one_line(place, "distill.teacher"), quiet():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            with quiet():
-                model = AutoModel.from_pretrained(
-                    folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
-                )
-        except (ValueError, OSError, RuntimeError, KeyError) as error:
-            line = " ".join(str(error).split())[:200]
-            raise InputError(f"distill.teacher: {place}: cannot be loaded ({line})") from error
+            model, info = AutoModel.from_pretrained(
+                folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+            check_loaded(folder, model, info)
         self.model = model.to(self.device).eval()
         self.width = config.hidden_size
         own = self.tokenizer("").input_ids
@@ -126,7 +130,7 @@ def read_pooling(folder: Path) -> tuple[str, int | None]:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_strictly(path) if path.is_file() else None
 
 
 def fingerprint_of(folder: Path) -> str:

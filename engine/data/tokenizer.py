@@ -12,10 +12,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ...models.objectives.view import SpecialTokens
 from ..errors import InputError
+from ..model_folder import find, has_tokenizer
 
 SPECIAL = {
     "pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "[BOS]", "eos_token": "[EOS]", "mask_token": "[MASK]",
 }  # fmt: skip
+
+FILES = ("*.json", "*.txt", "*.model")  # of a tokenizer on the hub
+EXPECTED = "give a folder with tokenizer.json, a hub id, or pydocs"
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,14 @@ class Vocabulary:
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.plain.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_with_masks(self, text: str) -> list[int]:
+        """The same, but that a mask token written in the text is the mask id, and takes the white space before it."""
+        reader = Tokenizer.from_str(with_stripping_mask(self.tokenizer, special=False))
+        reader.no_truncation()
+        reader.no_padding()
+        reader.encode_special_tokens = True  # of the others
+        return reader.encode(text, add_special_tokens=False).ids
 
 
 def train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -46,27 +58,25 @@ def train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIAL)
 
 
-def load(place: str) -> PreTrainedTokenizerFast:
-    """A tokenizer from a folder or the hub.
+def load(place: str, field: str = "data.tokenizer") -> PreTrainedTokenizerFast:
+    """A tokenizer from a folder or the hub. ``field``: of the recipe or the command line, for the error.
 
     Raises:
         InputError: it cannot be loaded, or it is not a fast one.
     """
-    is_folder = Path(place).expanduser().is_dir()
+    folder = find(place, field, FILES, EXPECTED)
+    if not has_tokenizer(folder):
+        raise InputError(f"{field}: {place}: no tokenizer.json in this folder; {EXPECTED}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(Path(place).expanduser()) if is_folder else place, trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers, huggingface_hub and tokenizers have dozens of kinds
         text = " ".join(str(error).split())
-        what = "" if is_folder else "no such folder here, and "
         raise InputError(
-            f"data.tokenizer: {place}: {what}the tokenizer cannot be loaded ({type(error).__name__}: {text[:200]}); "
-            "give a folder with tokenizer.json, a hub id, or pydocs"
+            f"{field}: {place}: the tokenizer cannot be loaded ({type(error).__name__}: {text[:200]}); {EXPECTED}"
         ) from error
     if not isinstance(getattr(tokenizer, "backend_tokenizer", None), Tokenizer):
         kind = type(tokenizer).__name__
-        raise InputError(f"data.tokenizer: {place}: {kind} is not a fast tokenizer; convert it to tokenizer.json")
+        raise InputError(f"{field}: {place}: {kind} is not a fast tokenizer; convert it to tokenizer.json")
     return tokenizer
 
 
@@ -77,7 +87,7 @@ def with_mask(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def describe(tokenizer: PreTrainedTokenizerFast, place: str) -> Vocabulary:
+def describe(tokenizer: PreTrainedTokenizerFast, place: str, field: str = "data.tokenizer") -> Vocabulary:
     """Checks that a tokenizer can serve, and takes from it what is needed.
 
     Raises:
@@ -85,7 +95,7 @@ def describe(tokenizer: PreTrainedTokenizerFast, place: str) -> Vocabulary:
     """
     if tokenizer.mask_token_id is None:
         raise InputError(
-            f"data.tokenizer: {place}: no mask token; choose another tokenizer, or add one with "
+            f"{field}: {place}: no mask token; choose another tokenizer, or add one with "
             "tokenizer.add_special_tokens({'mask_token': '[MASK]'}) and save_pretrained"
         )
     text = tokenizer.backend_tokenizer.to_str()
@@ -107,15 +117,13 @@ def for_use(tokenizer: PreTrainedTokenizerFast, length: int) -> PreTrainedTokeni
 
     One rule for every vocabulary. A text is its own tokens: nothing is put before or behind it, since training never
     showed [CLS], BOS or EOS there. A pair is the first text, one separator, the second; the separator is the
-    tokenizer's own, else its end of text, else its [CLS] or beginning of text. One space before the mask token belongs
-    to the hidden word, as ``conceptron generate`` has it. ``length``: of training, where ``truncation=True`` cuts.
+    tokenizer's own, else its end of text, else its [CLS] or beginning of text. White space before the mask token
+    belongs to the hidden word, as ``conceptron generate`` has it. ``length``: of training, where
+    ``truncation=True`` cuts.
 
     Padding, where a vocabulary has no token for it, is the separator: the attention mask says where it is.
     """
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    for entry in state["added_tokens"]:
-        if entry["content"] == tokenizer.mask_token:
-            entry["lstrip"] = True
+    state = json.loads(with_stripping_mask(tokenizer))
     names = ("sep_token", "eos_token", "cls_token", "bos_token")
     separator = next((getattr(tokenizer, name) for name in names if getattr(tokenizer, name) is not None), None)
     pieces, special = [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}], {}
@@ -129,10 +137,19 @@ def for_use(tokenizer: PreTrainedTokenizerFast, length: int) -> PreTrainedTokeni
     if separator is not None:
         tokens = {"sep_token": separator, "pad_token": separator} | tokens
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(state)), model_max_length=length, padding_side="right",
-        truncation_side=tokenizer.truncation_side, clean_up_tokenization_spaces=False,
+        tokenizer_object=Tokenizer.from_str(json.dumps(state, allow_nan=False)), model_max_length=length,
+        padding_side="right", truncation_side=tokenizer.truncation_side, clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"], **tokens,
     )  # fmt: skip
+
+
+def with_stripping_mask(tokenizer: PreTrainedTokenizerFast, special: bool = True) -> str:
+    """The tokenizer's own description, but that its mask token takes the space before it."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    for entry in state["added_tokens"]:
+        if entry["content"] == tokenizer.mask_token:
+            entry.update(lstrip=True, special=special)
+    return json.dumps(state, allow_nan=False)
 
 
 def save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, Any]:

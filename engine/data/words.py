@@ -55,7 +55,7 @@ def spelling(state: dict[str, Any]) -> Any:
     if "ByteLevel" in kinds:
         value = {character: byte for byte, character in byte_characters().items()}
         return lambda entry: bytes(value[c] for c in entry).decode(errors="replace")
-    if "Metaspace" in kinds or '"▁"' in json.dumps(state.get("decoder"), ensure_ascii=False):
+    if "Metaspace" in kinds or '"▁"' in json.dumps(state.get("decoder"), ensure_ascii=False, allow_nan=False):
         return lambda entry: BYTE.sub(lambda byte: chr(int(byte[1], 16)), entry).replace("▁", " ")
     return None
 

@@ -120,7 +120,7 @@ class PretrainingJob:
         bare = ConceptForMaskedLM(self.build_config())
         if self.backbone and self.backbone.folder:
             self.beginning = fill(bare, self.backbone, self.corpus)
-            self.files[KEPT] = json.dumps(self.backbone.described, indent=1)
+            self.files[KEPT] = json.dumps(self.backbone.described, indent=1, allow_nan=False)
         if recipe.init and is_new:
             self.beginning = f"from {recipe.init.source}: {initialize(bare, recipe.init, tokenizer, self.world)}"
         if self.beginning:

@@ -14,7 +14,7 @@ class Source(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: str  # `pydocs`, a file, a folder, a glob, or a hub id `org/name[:config]`
+    path: str  # `pydocs`, `pydocs-small`, a file, a folder, a glob, or a hub id `org/name[:config]`
     weight: Annotated[float, Field(gt=0)] = 1.0  # share of the tokens of every step, relative to the other sources
     unit: Literal["window", "sentence"] = "window"  # sentence: windows begin and end where sentences do, one in each
     text_column: str | None = None
@@ -28,7 +28,8 @@ class DataRecipe(BaseModel):
     """What is read, how it is cut into tokens and windows.
 
     A source is one of
-    - `pydocs`: the documentation that the installed Python carries (needs no network and no file);
+    - `pydocs`: the documentation that the installed Python carries (needs no network and no file); `pydocs-small`: that
+      of its standard library and of the language alone, which is read in seconds;
     - a path or a glob of .txt (one document a file), .jsonl, .jsonl.gz and .parquet files, or a folder of them. When
       names in a folder begin with `train`, those are the training files, and those that begin with `validation`,
       `valid`, `val` or `dev` are held out;
@@ -36,7 +37,7 @@ class DataRecipe(BaseModel):
 
     Held out are, by `validation`: a number: about this fraction of the documents, chosen by a hash of their text; a
     text: these files (or, for a hub id, the split of this name). Left out: what the folder says, else 0.02. `pydocs`
-    has a fixed split of its own.
+    and `pydocs-small` have a fixed split of their own.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -47,8 +48,8 @@ class DataRecipe(BaseModel):
     validation: Fraction | str | None = None
     revision: str | None = None  # of hub sources: a commit or tag; left out: the main branch when first read
     max_documents: Annotated[int, Field(ge=2)] | None = None  # read no more than this of each source
-    tokenizer: str = "pydocs"  # `pydocs` (byte-level BPE trained on pydocs), a folder, or a hub id
-    vocab_size: Annotated[int, Field(ge=300, le=65536)] = 8192  # of the `pydocs` tokenizer only
+    tokenizer: str = "pydocs"  # `pydocs`, `pydocs-small` (byte-level BPE trained on these), a folder, or a hub id
+    vocab_size: Annotated[int, Field(ge=300, le=65536)] = 8192  # of the two `pydocs` tokenizers only
     window: Annotated[int, Field(ge=8)] = 512  # longest sequence in tokens; a longer document goes on in the next one
     cache: str | None = None  # folder; left out: $XDG_CACHE_HOME/conceptron, else ~/.cache/conceptron
 

@@ -48,6 +48,9 @@ def load_any(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | Finetu
     """
     path = find_recipe(path)
     tree = read_yaml(path)
+    if path.name == "recipe.yaml" and (path.parent / "environment.json").is_file():  # of a run: it lies where it lies
+        place = path.absolute().parent
+        tree = lay_over(tree, {"run": {"name": place.name, "folder": str(place.parent)}})
     changes: dict[str, Any] = {}
     overridden = {apply_override(changes, text): text for text in overrides if text.startswith("size=")}
     checker = Checker(str(path), overridden)

@@ -25,7 +25,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 # What may change between an interruption and its resumption: it moves no data and no weight, or only by rounding.
 FREE = (
     "run.name", "run.folder", "run.timeout_s", "resume", "eval.", "checkpoint.", "zero.", "batch.micro_tokens",
-    "data.cache", "distill.max_gib", "train.keep", "train.recompute",
+    "data.cache", "task.cache", "distill.max_gib", "train.keep", "train.recompute",
 )  # fmt: skip
 
 

@@ -76,7 +76,12 @@ def draw(
     """One token [M] from each row of logits, none of them special; and the probabilities [M, V] before temperature.
 
     In float64: with float32 noise the rarest tokens are never drawn (Zheng et al. 2024, arXiv:2409.02908).
+
+    Raises:
+        ValueError: a logit is not finite: what is drawn from it would mean nothing.
     """
+    if not logits_MV.isfinite().all():
+        raise ValueError("the model's logits are not finite; take an earlier checkpoint of its run")
     logits_MV = logits_MV.double().index_fill(1, special, -torch.inf)
     probabilities_MV = logits_MV.softmax(-1)
     if greedy or sampling.temperature == 0:

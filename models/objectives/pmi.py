@@ -180,7 +180,7 @@ def number(ids: np.ndarray, starts: np.ndarray, sizes: np.ndarray, vocab_size: i
 
 def save(phrases: Phrases, path: str | Path) -> None:
     tree = {"format": FORMAT, "vocab_size": phrases.vocab_size, "phrases": phrases.ids, "pmi": phrases.pmi}
-    Path(path).write_text(json.dumps(tree), encoding="utf-8")
+    Path(path).write_text(json.dumps(tree, allow_nan=False), encoding="utf-8")
 
 
 @lru_cache(maxsize=4)

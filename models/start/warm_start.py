@@ -1,6 +1,5 @@
 """Starting a model with tied layers from a checkpoint whose layers are not tied."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..encoder import ConceptPreTrainedModel
+from ..folder import weight_files
 
 LAYERS = "layers."
 
@@ -41,8 +41,8 @@ def warm_start_tied(model: ConceptPreTrainedModel, folder: str | Path, layer: in
         folder: as ``save_pretrained`` writes it, with safetensors.
 
     Raises:
-        ValueError: the model's layers are not tied, or no tensor fits its tied layer, which would start at random.
-        FileNotFoundError: the folder has no safetensors.
+        ValueError: the model's layers are not tied, no tensor fits its tied layer, which would start at random, or the
+            folder has no safetensors that can be read.
     """
     if not model.config.tie_layers:
         raise ValueError("model: expected tie_layers = true, got false; use from_pretrained for untied layers")
@@ -85,13 +85,4 @@ def rename(source: str, source_prefix: str, prefix: str, layer: int) -> str | No
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a saved model by name, from one file or from those that its index lists."""
-    index = folder / "model.safetensors.index.json"
-    files = {"model.safetensors"}
-    if index.exists():
-        files = set(json.loads(index.read_text())["weight_map"].values())
-    tensors = {}
-    for name in sorted(files):
-        if not (folder / name).exists():
-            raise FileNotFoundError(f"{folder / name}: not there; expected the folder of a model saved as safetensors")
-        tensors.update(load_file(folder / name))
-    return tensors
+    return {name: tensor for file in weight_files(folder) for name, tensor in load_file(file).items()}

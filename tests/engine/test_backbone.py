@@ -112,7 +112,7 @@ def test_the_tokenizer_is_the_backbones_unless_told(recipe, bert, text):
 
 @pytest.mark.parametrize("overrides, found", [
     (["model.backbone=/nowhere"], "model.backbone: /nowhere: no such folder here"),
-    (["model.backbone={text}"], "there is no config.json"),
+    (["model.backbone={text}"], "no config.json"),
     (["model.backbone={bert}", "model.backbone_window=33"], "model: backbone_window: expected 1 to 32"),
     (["model.backbone={bert}", "model.backbone_layers=4"], "model: backbone_layers: expected up to 3"),
     (["model.backbone={bert}", "model.backbone_train=1"], "model.backbone_train: expected text"),

@@ -30,7 +30,7 @@ def test_a_recipe_and_its_tokenizer(quick, tmp_path, capsys):
     assert "1800 steps of 1024 tokens" in capsys.readouterr().out
     assert perform(["doctor", "demo.yaml", f"data.tokenizer={tmp_path}"]) == 1
     told = capsys.readouterr()
-    assert "the tokenizer cannot be loaded" in told.out and "cannot train" in told.out
+    assert "no tokenizer.json in this folder" in told.out and "cannot train" in told.out
     assert perform(["doctor", "demo.yaml", "train.stepz=3"]) == 1
     assert "did you mean train.steps" in capsys.readouterr().out
 
@@ -74,3 +74,9 @@ def test_a_hub_that_does_not_answer(monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     found = doctor.hub()
     assert found.state == WARNING and "cannot be reached" in found.found and "data.tokenizer" in found.remedy
+
+
+def test_a_tokenizer_that_training_makes_is_no_fault():
+    for overrides, name in (([], "pydocs"), (["size=tiny"], "pydocs-small")):
+        found = doctor.recipe("demo.yaml", overrides)["tokenizer"]()
+        assert found.state == doctor.OK and found.found.startswith(f"{name}: trained")

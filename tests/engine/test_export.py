@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from conceptron import __version__
 from conceptron.engine.card import About
 from conceptron.engine.data import tokenizer as tokenizers
+from conceptron.engine.errors import InputError
 from conceptron.engine.export import export
 from conceptron.models.config import ConceptConfig
 from conceptron.models.masked_lm import ConceptForMaskedLM
@@ -37,6 +38,25 @@ def tokenizer():
 @pytest.fixture
 def folder(world, tokenizer, tmp_path):
     return export(world, model(tokenizer), tokenizer, tmp_path / "model", ABOUT)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_exported(world, tokenizer, folder, value):
+    """Which, how many; what stood in the folder before is still there."""
+    spoilt = model(tokenizer)
+    with torch.no_grad():
+        spoilt.lm_head.bias[:3] = value
+    before = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match=r"model: not written, 3 of the \d+ numbers of lm_head\.bias are not"):
+        export(world, spoilt, tokenizer, folder, ABOUT)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_a_figure_that_is_not_finite_is_in_words(world, tokenizer, tmp_path):
+    about = replace(ABOUT, figures={"loss": float("nan"), "nll": 2.0})
+    card = (export(world, model(tokenizer), tokenizer, tmp_path / "model", about) / "README.md").read_text()
+    assert "| loss | not finite |" in card and "| nll | 2 |" in card and "nan" not in card.lower().split("---")[-1]
 
 
 def vectors(folder, texts) -> torch.Tensor:

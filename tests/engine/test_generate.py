@@ -1,8 +1,10 @@
+import shutil
+
 import pytest
 import torch
 
 from conceptron.__main__ import main
-from conceptron.engine import initialize
+from conceptron.engine import model_folder
 from conceptron.engine.data.tokenizer import describe, train
 from conceptron.engine.errors import InputError
 from conceptron.engine.generate import canvas_of, generate, read
@@ -107,6 +109,46 @@ def test_what_the_model_cannot_do_is_said_in_one_line(folder, capsys, options, f
     assert said.startswith(f"conceptron: error: {found}") and said.count("\n") == 1
 
 
+@pytest.mark.parametrize("text, found", [
+    ("", "expected some text to read, got none"),
+    ("a\ud800b [MASK]", "expected text, got bytes that are not UTF-8 at character 2"),
+    (b"caf\xe9".decode(errors="surrogateescape"), "expected text, got bytes that are not UTF-8 at character 4"),
+    ("a\0b", "expected text, got NUL at character 2"),
+    ("no mask in it", "nothing to fill; write the mask token where text is wanted, or use --mode prefix"),
+])  # fmt: skip
+def test_text_that_cannot_be_read(folder, capsys, text, found):
+    with pytest.raises(InputError) as caught:
+        generate(folder, text, mode="fill", sampling=Sampling())
+    assert str(caught.value).startswith(f"--text: {found}") and "\n" not in str(caught.value)
+    assert main(["generate", str(folder), "--mode", "fill", "--text", text]) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and not said.out
+
+
+@pytest.mark.parametrize("content, found", [
+    (b"caf\xe9", ":1: byte 0xe9 at offset 3 is not UTF-8"), (b"a\nb\0", ":2: a NUL byte, which no text holds"),
+    ("The [MASK]".encode("utf-16-le"), ":1: a NUL byte"), (b"", "--text: expected some text to read, got none"),
+])  # fmt: skip
+def test_files_that_cannot_be_read(folder, tmp_path, capsys, content, found):
+    (tmp_path / "text").write_bytes(content)
+    assert main(["generate", str(folder), "--mode", "fill", "--file", str(tmp_path / "text")]) == 2
+    said = capsys.readouterr().err
+    assert found in said and said.count("\n") == 1
+
+
+def test_logits_that_are_not_finite_are_not_drawn_from(folder, tmp_path, capsys):
+    """Weights may be finite and their products not."""
+    model = ConceptForMaskedLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.lm_head.bias.fill_(3e38)
+        model.lm_head.weight.mul_(1e38)
+    shutil.copytree(folder, tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    assert main(["generate", str(tmp_path / "model"), "--text", "The", "--steps", "1"]) == 2
+    said = capsys.readouterr()
+    assert "model: the model's logits are not finite; take an earlier checkpoint" in said.err and not said.out
+
+
 def test_what_is_no_model_is_refused(folder, tmp_path):
     with pytest.raises(InputError, match=r"no config\.json"):
         generate(tmp_path, TEXT, mode="prefix", length=4, sampling=Sampling())
@@ -124,7 +166,7 @@ def test_a_hub_id_is_fetched(folder, monkeypatch):
         asked.append((name, options))
         return folder
 
-    monkeypatch.setattr(initialize, "snapshot_download", fetch)
+    monkeypatch.setattr(model_folder, "snapshot_download", fetch)
     drawn = generate("org/name", "The [MASK] brown", mode="fill", sampling=Sampling(steps=2))
     assert drawn == generate(folder, "The [MASK] brown", mode="fill", sampling=Sampling(steps=2))
     assert [name for name, _ in asked] == ["org/name"] and "*.py" not in asked[0][1]["allow_patterns"]

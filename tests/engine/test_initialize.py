@@ -67,7 +67,7 @@ def test_a_model_of_this_package_goes_on_with_another_objective(recipe, untied):
 
 
 @pytest.mark.parametrize("overrides, found", [
-    (["init.source=/nowhere"], "init.source: /nowhere: no such folder here, and it cannot be fetched from the hub"),
+    (["init.source=/nowhere"], "init.source: /nowhere: no such folder here; give a folder"),
     (["init.source={untied}", "init.layer=1"], "init.layer: expected nothing unless model.tie_layers is true"),
     (["init.source={untied}", "init.layers=1"], "init.layers: unknown key; did you mean init.layer?"),
     (["init.source={untied}", "model.hidden_size=36", "model.num_hidden_layers=2"], "init.source: "),

@@ -1,12 +1,13 @@
 """The record of a run."""
 
 import json
+import math
 
 import pytest
 import torch
 
 from conceptron.engine.launch import World
-from conceptron.engine.telemetry import UNCOUNTED_STEPS, Clock, Telemetry, duration, forget_after
+from conceptron.engine.telemetry import UNCOUNTED_STEPS, Clock, Telemetry, duration, forget_after, numbers
 from conceptron.models.masked_lm import smoothing_floor
 
 
@@ -21,6 +22,21 @@ def test_every_line_is_on_file_at_once(telemetry, tmp_path):
     telemetry.record("train", 1, loss=0.1 + 0.2, lr=None)
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line) == {"kind": "train", "step": 1, "loss": 0.1 + 0.2, "lr": None}  # all digits are kept
+
+
+def test_what_is_not_finite_is_null_in_the_record_and_said_in_words(telemetry, tmp_path, capfd):
+    telemetry.record("train", 1, loss=math.nan, grad_norm=math.inf, lr=0.5, terms={"vicreg": math.nan})
+    telemetry.step(1, math.nan, None)
+    telemetry.evaluation(2, {"nll_unseen": math.nan, "nll_seen": None})
+    line, second = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail) == {
+        "kind": "train", "step": 1, "loss": None, "grad_norm": None, "lr": 0.5,
+        "terms": {"vicreg": None, "not_finite": ["vicreg"]}, "not_finite": ["loss", "grad_norm"],
+    }  # fmt: skip
+    assert json.loads(second)["not_finite"] == ["nll_unseen"]
+    said = capfd.readouterr().err
+    assert "loss not finite" in said and "nll_unseen not finite" in said and "nan" not in said
+    assert dict(numbers("train", {"loss": math.nan, "lr": 0.5})) == {"train/lr": 0.5}
 
 
 def test_tensorboard_gets_the_numbers(telemetry, tmp_path):

@@ -374,7 +374,7 @@ def test_positions_behind_the_padding_count_less(folder_of):
 
 
 def test_folders_that_are_no_backbone(folder_of, tmp_path):
-    with pytest.raises(ValueError, match=r"there is no config\.json"):
+    with pytest.raises(ValueError, match=r"no config\.json"):
         describe(tmp_path / "nowhere")
     folder = folder_of("bert")
     config = (folder / "config.json").read_text()
@@ -387,7 +387,7 @@ def test_folders_that_are_no_backbone(folder_of, tmp_path):
     other.save_pretrained(tmp_path / "short")
     encoder = encoder_on(folder, "bert")
     (tmp_path / "short" / "config.json").write_text(config)
-    with pytest.raises(ValueError, match=r"weights are missing or of another shape, encoder\.layer\.3"):
+    with pytest.raises(ValueError, match=r"weights are missing, encoder\.layer\.3"):
         load(encoder.backbone, tmp_path / "short", None)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"expected model\.safetensors"):

@@ -6,6 +6,7 @@ import sys
 import torch
 
 from conceptron.bench.measure import environment
+from conceptron.engine import environment as of_run
 
 
 def test_environment_names_what_decides_a_number():
@@ -23,13 +24,13 @@ def test_environment_names_what_decides_a_number():
 
 
 def test_a_copy_without_git_is_the_commit_that_it_is_told(monkeypatch, tmp_path):
-    monkeypatch.setattr(environment, "__file__", str(tmp_path / "bench" / "measure" / "environment.py"))
+    monkeypatch.setattr(of_run, "__file__", str(tmp_path / "engine" / "environment.py"))
     monkeypatch.delenv("CONCEPTRON_COMMIT", raising=False)
-    assert environment.checkout() == (None, None)
+    assert of_run.checkout() == (None, None)
     monkeypatch.setenv("CONCEPTRON_COMMIT", "abc123-dirty")
-    assert environment.checkout() == ("abc123", True)
+    assert of_run.checkout() == ("abc123", True)
     monkeypatch.setenv("CONCEPTRON_COMMIT", "abc123")
-    assert environment.checkout() == ("abc123", False)
+    assert of_run.checkout() == ("abc123", False)
 
 
 def test_the_stamped_command_leaves_out_where_results_went(monkeypatch):

@@ -170,7 +170,7 @@ def test_tokenizers_that_cannot_serve(tmp_path, recipe):
     made = tokenizer.describe(tokenizer.with_mask(plain), "plain").tokens  # as the tokenizers of causal models are
     assert made.mask_id in made.special_ids and made.vocab_size == max(size, made.mask_id + 1)
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(InputError, match=r"data\.tokenizer: .*/nothing: the tokenizer cannot be loaded"):
+    with pytest.raises(InputError, match=r"data\.tokenizer: .*/nothing: no tokenizer\.json in this folder"):
         open_corpus(recipe(tokenizer=str(tmp_path / "nothing")))
     with pytest.raises(InputError, match=r"data\.tokenizer: conceptron-tests/none: no such folder here, and"):
         open_corpus(recipe(tokenizer="conceptron-tests/none"))
@@ -270,14 +270,26 @@ def test_a_held_out_fraction_keeps_equal_texts_together():
     train, held_out = hold_out(hashes, 0.2, Source(path="x"))
     assert held_out.tolist() == [1, 2, 4, 6] and sorted([*train, *held_out]) == list(range(10))
     assert len(hold_out(np.arange(10, dtype=np.uint64), 0.01, Source(path="x"))[1]) == 1
-    for few in ([3], [3, 3, 3]):
-        with pytest.raises(InputError, match=r"x: \d document\(s\), too few to hold .* set data\.validation to a file"):
+    for few, found in (([3], "one document"), ([3] * 50, "50 documents, all of the same text")):
+        with pytest.raises(InputError, match=f"x: {found}, of which none can be held out; .*set data.validation to a"):
             hold_out(np.array(few, dtype=np.uint64), 0.5, Source(path="x"))
+
+
+@pytest.mark.parametrize("hashes, fraction, held_out", [
+    ([1] * 50 + [2], 0.02, [50]),  # what most documents say is trained on
+    ([2] * 50 + [1], 0.02, [50]),
+    ([1, 2], 0.99, [0]),  # something is left to train on
+    ([5, 5, 7, 7], 0.1, [0, 1]),
+    ([1, 2, 3, 3, 3, 3, 3], 0.5, [0, 1]),
+])  # fmt: skip
+def test_equal_texts_stay_on_one_side_and_leave_something_to_train_on(hashes, fraction, held_out):
+    train, found = hold_out(np.array(hashes, dtype=np.uint64), fraction, Source(path="x"))
+    assert found.tolist() == held_out and sorted([*train, *found]) == list(range(len(hashes)))
 
 
 def test_one_text_file_needs_a_held_out_file(recipe, tmp_path):
     (tmp_path / "book.txt").write_text("\n".join(make_texts(20)))
-    with pytest.raises(InputError, match=r"book\.txt: 1 document\(s\), too few to hold 0\.1 of them out"):
+    with pytest.raises(InputError, match=r"book\.txt: one document, of which none can be held out"):
         open_corpus(recipe(source=str(tmp_path / "book.txt")))
 
 
@@ -309,7 +321,7 @@ def test_pydocs_from_recipe_to_windows(recipe, tmp_path, monkeypatch):
         (tmp_path / "site" / "alpha" / f"m{i}.py").write_text(f'"""{text * 3}"""\n')
     (tmp_path / "site" / "alpha" / "__init__.py").write_text("raise SystemExit\n")
     monkeypatch.syspath_prepend(tmp_path / "site")
-    monkeypatch.setattr(pydocs, "PACKAGES", ("alpha",))
+    monkeypatch.setitem(pydocs.CORPORA, "pydocs", ("alpha",))
     monkeypatch.setattr(pydocs, "language_topics", lambda: [])
     monkeypatch.setattr(pydocs.sysconfig, "get_path", lambda name: str(tmp_path / "nothing"))
     monkeypatch.setattr(pydocs, "is_held_out", lambda name: name.endswith("7"))

@@ -1,12 +1,13 @@
 """pydocs on a small tree of made-up packages: what is taken, what is left out, what counts as repeated."""
 
+import io
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from conceptron.engine.data import docstrings, pydocs
+from conceptron.engine.data import cache, docstrings, pydocs
 
 LONG = (
     "This paragraph is long enough to be worth keeping, and it says in plain words what the thing does: it takes "
@@ -217,6 +218,49 @@ def test_installed_packages_are_found_without_importing_them(packages, monkeypat
     assert list(folders) == ["", "alpha", "numpy"]
     assert folders["alpha"] == packages["alpha"] and (folders[""] / "ast.py").exists()
     assert pydocs.package_version("numpy") == np.__version__
+
+
+def test_the_small_corpus_is_a_part_of_the_large_one(packages, tmp_path, monkeypatch):
+    """It has its own place in the cache, and documents of the standard library on the same side."""
+    monkeypatch.setattr(pydocs, "language_topics", lambda: [])
+    monkeypatch.setattr(pydocs, "SHORTEST", 100)
+    monkeypatch.setattr(pydocs, "package_folders", lambda names: {
+        "": packages["alpha"], **{name: packages["beta"] for name in names[:1]}
+    })  # fmt: skip
+    texts, places = {}, set()
+    for name in pydocs.NAMES:
+        split, facts = pydocs.open_pydocs(tmp_path / "cache", name)
+        texts[name] = set(split.train.read()) | set(split.validation.read())
+        places.add(split.train.identity[0])
+        assert split.train.name == name and facts["modules"] == {"pydocs": 10, "pydocs-small": 8}[name]
+    assert texts["pydocs-small"] < texts["pydocs"] and len(places) == len(list((tmp_path / "cache").glob("pydocs-*/")))
+
+
+class Screen(io.StringIO):
+    """What a terminal was shown."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("delay, found", [(0.0, "/10 ["), (3600.0, "")])
+def test_a_bar_counts_modules_where_it_takes_long_and_somebody_looks(packages, tmp_path, monkeypatch, delay, found):
+    monkeypatch.setattr(cache, "DELAY_S", delay)
+    monkeypatch.setattr(pydocs, "language_topics", lambda: [])
+    (tmp_path / "out").mkdir()
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    pydocs.write(tmp_path / "out", packages)
+    first, *rest = screen.getvalue().splitlines()
+    assert first == "reading the documentation in 10 installed modules"
+    assert (found in "".join(rest) and "module" in "".join(rest)) if found else not "".join(rest).strip()
+
+
+def test_without_a_terminal_one_line_is_said(packages, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cache, "DELAY_S", 0.0)
+    (tmp_path / "out").mkdir()
+    pydocs.write(tmp_path / "out", packages)
+    assert capsys.readouterr().err == "reading the documentation in 10 installed modules\n"
 
 
 def test_json_of_the_standard_library():

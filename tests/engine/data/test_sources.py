@@ -155,7 +155,14 @@ def test_text_that_is_not_utf8(tmp_path):
 @pytest.mark.parametrize(("line", "what"), [
     ('{"text": "open', "not a line of JSON"),
     ('["text"]', 'expected an object such as {"text": "..."}, got list'),
-    ('{"id": 3, "body": "x"}', "no column 'text', only 'id', 'body'; set data.text_column"),
+    ('{"id": 3, "body": "x"}', "no column 'text', only 'id', 'body'; set data.text_column=body"),
+    ('{"a": "x", "b": "y"}', "only 'a', 'b'; set data.text_column to that of 'a', 'b' which is meant"),
+    ('{"id": 3}', "no column 'text', only 'id', none of which holds text"),
+    ("{}", "no column 'text', and no other"),
+    ('{"text": "a", "text": "b"}', "column 'text' is there more than once"),
+    ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
+    ('{"text": NaN}', "expected text in column 'text', got float"),
+    ('{"n": ' + "9" * 5000 + "}", "not a line of JSON"),
     ('{"text": 3}', "expected text in column 'text', got int; set data.text_column"),
     ('{"text": "\\ud800"}', "half of a surrogate pair in column 'text'"),
 ])  # fmt: skip
@@ -163,15 +170,89 @@ def test_text_that_is_not_utf8(tmp_path):
 def test_wrong_lines(tmp_path, name, line, what):
     lines = f'{{"text": "fine"}}\n\n{line}\n'.encode()
     (tmp_path / name).write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
-    assert refusal(tmp_path / name).startswith(f"{tmp_path}/{name}:3: {what}")
+    message = refusal(tmp_path / name)
+    assert message.startswith(f"{tmp_path}/{name}:3: ") and what in message
 
 
 def test_wrong_parquet(tmp_path):
     path = write(tmp_path / "a.parquet", column="body")
-    assert refusal(path) == f"{path}: no column 'text', only 'id', 'body'; set data.text_column"
+    assert refusal(path) == f"{path}: no column 'text', only 'id', 'body'; set data.text_column=body"
     assert refusal(path, text_column="id").startswith(f"{path}: expected text in column 'id', got int64")
     path.write_bytes(path.read_bytes()[:-20])
     assert refusal(path, text_column="body").startswith(f"{path}: not a readable parquet file")
+
+
+ARROW = {  # every type that holds text, in Arrow and as parquet keeps it
+    "string": pa.string(), "large_string": pa.large_string(), "string_view": pa.string_view(), "binary": pa.binary(),
+    "large_binary": pa.large_binary(), "binary_view": pa.binary_view(), "json": pa.json_(),
+    "dictionary": pa.dictionary(pa.int32(), pa.string()), "dictionary of bytes": pa.dictionary(pa.int8(), pa.binary()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ARROW)
+def test_every_arrow_type_of_text_reads(tmp_path, kind):
+    type_, rows = ARROW[kind], [*TEXTS, None, ""]
+    if "b" in kind.split()[-1]:
+        rows = [row if row is None else row.encode() for row in rows]
+    storage = pa.array(rows, pa.string() if kind == "json" else type_)
+    column = pa.ExtensionArray.from_storage(type_, storage) if kind == "json" else storage
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    assert train_texts(tmp_path / "a.parquet") == TEXTS
+
+
+@pytest.mark.parametrize("column, found", [
+    (pa.array([["one"], ["two"]]), "expected text in column 'text', got list<element: string>; set data.text_column"),
+    (pa.array([{"text": "one"}] * 2), "expected text in column 'text', got struct<text: string>"),
+    (pa.array([1, 2]).dictionary_encode(), "expected text in column 'text', got int64"),
+    (pa.array([b"abc", b"def"], pa.binary(3)), "expected text in column 'text', got fixed_size_binary[3]"),
+    (pa.array([1.5, 2.5]), "expected text in column 'text', got double"),
+    (pa.nulls(2), "no text in this file"),
+    (pa.array([b"fine", b"f\xfcr"]), ", row 2: byte 0xfc at offset 1 of column 'text' is not UTF-8; convert it"),
+    (pa.Array.from_buffers(pa.string(), 2, [None, pa.py_buffer(bytes([0, 0, 0, 0, 1, 0, 0, 0, 3, 0, 0, 0])),
+                                            pa.py_buffer(b"ab\xff")]), ", row 2: byte 0xff at offset 1"),
+])  # fmt: skip
+def test_columns_that_are_no_text(tmp_path, column, found):
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    message = refusal(tmp_path / "a.parquet")
+    assert message.startswith(f"{tmp_path}/a.parquet") and found in message
+
+
+def test_columns_that_are_ambiguous(tmp_path):
+    path, a, n = tmp_path / "a.parquet", pa.array(["x"]), pa.array([1])
+    for columns, found in (
+        ({"title": a, "n": n, "body": a}, "; set data.text_column to that of 'title', 'body' which is meant"),
+        ({"n": n, "list": pa.array([["x"]])}, "no column 'text', only 'n', 'list', none of which holds text"),
+        ({f"c{i}": n for i in range(99)}, "'c11', ..., none of which holds text"),
+    ):
+        pq.write_table(pa.table(columns), path)
+        assert refusal(path).endswith(found)
+    pq.write_table(pa.Table.from_arrays([a, a], names=["text", "text"]), path)
+    assert refusal(path) == f"{path}: 2 columns are named 'text'; rename all but one"
+    pq.write_table(pa.table({"a.b": pa.array(["flat"]), "a": pa.array([{"b": "nested"}])}), path)
+    assert train_texts(path, text_column="a.b") == ["flat"]
+
+
+def test_links_to_nothing_and_names_of_nothing(tmp_path):
+    write(tmp_path / "a.txt")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "moved.txt")
+    found = f"{tmp_path}/b.txt: a link to {tmp_path}/moved.txt, which is not there"
+    assert refusal(tmp_path).startswith(found) and found in refusal(tmp_path / "b.txt")
+    assert "not a path" in refusal("~nobody-at-all/x.txt") and "not a path" in refusal("x" * 5000)
+
+
+def test_a_folder_of_every_kind_of_file(tmp_path):
+    for i, ending in enumerate(("txt", "jsonl", "jsonl.gz", "parquet")):
+        write(tmp_path / f"{i}.{ending}", [f"from {ending}"])
+    assert train_texts(tmp_path) == ["from txt", "from jsonl", "from jsonl.gz", "from parquet"]
+    write(tmp_path / "4.parquet", ["x"], column="body")
+    assert refusal(tmp_path).startswith(f"{tmp_path}/4.parquet: no column 'text', only 'id', 'body'")
+
+
+def test_text_files_that_are_none(tmp_path):
+    (tmp_path / "a.txt").write_bytes("one\ntwo".encode("utf-16-le"))
+    assert refusal(tmp_path / "a.txt") == (
+        f"{tmp_path}/a.txt:1: a NUL byte, which no text holds; convert the file to UTF-8"
+    )
 
 
 def test_damaged_gzip(tmp_path):

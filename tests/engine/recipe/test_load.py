@@ -197,7 +197,7 @@ def test_size_tiny_keeps_what_the_recipe_is_about(write):
     recipe = load_recipe(write(tree), ["train.steps=7", "size=tiny"])
     assert recipe.run.name == "small-tiny" and recipe.train.steps == 7 and recipe.train.label_smoothing == 0.1
     assert recipe.model["hidden_size"] == 64 and recipe.model["layer_kind"] == "slot"
-    assert recipe.model["num_concepts"] == 5 and recipe.data.source[0].path == "pydocs"
+    assert recipe.model["num_concepts"] == 5 and recipe.data.source[0].path == "pydocs-small"
     full = load_recipe(write(tree))
     assert full.run.name == "small" and full.model == {"hidden_size": 512, "layer_kind": "slot"}
     assert load_recipe(write({**tree, "size": "tiny"}), ["train.steps=7"]) == recipe
