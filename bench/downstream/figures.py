@@ -11,8 +11,8 @@ from ..measure.results import read_results
 SUFFIXES = ("png", "svg")
 MARKS = {  # row -> marker, colour
     "majority": ("|", GREY), "first option": ("|", GREY), "first words": ("|", GREY), "BM25": ("x", ORANGE),
-    "bag of embeddings": ("^", GREEN), "untrained encoder": ("v", PURPLE), "concepts zeroed": ("$0$", INK),
-    "concepts shuffled": ("$?$", INK),
+    "bag of embeddings": ("^", GREEN), "untrained encoder": ("v", PURPLE), "concepts zeroed": ("1", INK),
+    "concepts shuffled": ("2", INK),
 }  # fmt: skip
 MODELS = ("concepts", "encoder")
 
