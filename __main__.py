@@ -35,16 +35,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     # Threads that spin while they wait would crawl beside another program; it is read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from .engine.errors import InputError
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what goes wrong is an error of ours, too
+    from .engine.errors import InputError, LaunchError
+    from .engine.place import is_first
 
     try:
         return perform(argv)
     except (UsageError, InputError) as error:
-        if is_first():  # the other ranks met the same fault
+        of_all = isinstance(error, InputError) and error.of_all  # ranks that met, and met the fault together
+        if isinstance(error, LaunchError) or is_first(os.environ, on_its_machine=not of_all):
             print(f"conceptron: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        if is_first():
+        if is_first(os.environ):
             print("conceptron: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
@@ -61,10 +64,6 @@ def perform(argv: Sequence[str]) -> int:
     """
     command, options = parse(argv)
     return function_of(command)(options) or 0
-
-
-def is_first() -> bool:
-    return os.environ.get("RANK", "0") in ("0", "")
 
 
 if __name__ == "__main__":

@@ -28,13 +28,13 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
-import yaml
 from pydantic import Field
 
 from ..engine.errors import InputError
 from ..engine.files import as_json, write_json
 from ..engine.recipe.checker import Checker
-from ..engine.recipe.load import apply_override, find_recipe, load_recipe, read_yaml
+from ..engine.recipe.load import apply_override, find_recipe, load_recipe
+from ..engine.recipe.reader import dump, read_yaml
 from ..engine.recipe.schema import Count, CountOrZero, Recipe, Section, flatten
 from .documents.table import COLUMNS, write_tables
 from .measure.environment import environment
@@ -114,7 +114,7 @@ def write_recipes(table: TableSection, overrides: Sequence[str], folder: Path) -
         for field, value in section.set.items():
             apply_override(tree, f"{field}={json.dumps(value, allow_nan=False)}")
         row = Row(section.name, section.change, against, folder / f"{section.name}.yaml")
-        row.path.write_text(f"# {section.change}\n{yaml.safe_dump(tree, sort_keys=False)}", encoding="utf-8")
+        row.path.write_text(f"# {section.change}\n{dump(tree)}", encoding="utf-8")
         rows.append(row)
     return rows
 

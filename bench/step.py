@@ -31,7 +31,7 @@ from ..engine import launch, zero
 from ..engine.data.corpus import Corpus
 from ..engine.data.stages import Stages
 from ..engine.data.windows import Part, Windows, cut
-from ..engine.jobs.pretraining import PretrainingJob
+from ..engine.jobs.pretraining import PretrainingJob, counted
 from ..engine.launch import StopRequest
 from ..engine.optimizer import build_optimizer
 from ..engine.precision import settled
@@ -145,7 +145,7 @@ def run(
         if use_synthetic:
             corpora = [synthetic(recipe, vocabulary, window) for _, window in recipe.stages()]
         else:
-            recipe = PretrainingJob.completed(recipe, world)
+            recipe = counted(recipe, world)
         job = PretrainingJob(recipe, world, corpora)
         loader = job.loader
         torch.manual_seed(recipe.run.seed)
@@ -164,9 +164,7 @@ def run(
         watch, monitor, stop = Stopwatch(world.device), monitor_of(world.device), StopRequest()
 
         def take(step: int, views: list[View]) -> None:
-            optim = recipe.optim
-            lr = learning_rate(step, lr=optim.lr, warmup_steps=optim.warmup_steps, total_steps=recipe.train.steps,
-                               min_lr_ratio=optim.min_lr_ratio)  # fmt: skip
+            lr = learning_rate(step, recipe.optim, recipe.train.steps)
             update(engine, world, job, step, views, lr=lr, seed=recipe.run.seed, stop=stop, lap=watch.lap)
 
         for step in range(warm_up):

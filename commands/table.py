@@ -86,6 +86,19 @@ COMMANDS = (
         "conceptron doctor pretrain/diffusion.yaml", "engine.doctor:main",
         (Option("recipe", Text("a recipe"), "also what this one needs: folder, tokenizer", None, "?"), OVERRIDES),
     ),
+    Command(
+        "prepare", "tokenise what a recipe reads, and embed what a teacher says of it, ahead of the run",
+        "conceptron prepare pretrain/mlm.yaml data.cache=/shared/cache", "engine.prepare:main", (RECIPE, OVERRIDES),
+    ),
+    Command(
+        "export", "a model folder from a checkpoint of a run, also of one that is still training",
+        "conceptron export runs/demo --step 600", "engine.jobs.export:main",
+        (
+            Option("run", Place("folder"), "runs/NAME"),
+            Option("--step", Whole(0), "of the checkpoint; left out: the newest"),
+            Option("--out", Place("new folder"), "where the model goes; left out: RUN/model-STEP"),
+        ),
+    ),
     Command("recipes", "list the shipped recipes, one line each", "conceptron recipes", "engine.recipe.shipped:main"),
     Command(
         "describe", "what the model of a recipe costs, before training",

@@ -10,6 +10,7 @@ from torch import nn
 from .. import __version__
 from ..models.masked_lm import ConceptForMaskedLM
 from .files import in_words
+from .recipe.reader import dump
 
 INSTALL = f"the Python package conceptron, version {__version__} or newer, beside transformers; there is no code here"
 
@@ -102,5 +103,5 @@ def recipe(about: About) -> list[str]:
     if not about.recipe:
         return []
     plain = json.loads(json.dumps(about.recipe, default=str, allow_nan=False))
-    return ["Recipe (`conceptron train` runs it):", "", "```yaml", yaml.safe_dump(plain, sort_keys=False).strip(),
+    return ["Recipe (`conceptron train` runs it):", "", "```yaml", dump(plain).strip(),
             "```", ""]  # fmt: skip

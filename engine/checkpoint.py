@@ -51,8 +51,9 @@ class Progress:
     identity: dict[str, Any] = field(default_factory=dict)  # what must not differ when the run is resumed
 
 
-def save(world: World, parent: Path, engine: Any, progress: Progress, keep: int) -> Path:
-    """Writes `parent/step-XXXXXXXX`, then removes all but the `keep` newest. Collective.
+def save(world: World, parent: Path, engine: Any, progress: Progress, keep: int, keep_every: int = 0) -> Path:
+    """Writes `parent/step-XXXXXXXX`, then removes all but the `keep` newest and those of every `keep_every` steps.
+    Collective.
 
     The folder appears under its name only when every rank has written and synced its file; if one fails, the unfinished
     folder is removed and the earlier checkpoints are left alone.
@@ -80,6 +81,8 @@ def save(world: World, parent: Path, engine: Any, progress: Progress, keep: int)
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
         for old in list_checkpoints(parent)[keep:]:
+            if keep_every and step_of(old) % keep_every == 0:
+                continue
             (old / MANIFEST).unlink(missing_ok=True)  # first, so that half a folder is never taken for a checkpoint
             shutil.rmtree(old)
 
@@ -90,6 +93,10 @@ def save(world: World, parent: Path, engine: Any, progress: Progress, keep: int)
 def list_checkpoints(parent: Path) -> list[Path]:
     """Every `step-*` folder, newest first, whether valid or not."""
     return sorted((path for path in parent.glob("step-*") if path.is_dir()), reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def find(world: World, parent: Path) -> tuple[Path | None, list[str]]:

@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 
 from .data.cache import cache_folder
 from .errors import InputError
+from .place import is_first
 
 GB = 10**9
 ENOUGH_BYTES = 5 * GB  # of checkpoints and cache, before a run is likely to end for want of room
@@ -193,7 +194,7 @@ def checks(path: str | None = None, overrides: Sequence[str] = ()) -> dict[str, 
 
 def main(options: argparse.Namespace) -> int:
     """The command line; exit code 1 where a fault was found."""
-    worst, say = 0, print if os.environ.get("RANK", "0") in ("0", "") else str
+    worst, say = 0, print if is_first(os.environ) else str
     for name, check in checks(options.recipe, options.overrides).items():
         state, found, remedy = check()
         worst = max(worst, state == FAULT)

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +12,9 @@ import torch
 import torch.distributed as dist
 
 from . import compat
-from .errors import InputError
+from .errors import InputError, LaunchError
+from .place import VARIABLES, Place, find_place
+from .rendezvous import first_line, meet
 
 SETUP_TIMEOUT = timedelta(hours=24)  # rank 0 may tokenise a large corpus while the others wait
 T = TypeVar("T")
@@ -85,74 +86,89 @@ class World:
 
 
 @contextlib.contextmanager
-def world() -> Iterator[World]:
+def world(join_minutes: float = 10.0) -> Iterator[World]:
     """Joins the process group that the environment describes, or makes a group of one; leaves it at the end.
 
-    A group that exists already is used as it is and left alone.
+    A group that exists already is used as it is and left alone. ``join_minutes``: how long other ranks are waited for.
 
     Raises:
-        InputError: the launcher's variables are incomplete.
+        InputError: the launcher's variables are incomplete or wrong, or other ranks did not come in time.
     """
+    check_accelerator()
     compat.choose_accelerator()
     compat.quiet()
     if dist.is_initialized():
         yield _world(int(os.environ.get("LOCAL_RANK", 0)))
         return
-    before = {name: os.environ.get(name) for name in LAUNCH_VARIABLES}  # whoever comes after us reads them too
-    place = os.environ if "RANK" in os.environ else slurm_place(os.environ)
-    local_rank = int(place.get("LOCAL_RANK", 0))
+    before = {name: os.environ.get(name) for name in VARIABLES}  # whoever comes after us reads them too
+    place = find_place(os.environ)
+    local_rank = choose_device(place)
     backend = "nccl" if compat.uses_cuda() else "gloo"
-    if compat.uses_cuda():
-        torch.cuda.set_device(local_rank)
-    if "RANK" in place:
-        missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in place]
-        if missing:
-            names = ", ".join(missing)
-            raise InputError(f"environment: RANK is set but {names} is not; use torchrun, deepspeed or srun")
-        os.environ.update({name: place[name] for name in place if name in LAUNCH_VARIABLES})
-        dist.init_process_group(backend, timeout=SETUP_TIMEOUT)
-        share_cores(int(place.get("LOCAL_WORLD_SIZE", place["WORLD_SIZE"])))
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed reads it
     try:
+        if place is None:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            connect(place, backend, join_minutes)
+            os.environ.update(place.variables())
+            share_cores(place.local_size)
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed reads it
         yield _world(local_rank)
+    except LaunchError:
+        raise
+    except InputError as error:
+        error.of_all = True
+        raise
     finally:
-        compat.destroy_process_group()
+        if dist.is_initialized():
+            compat.destroy_process_group()
         for name, value in before.items():
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
 
 
-LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+def check_accelerator() -> None:
+    """DS_ACCELERATOR, DeepSpeed's own variable: what is asked for is there."""
+    wanted = os.environ.get("DS_ACCELERATOR", "cpu")
+    if wanted not in ("cpu", "cuda"):
+        raise InputError(f"environment: DS_ACCELERATOR: expected cpu or cuda, got {wanted!r}")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise InputError("environment: DS_ACCELERATOR: cuda, but torch finds no GPU here; leave it out, or use cpu")
+
+
+def choose_device(place: Place | None) -> int:
+    """This rank's number on its machine, whose GPU, if it uses one, becomes the current one."""
+    local_rank = place.local_rank if place else 0
+    if compat.uses_cuda():
+        num_gpus = torch.cuda.device_count()
+        if local_rank >= num_gpus:
+            raise LaunchError(
+                f"environment: LOCAL_RANK: expected one of the {num_gpus} GPUs of this machine, 0 to {num_gpus - 1}, "
+                f"got {local_rank}; start fewer ranks here, or set DS_ACCELERATOR=cpu"
+            )
+        torch.cuda.set_device(local_rank)
+    return local_rank
+
+
+def connect(place: Place, backend: str, join_minutes: float) -> None:
+    """The process group of all ranks."""
+    store = meet(place, join_minutes)
+    store.set_timeout(SETUP_TIMEOUT)
+    try:
+        dist.init_process_group(
+            backend, store=store, rank=place.rank, world_size=place.size, timeout=timedelta(minutes=join_minutes)
+        )
+    except RuntimeError as error:
+        raise LaunchError(
+            f"rank {place.rank}: found the others, but cannot connect to all of them ({first_line(error)}); "
+            "name the network that they share in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+        ) from error
+    compat.set_timeouts(SETUP_TIMEOUT.total_seconds())
 
 
 def _world(local_rank: int) -> World:
     device = torch.device("cuda", local_rank) if compat.uses_cuda() else torch.device("cpu")
     return World(dist.get_rank(), local_rank, dist.get_world_size(), device)
-
-
-def slurm_place(environment: Any) -> dict[str, str]:
-    """srun's variables under the names torch knows; empty outside of a job step with several tasks."""
-    tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))
-    if "SLURM_PROCID" not in environment or int(tasks) < 2:
-        return {}
-    nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", "localhost"))
-    port = 20000 + int(environment.get("SLURM_JOB_ID", 0)) % 20000  # the same on every task, another for another job
-    return {
-        "RANK": environment["SLURM_PROCID"],
-        "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
-        "WORLD_SIZE": tasks,
-        "MASTER_ADDR": environment.get("MASTER_ADDR", first_host(nodes)),
-        "MASTER_PORT": environment.get("MASTER_PORT", str(port)),
-    }
-
-
-def first_host(nodes: str) -> str:
-    """The first name of a Slurm node list: `gpu[03-07,9],login1` -> `gpu03`."""
-    match = re.match(r"([^\[,]+)(?:\[(\w+))?", nodes)
-    return "".join(part for part in match.groups() if part) if match else nodes
 
 
 def share_cores(num_local_ranks: int) -> None:

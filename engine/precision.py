@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import yaml
 
 from . import compat
+from .errors import InputError
 from .launch import World
+from .recipe.reader import read_yaml
 from .recipe.schema import Training
 
 WIDE = 512  # of a CPU's model: from this width on its units for bfloat16 pay for the casts, below they do not
@@ -44,9 +45,8 @@ def begun_with(recipe: Training) -> str | None:
     if recipe.resume == "never" or not file.is_file():
         return None
     try:
-        tree: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
-        found = tree["train"]["precision"]
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+        found = read_yaml(file)["train"]["precision"]
+    except (InputError, KeyError, TypeError):
         return None  # no recipe of a run: whoever opens the folder says so
     return found if found in ("fp32", "bf16") else None
 

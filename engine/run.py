@@ -4,7 +4,11 @@ RUN/recipe.yaml  environment.json  metrics.jsonl  tb/  checkpoints/  model/  rep
 """
 
 import fcntl
+import itertools
+import os
+import shlex
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +21,15 @@ from .recipe.load import save_recipe
 from .recipe.schema import Training
 from .record import record, trajectory
 
+OTHER_FOLDER = "choose another run.folder"
+
 
 class RunFolder:
     """One run's folder. Nothing is written before `create`, which the trainer calls when all input has proved good."""
 
-    def __init__(self, recipe: Training, world: World) -> None:
-        self.recipe, self.world, self.path = recipe, world, recipe.path
+    def __init__(self, recipe: Training, world: World, typed: Sequence[str] = ()) -> None:
+        """``typed``: what followed `conceptron train`, for the command that an error proposes."""
+        self.recipe, self.world, self.path, self.typed = recipe, world, recipe.path, typed
         self.checkpoints, self.model = self.path / "checkpoints", self.path / "model"
         self.found: Path | None = None  # the checkpoint to go on from
         self.progress = checkpoint.Progress()
@@ -34,7 +41,7 @@ class RunFolder:
         Raises:
             InputError: the folder is in use, is no run, was started from another recipe, or holds no valid checkpoint.
         """
-        is_used = self.world.first_then_share(self._check_usable)
+        is_used = self.world.first_then_share(self._open)
         if not is_used:
             return []
         self.found, warnings = checkpoint.find(self.world, self.checkpoints)
@@ -55,10 +62,20 @@ class RunFolder:
         before = self.progress.identity[name]
         for key in sorted({*before, *now}):
             if before.get(key) != now.get(key):
+                remedy = "go on with the old value, or start another run.name"
+                if key == "train.steps" and self.model.is_dir():
+                    remedy = f"the run is finished, its learning rate has come to its end; {self.next_command()}"
                 raise InputError(
-                    f"{self.found}: made with {key} = {before.get(key)!r}, now it is {now.get(key)!r}; "
-                    f"go on with the old value, or start another run.name"
+                    f"{self.found}: made with {key} = {before.get(key)!r}, now it is {now.get(key)!r}; {remedy}"
                 )
+
+    def next_command(self) -> str:
+        """How to train a finished model further: another run that begins with its weights."""
+        words = [word for word in self.typed if not word.startswith(("resume=", "run.name=", "init.source="))]
+        names = (f"{self.path.name}-{number}" for number in itertools.count(2))
+        name = next(name for name in names if not os.path.lexists(self.path.with_name(name)))
+        words += [f"run.name={name}", f"init.source={self.model}"]
+        return f"train its model further in another run: conceptron train {shlex.join(words)}"
 
     def create(self) -> None:
         """Makes the folder, takes possession of it, and writes the resolved recipe and the environment. Collective."""
@@ -70,10 +87,10 @@ class RunFolder:
                 self._take_lock()
                 save_recipe(record(self.recipe), self.path / "recipe.yaml")
                 write_json(self.path / "environment.json", environment(self.world))
-            except OSError:
+            except OSError as error:
                 if is_new:
                     shutil.rmtree(self.path, ignore_errors=True)
-                raise
+                raise InputError(f"{self.path}: cannot be written ({error.strerror}); {OTHER_FOLDER}") from error
 
         self.world.first_then_share(write)
 
@@ -84,9 +101,23 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
 
+    def _open(self) -> bool:
+        """`_check_usable`, whose faults of the disk are the user's to mend."""
+        try:
+            return self._check_usable()
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be a run folder ({error.strerror}); {OTHER_FOLDER}") from error
+
     def _check_usable(self) -> bool:
         """Whether there is a run to go on with; no other process can then touch it."""
         path = self.path
+        if path.is_symlink() and not path.exists():
+            raise InputError(f"{path}: a link to {path.readlink()}, where nothing is; remove it, or {OTHER_FOLDER}")
+        parent = next(each for each in path.absolute().parents if os.path.lexists(each))
+        if not parent.is_dir():
+            raise InputError(f"{path}: {parent} is no folder; {OTHER_FOLDER}")
+        if not path.exists() and not os.access(parent, os.W_OK | os.X_OK):
+            raise InputError(f"{path}: {parent} cannot be written to; {OTHER_FOLDER}")
         if path.exists() and not path.is_dir():
             raise InputError(f"{path}: expected a run folder, got a file; use another run.name or run.folder")
         if not path.exists() or not any(path.iterdir()):

@@ -1,6 +1,7 @@
 """The training loop."""
 
 import argparse
+import contextlib
 import errno
 import signal
 from collections.abc import Sequence
@@ -10,14 +11,16 @@ from typing import Any
 
 import torch
 
+from ..kernels.environment import check_environment
 from . import checkpoint, compat, launch, zero
 from .errors import InputError
 from .jobs.finetuning import FinetuningJob
 from .jobs.job import Job
-from .jobs.pretraining import PretrainingJob
+from .jobs.pretraining import PretrainingJob, counted
 from .launch import StopRequest, World
 from .optimizer import build_optimizer
 from .precision import settled
+from .profiled import Profiled
 from .recipe.finetune import Finetune
 from .recipe.load import load_any
 from .recipe.schema import Training
@@ -44,14 +47,19 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
         SystemExit: SIGTERM or SIGINT came; a checkpoint was saved. The code is 128 plus the signal's number.
     """
     recipe, stop = load_any(recipe_path, overrides), StopRequest()
-    kind = FinetuningJob if isinstance(recipe, Finetune) else PretrainingJob
-    with launch.world() as world, RunFolder(settled(kind.completed(recipe, world), world), world) as run:
+    with contextlib.ExitStack() as stack:
+        world = stack.enter_context(launch.world(recipe.run.join_minutes))
+        world.first_then_others(lambda: check_variables(world))
+        typed = [str(recipe_path), *overrides]
+        is_finetune = isinstance(recipe, Finetune)
+        recipe = recipe if is_finetune else counted(recipe, world)
+        run = stack.enter_context(RunFolder(settled(recipe, world), world, typed))
         notes, recipe = run.inspect(), run.recipe
         if run.is_finished:
             if world.is_first:
                 print(f"{run.path}: finished already ({run.progress.step} steps); the model is in {run.model}")
             return run.path
-        trainer = Trainer(recipe, world, stop, run, kind(recipe, world))
+        trainer = Trainer(recipe, world, stop, run, (FinetuningJob if is_finetune else PretrainingJob)(recipe, world))
         try:
             with stop:
                 trainer.fit(notes)
@@ -60,6 +68,14 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
                 raise
             raise InputError(f"{run.path}: cannot be written ({error.strerror}); {trainer.way_back()}") from error
     return run.path
+
+
+def check_variables(world: World) -> None:
+    """Refuses what our operators could not use in the environment, before anything is read or written."""
+    try:
+        check_environment(world.device)
+    except ValueError as error:
+        raise InputError(f"environment: {error}") from error
 
 
 def main(options: argparse.Namespace) -> None:
@@ -99,16 +115,17 @@ class Trainer:
         self.telemetry = telemetry = Telemetry(self.run.path, self.world, progress.step, total, floor)
         self.announce(notes)
         progress.identity = self.identity
+        profiled = Profiled(recipe.profile.steps, self.run.path / "profile", self.world)
         steps = range(progress.step, total)
         for step, batches in zip(steps, job.batches(steps.start, steps.stop), strict=True):
-            lr = learning_rate(
-                step, lr=recipe.optim.lr, warmup_steps=recipe.optim.warmup_steps, total_steps=total,
-                min_lr_ratio=recipe.optim.min_lr_ratio,
-            )  # fmt: skip
+            lr = learning_rate(step, recipe.optim, total)
+            profiled.begin(step + 1)
             figures, stopping = update(
                 self.engine, self.world, job, step, batches, lr=lr, seed=recipe.run.seed, stop=self.stop
             )
             applied = self.engine.was_step_applied()
+            if folder := profiled.end(step + 1):
+                telemetry.say(f"profile of steps {profiled.first} to {profiled.last}: {folder}")
 
             tokens = job.num_tokens(step)
             speed = clock.step(tokens)
@@ -151,7 +168,8 @@ class Trainer:
         """A failed periodic save costs a warning; three in a row, or the last one, end the run. Earlier ones stay."""
         state = replace(self.progress, elapsed_s=self.progress.elapsed_s + self.clock.elapsed_s)
         try:
-            checkpoint.save(self.world, self.run.checkpoints, self.engine, state, self.recipe.checkpoint.keep)
+            of = self.recipe.checkpoint
+            checkpoint.save(self.world, self.run.checkpoints, self.engine, state, of.keep, of.keep_every)
             self.failed_saves = 0
         except OSError as error:
             self.failed_saves += 1

@@ -13,7 +13,10 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 def thorough() -> bool:
     """True when checks that read values back from a GPU (a host synchronisation) are wanted: CONCEPTRON_CHECK=1."""
-    return os.environ.get("CONCEPTRON_CHECK", "0") == "1"
+    given = os.environ.get("CONCEPTRON_CHECK", "0")
+    if given not in ("0", "1"):
+        raise ValueError(f"CONCEPTRON_CHECK: expected 0 or 1, got {given!r}")
+    return given == "1"
 
 
 def readable(tensor: Tensor) -> bool:

@@ -161,6 +161,9 @@ class ConceptConfig(PretrainedConfig):
         if self.backbone is None:
             expected = "other than state without a backbone, whose states are meant"
             self._expect("init_queries", expected, _is_not("state"))
+            for name, each in FIELDS.items():
+                if name.startswith("backbone_"):
+                    self._expect(name, f"{each.default!r} without a backbone, which it is about", _is(each.default))
             return
         inner = inner_config(self.backbone)
         self._expect("token_dim", f"the backbone's width {inner.hidden_size}", lambda x: x == inner.hidden_size)

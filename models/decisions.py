@@ -4,58 +4,40 @@
 these groups. What depends on other fields is checked there: all of a field that names no range here.
 """
 
-import math
+import re
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any
+
+from .ranges import (
+    Allowed,
+    at_least,
+    count,
+    count_or_none,
+    given,
+    is_count,
+    metadata,
+    number,
+    one_of,
+    or_nothing,
+    positive,
+    share,
+    switch,
+)  # fmt: skip
 
 
-class Allowed(NamedTuple):
-    """The values of one field, in words and as a test."""
-
-    words: str
-    holds: Any  # value -> bool
-    choices: tuple[str, ...] = ()
+def is_rising(x: Any) -> bool:
+    """A list of whole numbers, each larger than the one before it."""
+    return isinstance(x, list | tuple) and len(x) > 0 and all(is_count(i, 0) for i in x) and list(x) == sorted(set(x))
 
 
-def is_count(x: object, least: int = 1) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and x >= least
+def is_trained(x: Any) -> bool:
+    return isinstance(x, str) and bool(re.fullmatch(r"none|all|last [1-9]\d{0,5}", x))
 
 
-def is_number(x: object) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
-
-
-def given(default: Any, words: str, holds: Any, choices: tuple[str, ...] = ()) -> Any:
-    return field(default=default, metadata={"allowed": Allowed(words, holds, choices)})
-
-
-def count(default: int, least: int = 1) -> Any:
-    return given(default, f"a whole number of at least {least}", lambda x: is_count(x, least))
-
-
-def count_or_none() -> Any:
-    return given(None, "a whole number of at least 1, or nothing", lambda x: x is None or is_count(x))
-
-
-def one_of(*choices: str) -> Any:
-    """The first is the default."""
-    return given(choices[0], f"one of {', '.join(choices)}", lambda x: isinstance(x, str) and x in choices, choices)
-
-
-def share(default: float) -> Any:
-    return given(default, "a number in [0, 1)", lambda x: is_number(x) and 0 <= x < 1)
-
-
-def switch(default: bool = False) -> Any:
-    return given(default, "true or false", lambda x: isinstance(x, bool))
-
-
-def positive(default: float) -> Any:
-    return given(default, "a number above 0", lambda x: is_number(x) and x > 0)
-
-
-def at_least(least: float, default: float) -> Any:
-    return given(default, f"a number of at least {least:g}", lambda x: is_number(x) and x >= least)
+DESCRIBED = metadata(or_nothing(Allowed("the description of a pretrained model", lambda x: isinstance(x, dict))))
+RISING = metadata(or_nothing(Allowed("rising whole numbers", is_rising)))
+LAYERS = metadata(or_nothing(Allowed("a whole number, or rising ones", lambda x: is_count(x, 0) or is_rising(x))))
+TRAINED = Allowed("none, all, or last N", is_trained)
 
 
 @dataclass(frozen=True)
@@ -84,12 +66,13 @@ class Tokens:
     token_mixer: str = one_of("local", "conv")  # local: windowed attention; conv: depthwise convolution
     token_window: int = count(64)  # a token reads those at most this far away
     normalize_tokens: bool = switch(True)  # layers start from normalised embeddings; false: from embeddings as they are
-    funnel: list[int] | None = None  # token layers (from 0) that halve the number of tokens
-    backbone: dict | None = None  # what backbone_source.describe says; in a recipe a folder or hub id
-    backbone_layers: int | list[int] | None = None  # the first so many, or a list; None: all
-    backbone_window: int = 256  # tokens that it sees at once, special ones included
-    backbone_overlap: int = 0  # tokens that two windows share
-    backbone_train: str = "none"  # none, last N (of its layers), or all
+    funnel: list[int] | None = field(default=None, metadata=RISING)  # token layers (from 0) that halve their number
+    # what backbone_source.describe says; in a recipe a folder or hub id
+    backbone: dict | None = field(default=None, metadata=DESCRIBED)
+    backbone_layers: int | list[int] | None = field(default=None, metadata=LAYERS)  # the first so many, or a list
+    backbone_window: int = count(256)  # tokens that it sees at once, special ones included
+    backbone_overlap: int = count(0, least=0)  # tokens that two windows share
+    backbone_train: str = given("none", TRAINED)  # none, last N (of its layers), or all
     backbone_two_sided: bool = switch()  # a causal one without its mask
 
 
@@ -145,11 +128,11 @@ class Answers:
     pair_features: str = one_of("concat", "cosine", "slots")  # of separate pairs: [a, b, |a - b|, a * b], or cosines
     num_question_concepts: int = count(8)  # Q of a question about a text that is read by itself
     asked_reading: bool = switch()  # a question's concepts join those that read the text: C + Q rows instead of C
-    label_offset: float = given(0.0, "a number", is_number)  # a regression predicts label_offset + label_scale * x,
+    label_offset: float = given(0.0, number())  # a regression predicts label_offset + label_scale * x,
     label_scale: float = positive(1.0)  # with x = 0 at the start
 
 
 DECISIONS = {"size": Size, "tokens": Tokens, "places": Places, "reading": Reading, "answers": Answers}
 FIELDS = {each.name: each for group in DECISIONS.values() for each in fields(group)}
-ALLOWED: dict[str, Allowed] = {name: each.metadata["allowed"] for name, each in FIELDS.items() if each.metadata}
+ALLOWED: dict[str, Allowed] = {name: each.metadata["allowed"] for name, each in FIELDS.items()}
 CHOICES = {name: allowed.choices for name, allowed in ALLOWED.items() if allowed.choices}

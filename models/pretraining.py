@@ -15,6 +15,7 @@ from .objectives.contrastive import Contrastive, Temperature
 from .objectives.distill import Distillation, Lesson, num_heard
 from .objectives.view import Pair, View, check_option
 from .packing import Packed
+from .ranges import one_of, positive, share, switch
 from .regularizers import Regularization, Regularizer
 
 
@@ -34,23 +35,17 @@ class ContrastiveTerm(Contrastive):
         "micro_batch"  the texts of the same micro-batch on all ranks. Nothing extra, and fewer negatives.
     """
 
-    weight: float = 0.1
-    start: float = 0.0
-    learnable_temperature: bool = False
-    temperature_floor: float = 0.01
-    negatives: str = "step"
+    weight: float = positive(0.1)
+    start: float = share(0.0)
+    learnable_temperature: bool = switch()
+    temperature_floor: float = positive(0.01)
+    negatives: str = one_of("step", "micro_batch")
 
     def __post_init__(self):
         super().__post_init__()
-        check_option("weight", self.weight, "a number above 0", self.weight > 0)
-        check_option("start", self.start, "a number in [0, 1)", 0 <= self.start < 1)
-        floor = self.temperature_floor
-        check_option("temperature_floor", floor, "a number above 0", floor > 0)
         if self.learnable_temperature:
-            expected = f"a number above temperature_floor = {floor:g}"
-            check_option("temperature", self.temperature, expected, self.temperature > floor)
-        known = self.negatives in ("step", "micro_batch")
-        check_option("negatives", self.negatives, "'step' or 'micro_batch'", known)
+            expected = f"a number above temperature_floor = {self.temperature_floor:g}"
+            check_option("temperature", self.temperature, expected, self.temperature > self.temperature_floor)
 
 
 class Totals(NamedTuple):

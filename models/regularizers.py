@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .objectives.view import check_option
+from .ranges import LEAST, Allowed, check, count, given, number, one_of, or_nothing, positive, switch
 from .similarity import product, unit, wide
 
 
@@ -132,6 +133,14 @@ TERMS = {**WITHIN_TEXT, "variance": variance, "covariance": covariance, "vicreg"
 WEIGHTINGS = ("fixed", "learnable", "kendall_gal")
 
 
+def are_terms(x: object) -> bool:
+    is_list = isinstance(x, list | tuple) and len(x) > 0 and all(isinstance(name, str) for name in x)
+    return is_list and len(x) == len(set(x)) and set(x) <= set(TERMS)
+
+
+SEVERAL = Allowed(f"one or several of {', '.join(TERMS)}, each once", are_terms)
+
+
 @dataclass(frozen=True)
 class Regularization:
     """Which terms, and how they add up; the task has weight 1 beside them, always.
@@ -152,26 +161,17 @@ class Regularization:
     Source: Kendall, Gal and Cipolla 2018, arXiv:1705.07115 (of which this is the floored form).
     """
 
-    terms: tuple[str, ...] = ("orthogonality",)
-    weight: float = 0.02
-    weighting: str = "fixed"
-    warmup_steps: int = 2000
-    gradient_ratio: float | None = 0.1
-    dynamic: bool = False
+    terms: tuple[str, ...] = given(("orthogonality",), SEVERAL)
+    weight: float = positive(0.02)
+    weighting: str = one_of(*WEIGHTINGS)
+    warmup_steps: int = count(2000, least=0)
+    gradient_ratio: float | None = given(0.1, or_nothing(number(LEAST)))
+    dynamic: bool = switch()
 
     def __post_init__(self):
-        known = f"one or several of {', '.join(TERMS)}, each once"
-        holds = 0 < len(self.terms) == len(set(self.terms)) and set(self.terms) <= set(TERMS)
-        check_option("terms", self.terms, known, holds and not isinstance(self.terms, str))
-        check_option("weight", self.weight, "a number above 0", self.weight > 0)
-        check_option("weighting", self.weighting, f"one of {', '.join(WEIGHTINGS)}", self.weighting in WEIGHTINGS)
+        check(self)
         expected = "at most 1 with kendall_gal, so that the terms never outweigh the task"
         check_option("weight", self.weight, expected, self.weighting != "kendall_gal" or self.weight <= 1)
-        expected = "a whole number of at least 0"
-        check_option("warmup_steps", self.warmup_steps, expected, int(self.warmup_steps) == self.warmup_steps >= 0)
-        holds = self.gradient_ratio is None or self.gradient_ratio > 0
-        check_option("gradient_ratio", self.gradient_ratio, "a number above 0, or nothing", holds)
-        check_option("dynamic", self.dynamic, "true or false", isinstance(self.dynamic, bool))
 
     @property
     def depends_on_batch(self) -> bool:

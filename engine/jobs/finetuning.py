@@ -146,10 +146,6 @@ class FinetuningJob:
         cut = sum(len(g.document) == recipe.task.max_tokens for p in (self.loader, self.held_out) for g in p.groups)
         self.cut = f", {cut} documents read up to task.max_tokens = {recipe.task.max_tokens}" if cut else ""
 
-    @staticmethod
-    def completed(recipe: Finetune, world: World) -> Finetune:
-        return recipe
-
     def read(self, given: Sequence[Example]) -> Groups:
         recipe = self.recipe
         groups = grouped(given, self.vocabulary.encode, recipe.task.max_tokens, self.is_pair)

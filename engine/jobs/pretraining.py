@@ -35,6 +35,13 @@ from .evaluation import evaluate
 from .job import Loss
 
 
+def counted(recipe: Recipe, world: World) -> Recipe:
+    """The recipe, with the phrases of its text if it asks for them. Collective."""
+    if not recipe.needs_phrases:
+        return recipe
+    return recipe.with_phrases(world.first_then_others(lambda: open_phrases(recipe.data)))
+
+
 class PretrainingJob:
     """See `Job`."""
 
@@ -52,13 +59,6 @@ class PretrainingJob:
         self.distill = recipe.build_distill()
         self.teacher = self.take_lessons() if self.distill else {}
         self.loss_floor = smoothing_floor(recipe.train.label_smoothing, self.corpus.tokens.vocab_size)
-
-    @staticmethod
-    def completed(recipe: Recipe, world: World) -> Recipe:
-        """The recipe, with the phrases of its text if it asks for them. Collective."""
-        if not recipe.needs_phrases:
-            return recipe
-        return recipe.with_phrases(world.first_then_others(lambda: open_phrases(recipe.data)))
 
     def open(self, window: int) -> Corpus:
         data = self.recipe.data.model_copy(update={"window": window})

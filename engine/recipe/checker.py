@@ -1,20 +1,23 @@
 """What pydantic finds, in one line: where, which field, what is wrong, what to do."""
 
-import dataclasses
 import difflib
+import functools
 import typing
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, TypeAdapter, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model
 
-from ...models.decisions import DECISIONS
+from ...models.decisions import ALLOWED, DECISIONS
 from ...models.objectives import OBJECTIVES, NoTask
+from ...models.ranges import ranges
 from ..errors import InputError
+from .kinds import PathOrNothing, Positive, Switch, kind
+from .reader import describe, one_line
 
 FROM_TOKENIZER = ("vocab_size", "mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id", "special_token_ids")
 NAMES = (*OBJECTIVES, "mixed", "none")
-Positive = typing.Annotated[float, Field(gt=0)]
 
 
 class Checker:
@@ -92,26 +95,27 @@ EXPECTED = {
     "int": "an integer", "float": "a number", "string": "text", "bool": "true or false", "list": "a list",
     "tuple": "a list", "model": "a section", "dict": "a section", "dataclass": "a section",
 }  # fmt: skip
-KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text", list: "a list", dict: "a section"}
 
 
+@functools.cache
 def model_section() -> type[BaseModel]:
     """A schema with the fields of `ConceptConfig` that a recipe may set."""
     hints = {name: hint for group in DECISIONS.values() for name, hint in typing.get_type_hints(group).items()}
-    hints |= {"backbone": str | None, "tie_word_embeddings": bool}  # a folder or hub id, which the job opens
-    return strict_schema("Model", {name: (hints[name], None) for name in hints if name not in FROM_TOKENIZER})
+    types = {name: kind(hints[name], ALLOWED[name]) for name in hints if name not in FROM_TOKENIZER}
+    types |= {"backbone": PathOrNothing, "tie_word_embeddings": Switch}  # a folder or hub id, which the job opens
+    return strict_schema("Model", {name: (each, None) for name, each in types.items()})
 
 
+@functools.cache
 def options_schema(options: type) -> type[BaseModel]:
     """A schema with the fields of a dataclass."""
-    hints = typing.get_type_hints(options)
-    return strict_schema("Options", {f.name: (hints[f.name], f.default) for f in dataclasses.fields(options)})
+    hints, allowed = typing.get_type_hints(options), ranges(options)
+    types = {each.name: (kind(hints[each.name], allowed[each.name]), each.default) for each in fields(options)}
+    return strict_schema("Options", types)
 
 
-def strict_schema(name: str, fields: dict[str, tuple[Any, Any]]) -> type[BaseModel]:
-    strict = {int: StrictInt, int | None: StrictInt | None, bool: StrictBool}
-    fields = {key: (strict.get(hint, hint), default) for key, (hint, default) in fields.items()}
-    return create_model(name, __config__=ConfigDict(extra="forbid", protected_namespaces=()), **fields)
+def strict_schema(name: str, types: dict[str, tuple[Any, Any]]) -> type[BaseModel]:
+    return create_model(name, __config__=ConfigDict(extra="forbid", protected_namespaces=()), **types)
 
 
 def valid_names(schema: Any, keys: Sequence[str]) -> list[str]:
@@ -146,16 +150,7 @@ def expected(problem: dict[str, Any]) -> str:
     kind = problem["type"].partition("_")[0]
     if problem["type"].endswith(("_type", "_parsing")) and kind in EXPECTED:
         return f"expected {EXPECTED[kind]}"
+    if problem["type"] == "too_short":
+        return f"expected a list of at least {problem['ctx']['min_length']}"
     message = problem["msg"].replace("Input should be", "expected")
     return message[:1].lower() + message[1:]
-
-
-def describe(value: Any) -> str:
-    """A value and its kind in the words of YAML."""
-    text = repr(value)
-    text = text if len(text) <= 60 else text[:57] + "..."
-    return "nothing" if value is None else f"{text} ({KINDS.get(type(value), type(value).__name__)})"
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -19,6 +19,7 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield from of_distill(recipe)
     yield from of_regularization(recipe)
     yield from of_stages(recipe)
+    yield from of_profile(recipe)
     yield from of_model(recipe)
 
 
@@ -92,6 +93,15 @@ def room_for_two(recipe: Recipe, field: str, what: str) -> Iterator[tuple[str, s
     given, needed = getattr(getattr(recipe, section), name), 2 * recipe.data.window
     if given < needed:
         yield field, f"expected at least {needed}, two windows of data.window, for {what}; got {given}"
+
+
+def of_profile(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    if recipe.profile.steps is None:
+        return
+    first, last = recipe.profile.steps
+    if not first <= last <= recipe.train.steps:
+        expected = f"first and last step, at most train.steps = {recipe.train.steps}"
+        yield "profile.steps", f"expected {expected}, got [{first}, {last}]"
 
 
 def of_stages(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -1,10 +1,17 @@
 """The `data` section of a recipe."""
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-Fraction = Annotated[float, Field(gt=0, lt=1)]
+from ...models.ranges import LEAST, PLACE, Allowed, below, or_nothing, whole
+from .kinds import Path, PathOrNothing, Positive, Text, TextOrNothing, kind
+
+SHARE = below(1, LEAST)
+HELD_OUT = Allowed(f"{SHARE.words}, a text, or nothing", lambda x: SHARE.holds(x) or x is None or PLACE.holds(x))
+HeldOut = kind(float | str | None, HELD_OUT)
+Documents = kind(int | None, or_nothing(whole(2)))
+Window = kind(int, whole(8))
 
 DEFAULT_VALIDATION = 0.02
 
@@ -14,14 +21,14 @@ class Source(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: str  # `pydocs`, `pydocs-small`, a file, a folder, a glob, or a hub id `org/name[:config]`
-    weight: Annotated[float, Field(gt=0)] = 1.0  # share of the tokens of every step, relative to the other sources
+    path: Path  # `pydocs`, `pydocs-small`, a file, a folder, a glob, or a hub id `org/name[:config]`
+    weight: Positive = 1.0  # share of the tokens of every step, relative to the other sources
     unit: Literal["window", "sentence"] = "window"  # sentence: windows begin and end where sentences do, one in each
-    text_column: str | None = None
-    split: str | None = None
-    validation: Fraction | str | None = None
-    revision: str | None = None
-    max_documents: Annotated[int, Field(ge=2)] | None = None
+    text_column: TextOrNothing = None
+    split: TextOrNothing = None
+    validation: HeldOut = None
+    revision: TextOrNothing = None
+    max_documents: Documents = None
 
 
 class DataRecipe(BaseModel):
@@ -43,15 +50,15 @@ class DataRecipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: list[Source] = Field([Source(path="pydocs")], min_length=1)  # also a single path, or a list of paths
-    text_column: str = "text"  # of jsonl, parquet and hub sources
-    split: str = "train"  # of hub sources
-    validation: Fraction | str | None = None
-    revision: str | None = None  # of hub sources: a commit or tag; left out: the main branch when first read
-    max_documents: Annotated[int, Field(ge=2)] | None = None  # read no more than this of each source
-    tokenizer: str = "pydocs"  # `pydocs`, `pydocs-small` (byte-level BPE trained on these), a folder, or a hub id
-    vocab_size: Annotated[int, Field(ge=300, le=65536)] = 8192  # of the two `pydocs` tokenizers only
-    window: Annotated[int, Field(ge=8)] = 512  # longest sequence in tokens; a longer document goes on in the next one
-    cache: str | None = None  # folder; left out: $XDG_CACHE_HOME/conceptron, else ~/.cache/conceptron
+    text_column: Text = "text"  # of jsonl, parquet and hub sources
+    split: Text = "train"  # of hub sources
+    validation: HeldOut = None
+    revision: TextOrNothing = None  # of hub sources: a commit or tag; left out: the main branch when first read
+    max_documents: Documents = None  # read no more than this of each source
+    tokenizer: Path = "pydocs"  # `pydocs`, `pydocs-small` (byte-level BPE trained on these), a folder, or a hub id
+    vocab_size: kind(int, whole(300, 65536)) = 8192  # of the two `pydocs` tokenizers only
+    window: Window = 512  # longest sequence in tokens; a longer document goes on in the next one
+    cache: PathOrNothing = None  # folder; left out: $XDG_CACHE_HOME/conceptron, else ~/.cache/conceptron
 
     @field_validator("source", mode="before")
     @classmethod

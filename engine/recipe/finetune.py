@@ -1,7 +1,7 @@
 """The schema of a recipe that fine-tunes: a finished model, and one of the tasks that ship with the package."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -9,8 +9,10 @@ from ...models.config import ConceptConfig
 from ...models.decisions import FIELDS
 from ..errors import InputError
 from ..labelled.task import Task, load_task
-from .checker import one_line, unknown
-from .schema import Count, CountOrZero, Section, Training
+from . import kinds
+from .checker import unknown
+from .reader import one_line
+from .schema import Section, Training
 
 OF_THE_TASK = ("num_labels", "problem_type", "label_offset", "label_scale")  # fields of ConceptConfig that it decides
 
@@ -18,20 +20,20 @@ OF_THE_TASK = ("num_labels", "problem_type", "label_offset", "label_scale")  # f
 class Learned(Section):
     """What is learned from: a split of a task, less the part that says when it is learned."""
 
-    name: str  # such as glue/stsb
-    data: str | None = None  # a folder with it; none: the hub
-    train: list[str] = Field(default_factory=list)  # splits, in place of the task's own
-    limit: Count | None = None  # pairs, or documents
-    fold: CountOrZero = 0  # which draw of the training split is held out, to choose by
-    max_tokens: Count = 65536  # of a text; the rest of a longer one is not read, which the log says
-    cache: str | None = None  # where stored states are kept
-    states_gb: Annotated[float, Field(gt=0)] | None = None  # room for the states of a frozen backbone, made once
+    name: kinds.Text  # such as glue/stsb
+    data: kinds.PathOrNothing = None  # a folder with it; none: the hub
+    train: list[kinds.Text] = Field(default_factory=list)  # splits, in place of the task's own
+    limit: kinds.Count | None = None  # pairs, or documents
+    fold: kinds.CountOrZero = 0  # which draw of the training split is held out, to choose by
+    max_tokens: kinds.Count = 65536  # of a text; the rest of a longer one is not read, which the log says
+    cache: kinds.PathOrNothing = None  # where stored states are kept
+    states_gb: kinds.Positive | None = None  # room for the states of a frozen backbone, made once
 
 
 class Finetune(Training):
     """One run that learns a task. `model` holds fields of `ConceptConfig` that differ from those of the source."""
 
-    source: str  # a folder, a run, or a hub id of a model of this package
+    source: kinds.Path  # a folder, a run, or a hub id of a model of this package
     task: Learned
     model: dict[str, Any] = Field(default_factory=dict)
     learned: Literal["head", "all"] = "all"  # head: the encoder stays as it is

@@ -5,19 +5,20 @@
 the idea of the recipe stays: kinds of layers, objective, regularisers.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ...models.objectives import Distill
 from ...models.pretraining import ContrastiveTerm
+from ...models.ranges import PLACE
 from ...models.regularizers import Regularization
 from ..errors import InputError
-from .checker import Checker, describe, one_line
+from .checker import Checker
 from .combinations import conflicts
 from .finetune import Finetune, is_finetune
+from .reader import describe, dump, parse, read_yaml
 from .schema import Recipe
 from .shipped import SHIPPED
 
@@ -67,12 +68,12 @@ def load_any(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | Finetu
         if not text.startswith("size="):
             overridden[apply_override(tree, text)] = text
     tree.setdefault("run", {})
-    if isinstance(tree["run"], dict) and not tree["run"].get("name"):
+    if isinstance(tree["run"], dict) and tree["run"].get("name") in (None, ""):
         tree["run"]["name"] = Path(path).stem + ("-tiny" if size == "tiny" else "")
     if is_finetune(tree):
         return checker.check(Finetune, tree)
     model, data = tree.get("model"), tree.get("data")
-    if isinstance(model, dict) and isinstance(data, dict) and isinstance(model.get("backbone"), str):
+    if isinstance(model, dict) and isinstance(data, dict) and PLACE.holds(model.get("backbone")):
         data.setdefault("tokenizer", model["backbone"])  # no other tokenizer would do
     recipe = checker.check(Recipe, tree)
     sections = {"objective": checker.check_objective(recipe.objective), "model": checker.check_model(recipe.model)}
@@ -90,10 +91,10 @@ def load_any(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | Finetu
 def find_recipe(path: str | Path) -> Path:
     """The file itself; a relative path that does not exist is looked up among the recipes that the package ships."""
     path = Path(path)
-    if path.exists() or path.is_absolute():
+    if os.path.lexists(path) or path.is_absolute():
         return path
     inside = SHIPPED / (path.relative_to("recipes") if path.parts[:1] == ("recipes",) else path)
-    return inside if inside.exists() else path
+    return inside if os.path.exists(inside) else path
 
 
 def save_recipe(recipe: Recipe | Finetune, path: Path) -> None:
@@ -102,27 +103,10 @@ def save_recipe(recipe: Recipe | Finetune, path: Path) -> None:
     Raises:
         RuntimeError: it does not (a fault of the schema, not of the user).
     """
-    text = yaml.safe_dump(recipe.resolved(), sort_keys=False)
+    text = dump(recipe.resolved())
     path.write_text("# the recipe of this run with every default filled in\n" + text, encoding="utf-8")
     if load_any(path) != recipe:
         raise RuntimeError(f"{path}: the saved recipe does not read back as the one that was saved")
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise InputError(f"{path}: no such recipe; give the path of a YAML file or the name of a shipped recipe")
-    if path.is_dir():
-        raise InputError(f"{path}: expected a recipe file, got a folder")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        byte = f"{error.object[error.start]:#04x} at {error.start}"
-        raise InputError(f"{path}: expected UTF-8 text, got byte {byte}") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: {one_line(error)}") from error
-    if not isinstance(tree, dict):
-        raise InputError(f"{path}: expected sections such as `run:` and `model:`, got {describe(tree)}")
-    return tree
 
 
 def lay_over(tree: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
@@ -142,10 +126,7 @@ def apply_override(tree: dict[str, Any], text: str) -> str:
     keys = field.strip().split(".")
     if not separator or not all(keys):
         raise InputError(f"override {text!r}: expected section.field=value, such as optim.lr=1e-3")
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise InputError(f"override {text!r}: {one_line(error)}") from error
+    parsed = parse(value, f"override {text!r}")
     for key in keys[:-1]:
         if tree.get(key) is None:
             tree[key] = {}

@@ -5,27 +5,37 @@ unknown key, the nearest valid one.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, StrictBool
+from pydantic import BaseModel, ConfigDict
 
 from ...models.config import ConceptConfig
 from ...models.objectives import OBJECTIVES, Distill, Mixed, NoTask
 from ...models.pretraining import ContrastiveTerm
+from ...models.ranges import number, whole
 from ...models.regularizers import Regularization
 from ..errors import InputError
-from .checker import one_line
-from .data import DataRecipe
-
-# Strict, because pydantic would otherwise read `true` as the number 1.
-Count = Annotated[int, Strict(), Field(ge=1)]
-CountOrZero = Annotated[int, Strict(), Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
+from . import kinds
+from .data import DataRecipe, Window
+from .kinds import (
+    Count,
+    CountOrZero,
+    Folder,
+    Name,
+    NotNegative,
+    Positive,
+    PositiveOrZero,
+    Seed,
+    Share,
+    Switch,
+    kind,
+)  # fmt: skip
+from .reader import one_line
 
 # What may change between an interruption and its resumption: it moves no data and no weight, or only by rounding.
 FREE = (
-    "run.name", "run.folder", "run.timeout_s", "resume", "eval.", "checkpoint.", "zero.", "batch.micro_tokens",
-    "data.cache", "task.cache", "distill.max_gib", "train.keep", "train.recompute",
+    "run.name", "run.folder", "run.timeout_s", "run.join_minutes", "resume", "eval.", "checkpoint.", "profile.",
+    "zero.", "batch.micro_tokens", "data.cache", "task.cache", "distill.max_gib", "train.keep", "train.recompute",
 )  # fmt: skip
 
 
@@ -36,24 +46,26 @@ class Section(BaseModel):
 class Run(Section):
     """Where the run lives, and the seed of everything random in it."""
 
-    model_config = ConfigDict(coerce_numbers_to_str=True)
-
-    name: str = Field("", pattern=r"^[\w.+-]*$")  # the folder's name; empty: the recipe file's name
-    folder: str = "runs"
-    seed: CountOrZero = 0
-    timeout_s: Annotated[float, Field(gt=0)] = 1800.0  # how long a rank waits for the others before it gives up
+    name: Name = ""  # the folder's name; empty: the recipe file's name
+    folder: Folder = "runs"
+    seed: Seed = 0
+    timeout_s: kind(float, number(1, 30 * 24 * 3600)) = 1800.0  # how long a rank waits for the others in training
+    join_minutes: kind(float, number(0.01, 24 * 60)) = 10.0  # how long it waits for them at the start
 
 
 class Optim(Section):
-    """AdamW, a linear warm-up, then a cosine down to `min_lr_ratio * lr` at the last step."""
+    """AdamW; a linear warm-up, then down to `min_lr_ratio * lr` at the last step: by a cosine all the way, or ("wsd")
+    in the last `decay` of the steps."""
 
-    lr: Annotated[float, Field(gt=0)] = 3e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    clip: Annotated[float, Field(ge=0)] = 1.0  # largest norm of the whole gradient; 0: no clipping
+    lr: Positive = 3e-4
+    betas: tuple[Share, Share] = (0.9, 0.98)
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.01
+    clip: PositiveOrZero = 1.0  # largest norm of the whole gradient; 0: no clipping
     warmup_steps: CountOrZero = 0
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    decay: kind(float, number(0, 1)) = 0.2
+    min_lr_ratio: kind(float, number(0, 1)) = 0.1
 
 
 class Batch(Section):
@@ -67,7 +79,7 @@ class Stage(Section):
     """Steps with shorter windows than `data.window`."""
 
     until: Count  # the step, counted from 0, with which the next stage begins
-    window: Annotated[int, Strict(), Field(ge=8)]
+    window: Window
 
 
 class Train(Section):
@@ -75,15 +87,15 @@ class Train(Section):
     stages: list[Stage] = []  # what comes before the last stage, whose windows are `data.window`, as in evaluation
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: autocast; weights, gradients and moments stay float32;
     # auto: what pays on the machine where the run begins, written into it (`precision.py`)
-    label_smoothing: Fraction = 0.0
-    checkpoint_backbone: StrictBool = False  # what is trained of model.backbone keeps no activations: less memory
+    label_smoothing: Share = 0.0
+    checkpoint_backbone: Switch = False  # what is trained of model.backbone keeps no activations: less memory
     keep: Literal["keys", "states", "ids"] | None = None  # of a token, for the backward pass: `ConceptEncoder.keep`
-    recompute: StrictBool = False  # gradient checkpointing: layers are computed once more in the backward pass
+    recompute: Switch = False  # gradient checkpointing: layers are computed once more in the backward pass
     max_bad_steps: Count = 5  # consecutive steps with a non-finite gradient after which the run stops
 
 
 class Zero(Section):
-    stage: Literal[1, 2, 3] = 1  # 0 is not offered: DeepSpeed would not skip a NaN gradient there
+    stage: kind(int, whole(1, 3)) = 1  # 0 is not offered: DeepSpeed would not skip a NaN gradient there
 
 
 class Eval(Section):
@@ -94,14 +106,21 @@ class Eval(Section):
 class Init(Section):
     """Where the first weights come from, if they are not drawn. A resumed run has its own."""
 
-    source: str  # a folder or a hub id of a model of this package; `model.backbone` takes others
+    source: kinds.Path  # a folder or a hub id of a model of this package; `model.backbone` takes others
     layer: CountOrZero = 0  # which becomes the tied one, where the source's are not tied
     embeddings: Literal["frozen", "trained"] | None = None  # take the word embeddings and nothing else, of any encoder
 
 
 class Checkpoint(Section):
     every: CountOrZero = 500  # steps; 0: only after the last step
-    keep: Count = 2
+    keep: Count = 2  # the newest
+    keep_every: CountOrZero = 0  # and those of steps that are multiples of it; 0: no others
+
+
+class Profile(Section):
+    """Steps of which a trace, a table and on a GPU a memory snapshot are left in RUN/profile."""
+
+    steps: tuple[Count, Count] | None = None  # first and last, counted from 1
 
 
 class Training(Section):
@@ -114,12 +133,13 @@ class Training(Section):
     zero: Zero = Zero()
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
+    profile: Profile = Profile()
     resume: Literal["never", "auto"] = "never"
 
     @property
     def path(self) -> Path:
         """The run's folder."""
-        return Path(self.run.folder) / self.run.name
+        return Path(self.run.folder).expanduser() / self.run.name
 
     def with_precision(self, precision: str) -> Self:
         return self.model_copy(update={"train": self.train.model_copy(update={"precision": precision})})

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..packing import Packed, join, pack
+from ..ranges import check, one_of, portion, positive, switch
 from ..similarity import product, unit, wide
 from .tsdae import CHOICE, TSDAE, deletions
 from .view import Pair, SampleKey, SpecialTokens, check_option, clean_text, keep_rows, per_sequence
@@ -49,18 +50,14 @@ class Contrastive:
     al. 2021 (DeCLUTR, spans), arXiv:2006.03659.
     """
 
-    pairs: str = "adjacent"
-    similarity: str = "pooled"
-    temperature: float = 0.05
-    deletion: float = 0.6
-    across_ranks: bool = True  # negatives from all ranks, where there are several
+    pairs: str = one_of(*PAIRS)
+    similarity: str = one_of("pooled", "slots")
+    temperature: float = positive(0.05)
+    deletion: float = portion(0.6)
+    across_ranks: bool = switch(True)  # negatives from all ranks, where there are several
 
     def __post_init__(self):
-        check_option("pairs", self.pairs, f"one of {', '.join(PAIRS)}", self.pairs in PAIRS)
-        check_option("similarity", self.similarity, "'pooled' or 'slots'", self.similarity in ("pooled", "slots"))
-        check_option("temperature", self.temperature, "a number above 0", self.temperature > 0)
-        check_option("deletion", self.deletion, "a number in (0, 1]", 0 < self.deletion <= 1)
-        check_option("across_ranks", self.across_ranks, "true or false", isinstance(self.across_ranks, bool))
+        check(self)
 
     def views(
         self, batch: Packed, keys: Sequence[SampleKey], tokens: SpecialTokens, documents: Sequence[int] | None = None

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..packing import Packed
+from ..ranges import check, one_of, portion, switch, within
 from .view import (
+    HIDDEN,
     SampleKey,
     SpecialTokens,
     View,
     build_view,
-    check_option,
     clean_text,
     hide_rows,
     keep_rows,
@@ -20,6 +21,7 @@ from .view import (
 )  # fmt: skip
 
 CHOICE = 0  # stream of a key
+WEIGHTINGS = ("mdlm", "selfnorm", "none")
 EVALUATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 
 
@@ -46,21 +48,15 @@ class Diffusion:
     Source: Sahoo et al. 2024 (MDLM), arXiv:2406.07524.
     """
 
-    weighting: str = "mdlm"
-    encoder_view: str = "noisy"
-    hidden: str = "drop"
-    context: bool = False
-    eps: float = 1e-3
-    t_floor: float = 0.1
+    weighting: str = one_of(*WEIGHTINGS)
+    encoder_view: str = one_of("noisy", "clean")
+    hidden: str = one_of(*HIDDEN)
+    context: bool = switch()
+    eps: float = within(1e-3)
+    t_floor: float = portion(0.1)
 
     def __post_init__(self):
-        weightings, views = ("mdlm", "selfnorm", "none"), ("noisy", "clean")
-        check_option("weighting", self.weighting, f"one of {', '.join(weightings)}", self.weighting in weightings)
-        check_option("encoder_view", self.encoder_view, f"one of {', '.join(views)}", self.encoder_view in views)
-        check_option("hidden", self.hidden, "'drop' or 'mask'", self.hidden in ("drop", "mask"))
-        check_option("context", self.context, "true or false", isinstance(self.context, bool))
-        check_option("eps", self.eps, "a number in (0, 1)", 0 < self.eps < 1)
-        check_option("t_floor", self.t_floor, "a number in (0, 1]", 0 < self.t_floor <= 1)
+        check(self)
 
     def view(self, batch: Packed, keys: Sequence[SampleKey], tokens: SpecialTokens) -> View:
         """A pure function of its arguments; what is hidden in a sequence depends on its own key only."""

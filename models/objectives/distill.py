@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..packing import Packed
+from ..ranges import LEAST, PLACE, at_least, check, count, given, positive
 from ..similarity import product, unit, wide
 from .view import View, check_option
 
@@ -50,25 +51,20 @@ class Distill:
     arXiv:2004.09813; Tung & Mori 2019 (similarity matching), arXiv:1907.09682.
     """
 
-    teacher: str = ""  # a folder or a hub id of a sentence encoder
-    weight: float = 1.0
-    whole: float = 1.0
-    similarity: float = 10.0  # its population is the micro-batch
-    stretch: float = 0.0  # 0: stretches are not asked for
-    stretches: int = 8  # S, a divisor of the number of concepts
-    shortest: int = 8  # tokens of a stretch that still means something
-    max_gib: float = 4.0  # of stored vectors, above which a run does not begin
+    teacher: str = given("", PLACE)  # a folder or a hub id of a sentence encoder
+    weight: float = positive(1.0)
+    whole: float = at_least(0, 1.0)
+    similarity: float = at_least(0, 10.0)  # its population is the micro-batch
+    stretch: float = at_least(0, 0.0)  # 0: stretches are not asked for
+    stretches: int = count(8)  # S, a divisor of the number of concepts
+    shortest: int = count(8)  # tokens of a stretch that still means something
+    max_gib: float = positive(4.0)  # of stored vectors, above which a run does not begin
 
     def __post_init__(self):
-        check_option("teacher", self.teacher, "a folder or a hub id", bool(self.teacher))
-        for name in ("weight", "max_gib"):
-            check_option(name, getattr(self, name), "a number above 0", getattr(self, name) > 0)
-        for name in ("whole", "similarity", "stretch"):
-            check_option(name, getattr(self, name), "a number of at least 0", getattr(self, name) >= 0)
+        check_option("teacher", self.teacher, "a folder or a hub id", self.teacher != "")
+        check(self)
         check_option("whole", self.whole, "a number above 0 where similarity and stretch are 0",
-                     self.whole + self.similarity + self.stretch > 0)  # fmt: skip
-        for name in ("stretches", "shortest"):
-            check_option(name, getattr(self, name), "a whole number of at least 1", getattr(self, name) >= 1)
+                     max(self.whole, self.similarity, self.stretch) >= LEAST)  # fmt: skip
 
     @property
     def num_stretches(self) -> int:

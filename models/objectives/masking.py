@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..packing import offsets
+from ..ranges import PLACE, check, given, one_of, or_nothing
 from . import pmi
 from .view import SampleKey, SpecialTokens, Text, check_option, per_sequence
 from .words import word_starts
@@ -51,13 +52,12 @@ class Masking:
     Lewis et al. 2020 (BART, Poisson), arXiv:1910.13461.
     """
 
-    masking: str = "random"
-    span: str = "uniform"
-    phrases: str | None = None  # file made by pmi.save
+    masking: str = one_of(*KINDS)
+    span: str = one_of(*SPANS)
+    phrases: str | None = given(None, or_nothing(PLACE))  # file made by pmi.save
 
     def __post_init__(self):
-        check_option("masking", self.masking, f"one of {', '.join(KINDS)}", self.masking in KINDS)
-        check_option("span", self.span, f"one of {', '.join(SPANS)}", self.span in SPANS)
+        check(self)
         expected = "a file of phrases with masking 'pmi', and nothing with another"
         check_option("phrases", self.phrases, expected, (self.phrases is not None) == (self.masking == "pmi"))
         if self.phrases is not None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..packing import Packed
+from ..ranges import LEAST, is_number
 from .view import SampleKey, SpecialTokens, View, build_view, check_option, clean_text
 
 ROOT = 2**0.5 - 1  # frac(k * ROOT) fills [0, 1) as evenly as the golden ratio, which times use, and independently of it
@@ -27,8 +28,9 @@ class Mixed:
 
     def __post_init__(self):
         check_option("parts", self.parts, "at least two objectives", len(self.parts) >= 2)
-        same_length = len(self.parts) == len(self.weights) == len(self.names)
-        check_option("weights", self.weights, "a number above 0 for each part", same_length and min(self.weights) > 0)
+        holds = len(self.parts) == len(self.weights) == len(self.names)
+        holds = holds and all(is_number(weight, LEAST) for weight in self.weights)
+        check_option("weights", self.weights, "a number above 0 for each part", holds)
         check_option("names", self.names, "another name for each part", len(set(self.names)) == len(self.parts))
 
     def place(self, step: int) -> int:

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..packing import Packed
-from .masking import Masking
+from ..ranges import PLACE, check, given, number, one_of, or_nothing, portion, switch
+from .masking import KINDS, SPANS, Masking
 from .view import (
+    HIDDEN,
     SampleKey,
     SpecialTokens,
     Text,
@@ -41,22 +43,19 @@ class MaskedLM:
     Source: Devlin et al. 2019 (BERT), arXiv:1810.04805.
     """
 
-    probability: float = 0.3
-    random: float = 0.0
-    unchanged: float = 0.0
-    hidden: str = "drop"
-    masking: str = "random"
-    span: str = "uniform"
-    phrases: str | None = None
-    context: bool = False
+    probability: float = portion(0.3)
+    random: float = given(0.0, number(0, 1))
+    unchanged: float = given(0.0, number(0, 1))
+    hidden: str = one_of(*HIDDEN)
+    masking: str = one_of(*KINDS)
+    span: str = one_of(*SPANS)
+    phrases: str | None = given(None, or_nothing(PLACE))
+    context: bool = switch()
 
     def __post_init__(self):
-        check_option("probability", self.probability, "a number in (0, 1]", 0 < self.probability <= 1)
-        check_option("random", self.random, "a number in [0, 1]", 0 <= self.random <= 1)
+        check(self)
         expected = f"a number in [0, 1 - random = {1 - self.random:g}]"
-        check_option("unchanged", self.unchanged, expected, 0 <= self.unchanged <= 1 - self.random)
-        check_option("hidden", self.hidden, "'drop' or 'mask'", self.hidden in ("drop", "mask"))
-        check_option("context", self.context, "true or false", isinstance(self.context, bool))
+        check_option("unchanged", self.unchanged, expected, self.unchanged <= 1 - self.random)
         self.choice()
 
     def choice(self) -> Masking:

@@ -196,9 +196,11 @@ def load(path: str) -> Phrases:
         raise ValueError(
             f"phrases: expected a file made by pmi.save, {path} cannot be read: {error.strerror}"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"phrases: expected a file made by pmi.save, {path} is not JSON: {error}") from error
-    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+    parts = {"vocab_size": int, "phrases": list, "pmi": list}
+    is_list = isinstance(tree, dict) and tree.get("format") == FORMAT
+    if not is_list or not all(isinstance(tree.get(name), kind) for name, kind in parts.items()):
         raise ValueError(
             f"phrases: expected a file made by pmi.save in format {FORMAT}, {path} is another; build it again"
         )

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..packing import Packed, pack_flat, positions_within
-from .diffusion import CHOICE, EVALUATION_TIMES, Diffusion
+from ..ranges import check, one_of, portion, switch, within
+from .diffusion import CHOICE, EVALUATION_TIMES, WEIGHTINGS, Diffusion
 from .view import (
     SampleKey,
     SpecialTokens,
@@ -49,26 +50,22 @@ class PrefixDiffusion:
     a bottleneck; Sahoo et al. 2024 (MDLM), arXiv:2406.07524, for the loss.
     """
 
-    direction: str = "forward"
-    shortest: float = 0.3
-    longest: float = 0.5
-    positions: str = "text"
-    weighting: str = "mdlm"
-    context: bool = False
-    eps: float = 1e-3
-    t_floor: float = 0.1
+    direction: str = one_of(*DIRECTIONS, "mixed")
+    shortest: float = within(0.3)
+    longest: float = within(0.5)
+    positions: str = one_of("text", "restart")
+    weighting: str = one_of(*WEIGHTINGS)
+    context: bool = switch()
+    eps: float = within(1e-3)
+    t_floor: float = portion(0.1)
 
     def __post_init__(self):
-        directions = (*DIRECTIONS, "mixed")
-        check_option("direction", self.direction, f"one of {', '.join(directions)}", self.direction in directions)
-        check_option("shortest", self.shortest, "a number in (0, 1)", 0 < self.shortest < 1)
+        check(self)
         expected = f"a number in [shortest = {self.shortest:g}, 1)"
-        check_option("longest", self.longest, expected, self.shortest <= self.longest < 1)
+        check_option("longest", self.longest, expected, self.shortest <= self.longest)
         positions = ("text", "restart") if self.direction in ("forward", "backward") else ("text",)
         expected = f"{' or '.join(map(repr, positions))} with direction {self.direction}"
         check_option("positions", self.positions, expected, self.positions in positions)
-        check_option("context", self.context, "true or false", isinstance(self.context, bool))
-        self.noise()
 
     def noise(self) -> Diffusion:
         return Diffusion(weighting=self.weighting, eps=self.eps, t_floor=self.t_floor)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..packing import Packed, pack_flat, positions_within
-from .view import SampleKey, SpecialTokens, Text, View, build_view, check_option, clean_text, keep_rows, per_sequence
+from ..ranges import check, given, number, one_of, portion
+from .view import SampleKey, SpecialTokens, Text, View, build_view, clean_text, keep_rows, per_sequence
 from .words import word_starts
 
 CHOICE = 0  # stream of a key
@@ -28,16 +29,13 @@ class TSDAE:
     Source: Wang et al. 2021 (TSDAE), arXiv:2104.06979.
     """
 
-    probability: float = 0.6
-    units: str = "token"
-    positions: str = "kept"
-    kept_weight: float = 0.25
+    probability: float = portion(0.6)
+    units: str = one_of("token", "word")
+    positions: str = one_of("kept", "restart")
+    kept_weight: float = given(0.25, number(0, 1))
 
     def __post_init__(self):
-        check_option("probability", self.probability, "a number in (0, 1]", 0 < self.probability <= 1)
-        check_option("units", self.units, "'token' or 'word'", self.units in ("token", "word"))
-        check_option("positions", self.positions, "'kept' or 'restart'", self.positions in ("kept", "restart"))
-        check_option("kept_weight", self.kept_weight, "a number in [0, 1]", 0 <= self.kept_weight <= 1)
+        check(self)
 
     def view(self, batch: Packed, keys: Sequence[SampleKey], tokens: SpecialTokens) -> View:
         """A pure function of its arguments; what is deleted from a sequence depends on its own key only."""

@@ -17,6 +17,7 @@ from ..packing import Packed, pack_flat
 
 GOLDEN = 0.6180339887498949  # frac(k * GOLDEN) fills [0, 1) evenly for any run of consecutive k
 OPENS_WORD, ENDS_WORD = 1, 2  # a word begins with this token whatever is before it, or with the token after it
+HIDDEN = ("drop", "mask")  # what stands for a hidden token in what the encoder reads: nothing, or [MASK]
 SHIFT_STREAM = 2**20  # the stream of the shift that an epoch's times share; objectives number theirs from 0
 
 

@@ -65,7 +65,8 @@ def resized(model, *model_args, **sizes: int):
             state[name] = resize(state[name], target.shape, rules.get(name, ()), f"{what}: {shapes}")
             changed.append(shapes)
     other.load_state_dict(state)
-    logger.warning(f"resized for {what}: {', '.join(changed) or 'no parameter depends on it'}")
+    say = logger.warning if changed else logger.info  # such as a trained length, on which RoPE does not depend
+    say(f"resized for {what}: {', '.join(changed) or 'no parameter depends on it'}")
     return other
 
 

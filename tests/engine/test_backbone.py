@@ -115,7 +115,7 @@ def test_the_tokenizer_is_the_backbones_unless_told(recipe, bert, text):
     (["model.backbone={text}"], "no config.json"),
     (["model.backbone={bert}", "model.backbone_window=33"], "model: backbone_window: expected 1 to 32"),
     (["model.backbone={bert}", "model.backbone_layers=4"], "model: backbone_layers: expected up to 3"),
-    (["model.backbone={bert}", "model.backbone_train=1"], "model.backbone_train: expected text"),
+    (["model.backbone={bert}", "model.backbone_train=1"], "model.backbone_train: expected none, all, or last N"),
     ([*SHORT, "model.backbone_train=last 4"], "model: backbone_train: expected none"),
     ([*SHORT, "train.checkpoint_backbone=true"], "train.checkpoint_backbone: expected false"),
     (["model.backbone={bert}", "data.tokenizer={other}"], "; set data.tokenizer to "),

@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from conceptron.__main__ import main
-from conceptron.engine import checkpoint, launch
-from conceptron.engine.errors import InputError
+from conceptron.engine import checkpoint, compat, launch, place
+from conceptron.engine.errors import LaunchError
 from conceptron.engine.trainer import train
 
 BIN = Path(sys.executable).parent
@@ -105,8 +106,12 @@ def test_a_bad_recipe_ends_in_one_line_and_code_2(tmp_path, monkeypatch, capfd):
     expected = "conceptron: error: bad.yaml: train.stps: unknown key; did you mean train.steps?\n"
     assert capfd.readouterr() == ("", expected)
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert main(["--local_rank=1", "train", "bad.yaml"]) == 2
     assert capfd.readouterr() == ("", "")  # one line is enough
+    monkeypatch.setenv("LOCAL_RANK", "0")  # on another machine, whose file may be another
+    assert main(["--local_rank=0", "train", "bad.yaml"]) == 2
+    assert capfd.readouterr() == ("", expected)
     assert [path.name for path in tmp_path.iterdir()] == ["bad.yaml"]
 
 
@@ -121,7 +126,7 @@ def test_a_second_signal_is_not_caught():
 
 
 def test_a_world_of_one_needs_no_launcher_and_leaves_nothing(monkeypatch):
-    for name in launch.LAUNCH_VARIABLES:
+    for name in place.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for _ in range(2):
         with launch.world() as world:
@@ -129,38 +134,30 @@ def test_a_world_of_one_needs_no_launcher_and_leaves_nothing(monkeypatch):
         assert not dist.is_initialized()
 
 
-def test_incomplete_launcher_variables(monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.delenv("MASTER_PORT", raising=False)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    with pytest.raises(InputError, match="RANK is set but MASTER_PORT is not"), launch.world():
-        pass
+def test_sbatch_without_srun_ends_in_one_line(recipe, tmp_path, monkeypatch, capfd):
+    for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": str(os.getpid())}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RANK", raising=False)
+    assert main(["train", str(recipe), "run.join_minutes=0.01"]) == 2
+    output = capfd.readouterr().err
+    assert output.startswith("conceptron: error: 3 of 4 ranks have not come (ranks 1, 2, 3): sbatch starts a script")
+    assert output.count("\n") == 1 and [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+    assert not dist.is_initialized()
 
 
-@pytest.mark.parametrize(
-    "nodes, first",
-    [("gpu[03-07,9],login1", "gpu03"), ("alone", "alone"), ("a,b", "a"), ("n-[1-2]", "n-1"), ("x[001]", "x001")],
-)
-def test_first_host_of_a_slurm_list(nodes, first):
-    assert launch.first_host(nodes) == first
-
-
-def test_srun_variables():
-    variables = "PROCID=5 LOCALID=1 STEP_NUM_TASKS=8 NTASKS=16 STEP_NODELIST=gpu[3-4] JOB_ID=123456"
-    place = launch.slurm_place(dict(f"SLURM_{pair}".split("=") for pair in variables.split()))
-    expected = "RANK=5 LOCAL_RANK=1 WORLD_SIZE=8 MASTER_ADDR=gpu3 MASTER_PORT=23456"
-    assert place == dict(pair.split("=") for pair in expected.split())
-    assert launch.slurm_place({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) == {}  # a shell inside an allocation
-    assert launch.slurm_place({}) == {}
+def test_a_rank_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(compat, "uses_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(LaunchError, match="LOCAL_RANK: expected one of the 2 GPUs of this machine, 0 to 1, got 2"):
+        launch.choose_device(place.Place(2, 2, 4, 4, "localhost", 29500, False))
 
 
 def test_nothing_of_a_launcher_is_left_behind(monkeypatch):
     """What runs after us in the same process, such as the Trainer of transformers, would take it for its own launch."""
-    for name in launch.LAUNCH_VARIABLES:
+    for name in place.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     before = dict(os.environ)
     with launch.world():
         assert os.environ["LOCAL_RANK"] == "0"
-    assert {name: os.environ.get(name) for name in launch.LAUNCH_VARIABLES} == dict.fromkeys(launch.LAUNCH_VARIABLES)
+    assert {name: os.environ.get(name) for name in place.VARIABLES} == dict.fromkeys(place.VARIABLES)
     assert before.keys() - os.environ.keys() == set()

@@ -5,6 +5,7 @@ import fcntl
 import itertools
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -191,6 +192,16 @@ def test_another_trajectory_is_not_resumed(straight, recipe_in, override, found)
     assert found in refusal(recipe_in(straight.parent.parent), ["resume=auto", override])
 
 
+def test_a_finished_run_names_the_command_that_trains_its_model_further(straight, recipe_in):
+    message = refusal(recipe_in(straight.parent.parent), ["resume=auto", "train.steps=14"])
+    assert "made with train.steps = 12, now it is 14; the run is finished, its learning rate has come to its" in message
+    recipe, *overrides = shlex.split(message.partition("conceptron train ")[2])
+    assert overrides == ["train.steps=14", "run.name=tiny-2", f"init.source={straight / 'model'}"]
+    further = train(recipe, overrides)
+    assert "0 new, 0 unused" in (further / "initialization.txt").read_text()
+    assert len(lines(further)) == 14 and lines(further)[0]["loss"] < lines(straight)[0]["loss"]
+
+
 def test_another_text_or_vocabulary_is_not_resumed(recipe, text, monkeypatch, tmp_path):
     own = tmp_path / "own"
     shutil.copytree(text, own, ignore=shutil.ignore_patterns("cache"))
@@ -306,11 +317,6 @@ def test_a_full_disk_for_the_record_stops_with_one_line(recipe, straight, monkey
     assert "cannot be written (No space left on device); step-00000004 is intact" in message
     monkeypatch.undo()
     assert history(train(recipe, ["resume=auto"])) == history(straight)
-
-
-def test_a_run_folder_that_cannot_be_made(recipe, tmp_path):
-    (tmp_path / "runs").write_text("a file where the folder should be")
-    assert "cannot be written (Not a directory)" in refusal(recipe)
 
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_anew(straight, recipe, monkeypatch, capfd):

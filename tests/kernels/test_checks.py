@@ -101,3 +101,10 @@ def test_scales():
     for scale in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="scale: expected a positive, finite number, got"):
             checks.check_scale(scale, 64)
+
+
+def test_a_value_that_is_neither_is_refused(monkeypatch):
+    for value in ("yes", "", "2"):
+        monkeypatch.setenv("CONCEPTRON_CHECK", value)
+        with pytest.raises(ValueError, match=f"CONCEPTRON_CHECK: expected 0 or 1, got '{value}'"):
+            checks.thorough()

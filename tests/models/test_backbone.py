@@ -345,7 +345,7 @@ def test_where_it_comes_from(folder_of):
 @pytest.mark.parametrize("change, found", [
     (dict(backbone_layers=5), "backbone_layers: expected up to 4, or rising numbers of its layers, 0 to 3, got 5"),
     (dict(backbone_layers=[0, 4]), "backbone_layers: expected up to 4"),
-    (dict(backbone_layers=[2, 1]), "backbone_layers: expected up to 4"),
+    (dict(backbone_layers=[2, 1]), "backbone_layers: expected a whole number, or rising ones, or nothing, got [2, 1]"),
     (dict(backbone_window=41), "backbone_window: expected 3 to 40, for which the backbone has positions, got 41"),
     (dict(backbone_window=2), "backbone_window: expected 3 to 40"),
     (dict(backbone_overlap=8), "backbone_overlap: expected 0 to 7"),

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"num_concepts": 0}, ["num_concepts", "at least 1", "0"]),
+        ({"num_concepts": 0}, ["num_concepts", "whole number from 1", "0"]),
         ({"num_hidden_layers": 2.5}, ["num_hidden_layers", "whole number", "2.5"]),
         ({"vocab_size": True}, ["vocab_size", "whole number", "True"]),
         ({"hidden_size": 100, "num_attention_heads": 8}, ["hidden_size", "multiple of num_attention_heads = 8", "100"]),
@@ -28,8 +28,8 @@ ROOT = Path(__file__).parents[2]
         ({"decoder_queries": "token"}, ["decoder_queries", "token+position", "token"]),
         ({"hidden_tokens": ["drop"]}, ["hidden_tokens", "drop", "['drop']"]),
         ({"dropout": 1.0}, ["dropout", "[0, 1)", "1.0"]),
-        ({"rope_theta": 0}, ["rope_theta", "above 0", "0"]),
-        ({"anchor_bias": -1.0}, ["anchor_bias", "at least 0", "-1.0"]),
+        ({"rope_theta": 0}, ["rope_theta", "[1e-30, 1e+30]", "0"]),
+        ({"anchor_bias": -1.0}, ["anchor_bias", "[0, 1e+30]", "-1.0"]),
         ({"timestep_conditioning": 1}, ["timestep_conditioning", "true or false", "1"]),
         ({"mask_token_id": 50368}, ["mask_token_id", "below vocab_size = 50368", "50368"]),
     ],

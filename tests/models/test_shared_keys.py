@@ -80,7 +80,7 @@ def test_parameters_are_those_of_the_closed_form(kind, share_kv):
         ({"layer_kind": "bixt", "share_kv": 2}, "share_kv: expected 1 with layer_kind = bixt"),
         ({"tie_layers": True, "share_kv": 2}, "share_kv: expected 1 with tie_layers = true"),
         ({"share_kv": 5}, "share_kv: expected at most num_hidden_layers = 4, got 5"),
-        ({"share_kv": 0}, "share_kv: expected a whole number of at least 1, got 0"),
+        ({"share_kv": 0}, "share_kv: expected a whole number from 1, got 0"),
     ],
 )
 def test_what_cannot_share_is_refused(options, message):

@@ -334,15 +334,15 @@ def test_a_batch_without_text_has_loss_zero_and_no_nan(objective):
 @pytest.mark.parametrize(
     "name, options, words",
     [
-        ("mlm", {"probability": 0.0}, ["probability", "(0, 1]", "0.0"]),
+        ("mlm", {"probability": 0.0}, ["probability", "[1e-30, 1]", "0.0"]),
         ("mlm", {"random": 0.6, "unchanged": 0.5}, ["unchanged", "0.4", "0.5"]),
         ("mlm", {"hidden": "blank"}, ["hidden", "drop", "blank"]),
         ("diffusion", {"weighting": "elbo"}, ["weighting", "mdlm", "elbo"]),
         ("diffusion", {"encoder_view": "dirty"}, ["encoder_view", "noisy", "dirty"]),
         ("diffusion", {"context": 1}, ["context", "true or false", "1"]),
         ("mlm", {"context": "yes"}, ["context", "true or false", "yes"]),
-        ("diffusion", {"eps": 0.0}, ["eps", "(0, 1)", "0.0"]),
-        ("diffusion", {"t_floor": 1.5}, ["t_floor", "(0, 1]", "1.5"]),
+        ("diffusion", {"eps": 0.0}, ["eps", "[1e-30, 1)", "0.0"]),
+        ("diffusion", {"t_floor": 1.5}, ["t_floor", "[1e-30, 1]", "1.5"]),
     ],
 )
 def test_wrong_options_are_refused_by_name(name, options, words):

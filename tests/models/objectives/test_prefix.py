@@ -181,13 +181,13 @@ def test_a_model_takes_its_views():
     "options, words",
     [
         ({"direction": "left"}, ["direction: ", "forward, backward, infill, mixed", "left"]),
-        ({"shortest": 0.0}, ["shortest: ", "(0, 1)", "0.0"]),
+        ({"shortest": 0.0}, ["shortest: ", "[1e-30, 1)", "0.0"]),
         ({"shortest": 0.6}, ["longest: ", "[shortest = 0.6, 1)", "0.5"]),
         ({"positions": "restart", "direction": "mixed"}, ["positions: ", "'text' with direction mixed", "restart"]),
-        ({"positions": "zero"}, ["positions: ", "'text' or 'restart'", "zero"]),
+        ({"positions": "zero"}, ["positions: ", "text, restart", "zero"]),
         ({"context": 1}, ["context: ", "true or false", "1"]),
         ({"weighting": "elbo"}, ["weighting: ", "mdlm", "elbo"]),
-        ({"eps": 2.0}, ["eps: ", "(0, 1)", "2.0"]),
+        ({"eps": 2.0}, ["eps: ", "[1e-30, 1)", "2.0"]),
     ],
 )
 def test_wrong_options_are_refused_by_name(options, words):

@@ -137,9 +137,9 @@ def test_a_model_learns_to_copy_and_the_two_kinds_of_targets_are_told_apart():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"probability": 0.0}, "probability: expected a number in (0, 1], got 0.0"),
-        ({"units": "words"}, "units: expected 'token' or 'word', got 'words'"),
-        ({"positions": "gaps"}, "positions: expected 'kept' or 'restart', got 'gaps'"),
+        ({"probability": 0.0}, "probability: expected a number in [1e-30, 1], got 0.0"),
+        ({"units": "words"}, "units: expected one of token, word, got 'words'"),
+        ({"positions": "gaps"}, "positions: expected one of kept, restart, got 'gaps'"),
         ({"kept_weight": 1.5}, "kept_weight: expected a number in [0, 1], got 1.5"),
     ],
 )

@@ -180,7 +180,7 @@ def test_what_cannot_be_resized_is_refused_with_the_reason(tmp_path):
         ConceptForMaskedLM.from_pretrained(tmp_path / "one", num_concepts=4)
     saved(tmp_path / "anchor", num_concepts=1, init_queries="anchor")  # nothing of it is a row
     assert ConceptForMaskedLM.from_pretrained(tmp_path / "anchor", num_concepts=4).config.num_concepts == 4
-    with pytest.raises(ValueError, match="num_concepts: expected a whole number of at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_concepts: expected a whole number from 1, got 0"):
         ConceptForMaskedLM.from_pretrained(tmp_path / "one", num_concepts=0)
     with pytest.raises(ValueError, match="rope_factor: expected 1 with rope_extension = none"):
         ConceptForMaskedLM.from_pretrained(tmp_path / "one", rope_factor=4.0)

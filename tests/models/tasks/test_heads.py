@@ -383,7 +383,7 @@ def test_saved_and_loaded_bit_for_bit(kind, options, tmp_path):
     ({"pool": "decoder", "decoder_queries": "position"}, "pool: expected .*decoder_positions, with decoder_queries"),
     ({"pool": "decoder_positions"}, "pool: expected .*decoder, with decoder_queries = token"),
     ({**PAIRS[2], "pool": "weighted"}, "pool: expected mean with pair_features = slots"),
-    ({"label_scale": 0.0}, "label_scale: expected a number above 0, got 0.0"),
+    ({"label_scale": 0.0}, r"label_scale: expected a number in \[1e-30, 1e\+30\], got 0.0"),
     ({"label_offset": "mean"}, "label_offset: expected a number"),
 ])  # fmt: skip
 def test_configurations_that_do_not_fit_are_refused(options, words, pretrained):

@@ -1,0 +1,59 @@
+"""A model folder from a checkpoint of a run, also of one that is still training."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from .. import checkpoint, launch
+from ..errors import InputError
+from ..launch import World
+from ..recipe.load import load_recipe
+from .pretraining import PretrainingJob
+
+
+def export_step(run: Path, step: int | None, out: Path, world: World) -> tuple[Path, int]:
+    """Writes what the run's weights were after ``step`` (None: in its newest valid checkpoint) as a model folder.
+
+    Returns the folder and the step.
+
+    Raises:
+        InputError: no such run or checkpoint, or it is damaged.
+    """
+    recipe_file, saved = run / "recipe.yaml", run / "checkpoints"
+    if not recipe_file.is_file():
+        raise InputError(f"{run}: no recipe.yaml, so this is no run folder; give runs/NAME")
+    if step is None:
+        folder, _ = checkpoint.find(world, saved)
+    else:
+        folder = saved / f"step-{step:08d}"
+    kept = sorted(checkpoint.step_of(each) for each in checkpoint.list_checkpoints(saved))
+    if folder is None or not folder.is_dir():
+        there = f"there are {', '.join(map(str, kept))}" if kept else "there is no checkpoint"
+        raise InputError(f"--step: {saved} has no step {step}; {there}" if step is not None else f"{saved}: {there}")
+    if fault := checkpoint.verify(folder):
+        raise InputError(f"{folder}: {fault}; choose another --step of {', '.join(map(str, kept))}")
+    job = PretrainingJob(load_recipe(recipe_file), world)
+    module = job.build(is_new=False)
+    checkpoint.load_weights(folder, module)
+    progress = checkpoint.load_progress(folder)
+    job.figures = figures_at(run / "metrics.jsonl", progress.step)
+    return job.export(module, out), progress.step
+
+
+def figures_at(file: Path, step: int) -> dict[str, Any]:
+    """Of the evaluation after this very step; empty if there was none."""
+    if not file.is_file():
+        return {}
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    found = [record for record in records if record["kind"] == "eval" and record["step"] == step]
+    return {name: value for name, value in found[-1].items() if name not in ("kind", "step")} if found else {}
+
+
+def main(options: argparse.Namespace) -> None:
+    """The command line."""
+    out = options.out or options.run / (f"model-{options.step}" if options.step is not None else "model-newest")
+    with launch.world() as world:
+        folder, step = export_step(options.run, options.step, out, world)
+        if world.is_first:
+            print(f"step {step} of {options.run}: the model is in {folder}")
