@@ -85,7 +85,9 @@ def run(
         outcome.rows.append(add(f"{MODEL}, {name}", score(task, other, asked.references), other))
     if settings.with_floors:
         for name, other in asked.simple(reader).items():
-            outcome.rows.append(add(name, score(task, other, asked.references), other))
+            found = score(task, other, asked.references)
+            outcome.rows.append(add(name, found, other))
+            outcome.rows[0] |= asked.above(name, (scored, predictions), (found, other), outcome.rows[0])
         for name, open_floor in floors.items():
             floor = open_floor()
             other = asked.predict(floor, floor, asked.fit(floor, 1))
@@ -200,6 +202,18 @@ class Asked:
         low, high = interval(*self.drawn_from(scored, predictions), self.groups)
         return {"task": self.task.name, "row": name, "metric": key, "score": figure, "low": low, "high": high,
                 "examples": len(self.given), "documents": len(set(self.groups)), **others(scored.score)}  # fmt: skip
+
+    def above(
+        self, name: str, mine: tuple[Scored, Mapping[str, Any]], floor: tuple[Scored, Mapping[str, Any]],
+        row: Mapping[str, Any],
+    ) -> dict[str, Any]:  # fmt: skip
+        """By how much the model is above a floor, with the interval of the difference: both answer the same draws."""
+        (a, kind), (b, _) = self.drawn_from(*mine), self.drawn_from(*floor)
+        if kind != "mean":
+            return {}
+        low, high = interval(a - b, "mean", self.groups)
+        words = f"{(a - b).mean():+.2f} ({low:.2f} to {high:.2f}) over {name}"
+        return {"beside it": "; ".join(each for each in (row.get("beside it"), words) if each)}
 
     def drawn_from(self, scored: Scored, predictions: Mapping[str, Any]) -> tuple[np.ndarray, str]:
         """Of every example what the main figure is made of, in percent, and how it is made."""

@@ -96,6 +96,8 @@ def test_labels_on_frozen_vectors(folder):
                          "concepts shuffled", "LED-base, 16K (quoted)"}  # fmt: skip
     mine = rows["concepts"]
     assert mine["low"] <= mine["score"] <= mine["high"] and mine["spread over seeds"] >= 0
+    difference = mine["score"] - rows["majority"]["score"]
+    assert f"{difference:+.2f} (" in mine["beside it"] and "over majority" in mine["beside it"]
     assert mine["tokens seen"] == mine["tokens given"] > 0 and mine["documents"] == 10
     predictions = json.loads((out / "scrolls/contract_nli/predictions.json").read_text())
     assert len(predictions) == 60 and set(predictions.values()) <= {"Entailment", "Contradiction", "Not mentioned"}
