@@ -208,6 +208,32 @@ COMMANDS = (
         ),
     ),
     Command(
+        "evaluate", "a model on SCROLLS, LongBench, GLUE, retrieval, synthetic tasks, beside its floors",
+        "conceptron evaluate --task scrolls/contract_nli,similarity --model runs/read/model data=DATA",
+        "bench.evaluate:main",
+        (
+            Option("--task", Text("tasks"), "names such as glue/stsb, or of a whole folder: scrolls; commas between",
+                   required=True, shown="NAME[,NAME]"),
+            Option("--model", Text("a model"), "a model folder, a finished run, or any encoder of the hub",
+                   required=True),
+            Option("settings", Text("field=value"), (
+                "data, cache: folders; train, report: splits; piece: tokens read at once; seeds"
+            ), (), "*", "field=value"),
+            Option("--limit", Whole(1), "only so many pairs, or documents, of every task", shown="N"),
+            Option("--no-floors", None, "only the model: no majority, BM25, bag, untrained, ablations"),
+            out("runs/evaluate"),
+        ),
+    ),
+    Command(
+        "score", "anybody's predictions by a task's official metric",
+        "conceptron score scrolls/qmsum --predictions p.json --references r.json", "bench.score:main",
+        (
+            Option("task", Text("a task"), "its name; scrolls: the whole benchmark, {task: {id: prediction}}"),
+            Option("--predictions", Place("file"), "JSON: {id: prediction}", required=True),
+            Option("--references", Place("file"), "JSON: {id: reference or [references]}", required=True),
+        ),
+    ),
+    Command(
         "bench kernels", "every operator beside SDPA, Flex, Liger, CCE: time, memory, error",
         "conceptron bench kernels concept_attention --matrix cpu", "bench.kernels.run:main",
         (

@@ -127,6 +127,8 @@ class Answers:
     num_pool_queries: int = count(4)  # of multi_query
     pair: str = one_of("joint", "separate")  # two texts as one sequence, or each encoded by itself
     pair_features: str = one_of("concat", "cosine", "slots")  # of separate pairs: [a, b, |a - b|, a * b], or cosines
+    num_question_concepts: int = count(8)  # Q of a question about a text that is read by itself
+    asked_reading: bool = switch()  # a question's concepts join those that read the text: C + Q rows instead of C
     label_offset: float = given(0.0, number())  # a regression predicts label_offset + label_scale * x,
     label_scale: float = positive(1.0)  # with x = 0 at the start
 

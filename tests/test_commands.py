@@ -57,7 +57,10 @@ def line(command: Command, option: Option, value: str, tmp_path) -> list[str]:
 
 def given(option: Option, tmp_path) -> list[str]:
     if isinstance(option.kind, Place):
-        value = str(tmp_path / "new.txt" if option.kind.holds == "new file" else tmp_path)
+        place = tmp_path / {"file": "given", "new file": "new.txt"}.get(option.kind.holds, "")
+        if option.kind.holds == "file":
+            place.touch()
+        value = str(place)
     else:
         value = option.kind.words[0] if isinstance(option.kind, Word) else "1"
     return [option.name, value] if option.name.startswith("--") else [value]

@@ -86,6 +86,7 @@ FINE = {
         regularization.gradient_ratio objective.parts.0.weight""",  # any number below 1e30
     "-1": "model.label_offset",
     "true": """train.checkpoint_backbone train.recompute model.normalize_tokens model.tie_layers model.nested_concepts
+        model.asked_reading
         model.tie_word_embeddings contrastive.across_ranks contrastive.learnable_temperature regularization.dynamic""",
     "[]": "train.stages",
     "{}": "run model data contrastive regularization optim batch zero eval checkpoint profile",
