@@ -53,6 +53,8 @@ DEVICE = Option("--device", Word(("cpu", "cuda")), "left out: a GPU where there 
 RESUME = Option("--resume", None, "keep what --out holds already")
 VOCABULARY = Option("--vocabulary", Whole(8, 2**24), "number of ids, where the recipe's tokenizer cannot be opened",
                     shown="V")  # fmt: skip
+MODEL = Option("--model", Text("a model"), "a folder of this package, a finished run, or a hub id", required=True)
+TEXT_COLUMN = Option("--text-column", Text("a column"), "of jsonl and parquet files", "text")
 MINUTES = Number(0, 1e5)
 WIDTHS = (
     Option("--width", Whole(1, 65536), "d, of every encoder", 128),
@@ -139,6 +141,43 @@ COMMANDS = (
             Option("--clean-up", None, "the last step takes the most likely tokens"),
             Option("--samples", Whole(1, 2**20), "texts to write", 1),
             Option("--seed", SEED, "of the first; the next have the next seeds", 0),
+        ),
+    ),
+    Command(
+        "build", "write the model of a recipe as it starts, nothing trained",
+        "conceptron build pretrain/read.yaml model.backbone=DIR --out runs/read/model", "engine.build:main",
+        (
+            RECIPE, OVERRIDES,
+            Option("--out", Place("new folder"), "the folder of the model", required=True),
+        ),
+    ),
+    Command(
+        "embed", "vectors of documents of any length, as parquet; a command that was stopped goes on",
+        "conceptron embed docs/ --model runs/read/model --out vectors.parquet --concepts",
+        "engine.embedding.embed:main",
+        (
+            Option("files", Text("files"), "txt, jsonl, jsonl.gz or parquet files, folders or globs of them", (), "+",
+                   "FILES"),
+            MODEL,
+            Option("--out", Place("new file"), "a .parquet file: id, vector", required=True),
+            Option("--concepts", None, "also the vector of each concept, and the characters that it stands for"),
+            TEXT_COLUMN,
+        ),
+    ),
+    Command(
+        "search", "the documents that answer a question, and the passage in each",
+        'conceptron search "what is a context manager?" docs/ --model runs/read/model', "engine.embedding.search:main",
+        (
+            Option("query", Text("a question"), "one or more questions, each in quotes", (), "+"),
+            Option("path", Text("a path"), "a file, a folder or a glob of txt, jsonl or parquet files"),
+            MODEL,
+            Option("--top", Whole(1, 1000), "documents for each question", 3),
+            Option("--index", Place("new folder"), "where concepts are kept; left out: in the cache folder"),
+            Option("--teacher", Text("a model"), (
+                "the sentence encoder that embeds the questions; left out: the model's own backbone, or what the model "
+                "was distilled from"
+            )),
+            TEXT_COLUMN,
         ),
     ),
     Command(

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...models.config import ConceptConfig
 from ...models.masked_lm import ConceptForMaskedLM, smoothing_floor
 from ...models.objectives import Distillation, Mixed, ReadBack, StateReader, View
 from ...models.pretraining import Cached, Pretraining, Totals, cache
 from ...models.recursion import draw_iterations
 from .. import compat
-from ..backbone import KEPT, checkpoint_activations, fill, identity, open_backbone, with_layers
+from ..backbone import KEPT, checkpoint_activations, identity
+from ..beginning import begin
 from ..card import About
 from ..data.cache import cache_folder
 from ..data.corpus import Corpus, open_corpus
@@ -28,7 +28,6 @@ from ..data.states import open_states
 from ..data.teacher import Teacher
 from ..data.windows import Windows
 from ..export import export
-from ..initialize import initialize
 from ..launch import World
 from ..recipe.schema import Recipe
 from .evaluation import evaluate, of_states
@@ -89,10 +88,11 @@ class PretrainingJob:
             )
         return teacher.record
 
-    def take_states(self, network: ConceptForMaskedLM) -> None:
+    def take_states(self, network: ConceptForMaskedLM, is_filled: bool) -> None:
         """Gives every loader the backbone's states of what it will read, computed where they are missing. Collective.
 
-        A run that goes on has weights only after its module is built, and finds what it stored when it began.
+        ``is_filled``: the backbone has its weights; a run that goes on has them only after its module is built, and
+        finds what it stored when it began.
         """
         recipe, world, cache = self.recipe, self.world, cache_folder(self.recipe.data.cache)
         backbone = network.encoder.backbone.to(world.device)
@@ -100,7 +100,7 @@ class PretrainingJob:
         for loader, rows in self.wanted():
             loader.states = world.first_then_others(
                 lambda windows=loader.windows, rows=rows: open_states(
-                    cache, windows, rows, backbone if self.backbone.folder else None, len(backbone.mean), key,
+                    cache, windows, rows, backbone if is_filled else None, len(backbone.mean), key,
                     recipe.data.states_gb,
                 )
             )
@@ -126,38 +126,16 @@ class PretrainingJob:
         text = f"{millions:.2f} M tokens of training text ({self.loader.at(0).steps_per_epoch} steps an epoch)"
         return f"{text}, distilled from {self.teacher['teacher']}" if self.teacher else text
 
-    def build_config(self) -> ConceptConfig:
-        tokens, backbone = self.corpus.tokens, self.backbone
-        described = {"backbone": backbone.described} if backbone else {}
-        if backbone and backbone.layers:
-            described["backbone_layers"] = backbone.layers
-        return self.recipe.build_config(
-            vocab_size=backbone.vocab_size(tokens) if backbone else tokens.vocab_size, mask_token_id=tokens.mask_id,
-            pad_token_id=self.corpus.tokenizer.pad_token_id, **described,
-        )  # fmt: skip
-
     def build(self, is_new: bool) -> Pretraining:
-        recipe, tokenizer = self.recipe, self.corpus.tokenizer
-        self.backbone = open_backbone(recipe, tokenizer, self.world, None if is_new else recipe.path / KEPT)
-        if self.backbone:
-            self.backbone = with_layers(self.backbone, recipe, self.corpus)
-        bare = ConceptForMaskedLM(self.build_config())
-        if self.backbone and self.backbone.folder:
-            self.beginning = fill(bare, self.backbone, self.corpus)
-            self.files[KEPT] = self.backbone.kept
+        recipe = self.recipe
+        bare, self.beginning, self.files = begin(recipe, self.corpus, self.world, is_new)
         if recipe.data.states_gb:
-            self.take_states(bare)
-        if recipe.init and is_new:
-            self.beginning = f"from {recipe.init.source}: {initialize(bare, recipe.init, tokenizer, self.world)}"
-        if self.beginning:
-            self.files["initialization.txt"] = self.beginning
+            self.take_states(bare, KEPT in self.files)
         if recipe.train.checkpoint_backbone:
             checkpoint_activations(bare)
         bare.encoder.keep = recipe.train.keep
         if recipe.train.recompute:
             compat.recompute_layers(bare)
-        if recipe.init and recipe.init.embeddings == "frozen":
-            bare.encoder.embed_tokens.weight.requires_grad_(False)
         distillation = None
         if self.distill:
             bare.config.distilled_from = self.teacher
