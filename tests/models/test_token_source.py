@@ -1,5 +1,8 @@
 """What is kept of a token: the same loss and gradients from keys, states or ids; less memory."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -220,6 +223,23 @@ def test_what_wrapped_layers_cannot_keep_is_refused(keep):
         model.keep = keep
         with pytest.raises(ValueError, match=f"keep: expected keys or None, got '{keep}': projections of keys"):
             model(packed=batch(4))
+
+
+@pytest.mark.parametrize("keep", ["states", "ids"])
+def test_what_was_read_is_gone_with_its_pass(keep):
+    """At once, without the garbage collector: nothing of it is in a circle."""
+    model, seen = encoder(), []
+    model.keep = keep
+    model.token_reader.register_forward_hook(lambda module, inputs, source: seen.append(weakref.ref(source.shared)))
+    gc.disable()
+    try:
+        out = model(packed=batch(*LENGTHS)).last_hidden_state
+        assert out.requires_grad
+        out.sum().backward()
+        del out
+        assert [reference() for reference in seen] == [None]
+    finally:
+        gc.enable()
 
 
 CHECKPOINTED = {
