@@ -34,6 +34,8 @@ setup(
     packages=["conceptron", *(f"conceptron.{folder}" for folder in FOLDERS)],
     package_data={
         "conceptron": ["py.typed"],
+        "conceptron.bench": ["*.yaml"],
+        "conceptron.bench.documents": ["*.css", "*.js"],
         "conceptron.kernels": ["*.pyi"],
         "conceptron.recipes": ["*.yaml"],
         "conceptron.recipes.ablation": ["*.yaml"],

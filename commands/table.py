@@ -150,6 +150,25 @@ COMMANDS = (
         ),
     ),
     Command(
+        "gate", "is a run worth going on with? PASS, FAIL, UNKNOWN a metric, and what to do next",
+        "conceptron gate runs/demo --strict", "bench.gate:main",
+        (
+            Option("run", Place("folder"), "runs/NAME, trained and analysed"),
+            Option("--strict", None, "exit code 1 where a gate fails"),
+            Option("--seeds", None, "also the thresholds of the planning documents"),
+            Option("--file", Place("file"), "gates of your own instead of bench/gates.yaml"),
+        ),
+    ),
+    Command(
+        "compare", "runs side by side: training, held-out figures, concepts, gates",
+        "conceptron compare runs/demo runs/other", "bench.compare:runs",
+        (
+            Option("runs", Place("folder"), "two or more, trained and analysed", (), "+", "RUN"),
+            Option("--seeds", None, "also the planning documents' published values, marked"),
+            Option("--out", Place("new folder"), "also write the table there: page, JSON, CSV, Markdown"),
+        ),
+    ),
+    Command(
         "bench kernels", "every operator beside SDPA, Flex, Liger, CCE: time, memory, error",
         "conceptron bench kernels concept_attention --matrix cpu", "bench.kernels.run:main",
         (
@@ -201,6 +220,18 @@ COMMANDS = (
             Option("--synthetic", None, "random tokens instead of the recipe's data"), VOCABULARY,
             Option("--steps", Whole(1), "that are timed", 10), Option("--warm-up", Whole(0), "that are not", 3),
             out("runs/bench/step"),
+        ),
+    ),
+    Command(
+        "bench compute", "what more iterations or fewer concepts at test time buy: quality, convergence, time",
+        "conceptron bench compute runs/recursive --iterations 2 4 6 8 12", "bench.compute:main",
+        (
+            Option("path", Text("a run or a model"), "recursive (tied layers) or nested; runs/NAME, or a model folder"),
+            Option("--text", Place("file"), "held-out text for a bare model", (), "+", "FILE"),
+            Option("--iterations", Whole(1, 1024), "of tied layers; 1 to 16 by default", None, "+", "K"),
+            Option("--concepts", Whole(1, 65536), "of a nested model; powers of two by default", None, "+", "C"),
+            Option("--seconds", Number(0.001, 3600), "timed for each value", 0.5),
+            out("runs/bench/compute"),
         ),
     ),
     Command(

@@ -15,6 +15,8 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from ..kernels.autocast import lower_precision
+from . import attention_maps
+from .attention_maps import Watch
 from .backbone import Backbone
 from .config import ConceptConfig
 from .door import open_door
@@ -47,6 +49,7 @@ class ConceptEncoderOutput(ModelOutput):
     anchors: Tensor | None = None  # [B, C] float32, where each concept stands among the tokens
     hidden_states: tuple[Tensor, ...] | None = None  # the concepts before each layer, and the last of all
     convergence: Tensor | None = None  # [K, B] float32, |c_k+1 - c_k| / |c_k| of each layer or iteration
+    attentions: tuple[Tensor, ...] | None = None  # on request, of each layer: [B, H, C, N], or [H, C, T]
 
 
 class ConceptPreTrainedModel(LoadsOtherSizes, PreTrainedModel):
@@ -55,6 +58,7 @@ class ConceptPreTrainedModel(LoadsOtherSizes, PreTrainedModel):
     config_class = ConceptConfig
     base_model_prefix = "encoder"
     supports_gradient_checkpointing = True  # of layers of the encoder, of tokens and of the decoder
+    hands_attentions_on = False  # whether a call can give the weights with which concepts read tokens
 
     def __init__(self, config: ConceptConfig):
         config.check()  # again: from_pretrained(folder, field=other) sets fields one by one
@@ -78,15 +82,19 @@ class ConceptPreTrainedModel(LoadsOtherSizes, PreTrainedModel):
         """Whether a call gives hidden states, and whether named: as it says, or else the configuration.
 
         Raises:
-            ValueError: attention weights were asked for.
+            ValueError: attention weights were asked for of a model that does not hand them on.
         """
         config = self.config
-        if config.output_attentions if output_attentions is None else output_attentions:
+        if self.wants_attentions(output_attentions) and not self.hands_attentions_on:
             raise ValueError(
-                "output_attentions: expected False, got True: attention weights are never made, only what they weigh"
+                "output_attentions: expected False, got True: only the encoder gives them, "
+                "model.encoder(..., output_attentions=True)"
             )
         with_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return bool(with_states), bool(config.return_dict if return_dict is None else return_dict)
+
+    def wants_attentions(self, output_attentions: bool | None) -> bool:
+        return bool(self.config.output_attentions if output_attentions is None else output_attentions)
 
     def _set_gradient_checkpointing(self, *args, **kwargs):
         options = getattr(kwargs.get("gradient_checkpointing_func"), "keywords", {})
@@ -202,6 +210,7 @@ class ConceptEncoder(ConceptPreTrainedModel):
 
     keep: str | None = None
     group: ProcessGroup | None = None  # of devices that each hold a part of every text, ``sharding.shard``
+    hands_attentions_on = True
     # of the folder of a model with a head, whose encoder this is: what AutoModel leaves there is no surprise
     _keys_to_ignore_on_load_unexpected: ClassVar = [
         rf"^{part}\." for part in ("decoder", "exposure", "lm_head", "norm", "pool", "classifier", "qa_outputs")
@@ -260,11 +269,14 @@ class ConceptEncoder(ConceptPreTrainedModel):
             num_iterations: K of a tied layer, any; the configuration's by default.
             tolerance: in evaluation, ends the iterations of a tied layer after one that changed the concepts of every
                 sequence by less, |c_k+1 - c_k| < tolerance * |c_k|. Synchronises with the host once an iteration.
+            output_attentions: also the weights with which each layer or iteration reads tokens (``attention_maps``),
+                exactly, without gradient, up to 1 GiB of them: [B, H, C, N], zero at tokens that are not read; of
+                packed texts [H, C, T], each column of the concepts of its own text.
             output_hidden_states, return_dict: as in transformers; None: what the configuration says.
 
         Raises:
             ValueError: not exactly one form of the texts came, a shape does not fit, iterations were asked of layers
-                that are not tied, or output_attentions, which there are none of.
+                that are not tied, or attentions of a funnel, which merges tokens, or too large to hand out.
         """
         with_states, as_dict = self.wants(output_attentions, output_hidden_states, return_dict)
         door = open_door(
@@ -278,7 +290,11 @@ class ConceptEncoder(ConceptPreTrainedModel):
             raise ValueError(f"num_concepts: expected a whole number of at least 1, got {num_concepts!r}")
         if packed is None:
             packed = self.visible(self.bare(door.packed))
-        states, changes = self.encode(packed, num_iterations, tolerance, output_convergence, num_concepts)
+        maps = None
+        if self.wants_attentions(output_attentions):
+            maps = attention_maps.Rows(self.config, packed, num_iterations, num_concepts, self.group is not None)
+        watch = None if maps is None else maps.watch
+        states, changes = self.encode(packed, num_iterations, tolerance, output_convergence, num_concepts, watch)
         result = ConceptEncoderOutput(
             last_hidden_state=states[-1],
             pooler_output=self.pooled(states[-1]),
@@ -286,15 +302,19 @@ class ConceptEncoder(ConceptPreTrainedModel):
             hidden_states=tuple(states) if with_states else None,
             convergence=torch.stack(changes) if output_convergence else None,
         )
+        if maps is not None:
+            read_T = None if packed is door.packed else self.rows_read(door.packed)
+            result.attentions = attention_maps.spread(maps.maps(), door, read_T)
         return result if as_dict else result.to_tuple()
 
     def encode(
         self, packed: Packed, num_iterations: int | None = None, tolerance: float | None = None,
-        with_changes: bool = False, num_concepts: int | None = None,
+        with_changes: bool = False, num_concepts: int | None = None, watch: Watch | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
-        """The concepts [B, C, d] before each layer, then the normalised ones; on request each layer's change [B]."""
+        """The concepts [B, C, d] before each layer, then the normalised ones; on request each layer's change [B]. What
+        ``watch`` is given before each layer is as in ``attention_maps``, with whole tokens."""
         config, B = self.config, packed.num_sequences
-        tokens = self.read_tokens(packed)
+        tokens = self.read_tokens(packed) if watch is None else self.whole_tokens(packed)
         anchors_BC = self.anchors(tokens.packed, num_concepts)
         angles = self.concept_angles(anchors_BC)
         K = config.iterations if num_iterations is None else num_iterations
@@ -306,7 +326,7 @@ class ConceptEncoder(ConceptPreTrainedModel):
         states, changes = apply_layers(
             [self.layers[0]] * K if config.tie_layers else list(self.layers),
             self.concepts(beginning, tokens.packed, num_concepts, self.group), angles, tokens,
-            num_texts=B, num_frozen=num_frozen, tolerance=tolerance, with_changes=with_changes,
+            num_texts=B, num_frozen=num_frozen, tolerance=tolerance, with_changes=with_changes, watch=watch,
         )  # fmt: skip
         states[-1] = self.out_norm(states[-1])
         return [c_BCd[:B] for c_BCd in states], changes
@@ -436,11 +456,20 @@ class ConceptEncoder(ConceptPreTrainedModel):
 
     def bare(self, packed: Packed) -> Packed:
         """Without the special tokens that the backbone's tokenizer put around each text: every window has its own."""
+        keep = self.rows_inside(packed)
+        if keep is None:
+            return packed
+        kept = packed.select(keep)
+        positions = torch.arange(kept.num_tokens, device=keep.device) - kept.cu_seqlens[:-1].long()[kept.sequence_ids()]
+        return Packed(kept.input_ids, positions, kept.cu_seqlens, packed.max_seqlen)
+
+    def rows_inside(self, packed: Packed) -> Tensor | None:
+        """[T] bool: what is no such token; None: nothing is."""
         backbone = self.backbone
         if backbone is None or packed.embeds is not None or packed.num_tokens == 0:
-            return packed
+            return None
         if not (backbone.prefix or backbone.suffix):
-            return packed
+            return None
         keep = torch.ones(packed.num_tokens, dtype=torch.bool, device=packed.input_ids.device)
         starts, ends = packed.cu_seqlens[:-1].long(), packed.cu_seqlens[1:].long()
         last = packed.num_tokens - 1
@@ -450,15 +479,25 @@ class ConceptEncoder(ConceptPreTrainedModel):
             rows = rows.clamp(0, last)
             there &= (packed.input_ids[rows] == torch.tensor(tokens, device=keep.device)).all(1)
             keep[rows[there].flatten()] = False
-        kept = packed.select(keep)
-        positions = torch.arange(kept.num_tokens, device=keep.device) - kept.cu_seqlens[:-1].long()[kept.sequence_ids()]
-        return Packed(kept.input_ids, positions, kept.cu_seqlens, packed.max_seqlen)
+        return keep
 
     def visible(self, packed: Packed) -> Packed:
         """What the encoder reads of a text with [MASK] tokens in it: without them if it was configured to drop them."""
+        keep = self.rows_visible(packed)
+        return packed if keep is None else packed.select(keep)
+
+    def rows_visible(self, packed: Packed) -> Tensor | None:
+        """[T] bool; None: all of them."""
         if self.config.hidden_tokens != "drop" or self.config.mask_token_id is None or packed.embeds is not None:
-            return packed
-        return packed.select(packed.input_ids != self.config.mask_token_id)
+            return None
+        return packed.input_ids != self.config.mask_token_id
+
+    def rows_read(self, packed: Packed) -> Tensor:
+        """[T] bool: which tokens of texts that came through the door are read."""
+        keep = torch.ones_like(packed.input_ids, dtype=torch.bool)
+        for rows in (self.rows_inside(packed), self.rows_visible(packed)):
+            keep = keep if rows is None else keep & rows
+        return keep
 
     def anchors(self, packed: Packed, num_concepts: int | None = None) -> Tensor:
         num_positions_B, C = packed.num_positions(), self.config.num_concepts if num_concepts is None else num_concepts

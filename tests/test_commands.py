@@ -193,7 +193,8 @@ def test_what_ends_a_command_is_one_line(raised, code, said, monkeypatch, capsys
 
     monkeypatch.setattr(face, "perform", end)
     assert face.main(["recipes"]) == code and capsys.readouterr().err.endswith(said)
-    monkeypatch.setenv("RANK", "1")
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
     assert face.main(["recipes"]) == code and not capsys.readouterr().err
 
 

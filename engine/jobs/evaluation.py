@@ -4,9 +4,12 @@ from typing import Any
 
 import torch
 
+from ...models import geometry
 from ...models.objectives import Mixed
 from ..data.loader import Loader
 from ..launch import World
+
+MAX_TEXTS = 64  # over all ranks, whose concepts are looked at
 
 # sums kept for each view of the grid
 LOSS, DIVISOR, NLL_SEEN, NUM_SEEN, NLL_UNSEEN, NUM_UNSEEN, NLL_OTHERS, NUM_OTHERS = range(8)
@@ -36,6 +39,8 @@ def evaluate(
             the concepts say about their text. None when no batch has two.
         parts: of a mixture, loss, nll_seen and nll_unseen of each part by itself; the figures above are then over the
             grids of all parts, and mean little.
+        concepts: ``geometry.health`` of the concepts of 64 of the texts in the first view of the grid, and where they
+            carry next to no content ``collapse``, why; absent with fewer than two texts.
     and with a contrastive loss:
         contrastive: the loss of each text among all the others.
         retrieval: the share of texts whose other view is the most similar of all; chance is 1 / num_pairs.
@@ -56,11 +61,16 @@ def evaluate(
 
 def _of_targets(engine: Any, loader: Loader, max_tokens: int, world: World, of_others: bool) -> dict[str, Any]:
     sums: dict[str, torch.Tensor] = {}
+    concepts, wanted = [], -(-MAX_TEXTS // world.size)  # of this rank
     for views in loader.evaluation(max_tokens):
         for name, view in views.items():
             view = view.to(world.device)
             known = {"encoded": engine.encode(view.encoder)} if of_others else {}
-            nll = engine(view=view, return_nll=True, **known).nll.double()
+            result = engine(view=view, return_nll=True, **known)
+            nll = result.nll.double()
+            if name == next(iter(views)) and wanted > 0:
+                concepts.append(result.concepts[:wanted].float().cpu())
+                wanted -= len(concepts[-1])
             seen, weights = view.seen.double(), view.weights.double()
             parts = [(weights * nll).sum(), view.divisor.double(), (seen * nll).sum(), seen.sum(),
                      ((1 - seen) * nll).sum(), (1 - seen).sum()]  # fmt: skip
@@ -85,7 +95,17 @@ def _of_targets(engine: Any, loader: Loader, max_tokens: int, world: World, of_o
     if isinstance(loader.objective, Mixed):
         rows = {part: [name.startswith(f"{part}/") for name in sums] for part in loader.objective.names}
         figures["parts"] = {part: means(table[rows[part]]) for part in rows}
-    return figures
+    return figures | _of_concepts(torch.cat(concepts), world)
+
+
+def _of_concepts(concepts: torch.Tensor, world: World) -> dict[str, Any]:
+    """``concepts``: [B, C, d] of this rank. The same on every rank."""
+    z = torch.cat(world.gather(concepts))
+    if len(z) < 2 or not bool(torch.isfinite(z).all()):
+        return {}
+    found = geometry.health(z)
+    reason = geometry.collapse(found, z.shape[1])
+    return {"concepts": found, **({"collapse": reason} if reason else {})}
 
 
 def _of_pairs(engine: Any, loader: Loader, max_tokens: int, world: World) -> dict[str, Any]:

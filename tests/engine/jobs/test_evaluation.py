@@ -9,6 +9,7 @@ import torch
 from conceptron.engine.data.loader import Loader
 from conceptron.engine.data.windows import Part, Windows
 from conceptron.engine.jobs.evaluation import evaluate
+from conceptron.models import geometry
 from conceptron.models.objectives import OBJECTIVES
 
 
@@ -99,3 +100,15 @@ def test_repeating_an_evaluation_repeats_its_figures(build, world, tokens, windo
     engine = build()  # with dropout, which must be off
     loader = Loader(windows, OBJECTIVES["diffusion"](), tokens, seed=0, tokens_per_step=99, micro_tokens=50)
     assert evaluate(engine, loader, 60, world) == evaluate(engine, loader, 60, world)
+
+
+@torch.no_grad()
+def test_concepts_are_looked_at_in_passing(build, world, tokens, windows):
+    """Those of the first view of the grid, whatever the size of the batches; and why they say nothing, if they do."""
+    engine, objective = build(), OBJECTIVES["diffusion"]()
+    loader = Loader(windows, objective, tokens, seed=0, tokens_per_step=500, micro_tokens=500)
+    figures = evaluate(engine, loader, 1000, world)
+    (views,) = loader.evaluation(1000)
+    z = engine.module.eval().encoder(packed=next(iter(views.values())).encoder).last_hidden_state
+    assert figures["concepts"] == pytest.approx(geometry.health(z), rel=1e-4)
+    assert figures["concepts"]["num_texts"] == 6 and "collapse" not in figures  # of so few texts nobody can tell
