@@ -12,6 +12,7 @@ from conceptron.models.config import ConceptConfig
 from conceptron.models.encoder import ConceptEncoder
 from conceptron.models.masked_lm import ConceptForMaskedLM
 from conceptron.models.packing import pack
+from conceptron.models.token_source import what_is_kept
 
 SMALL = dict(
     vocab_size=60, hidden_size=32, num_concepts=6, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
@@ -223,6 +224,8 @@ def test_what_wrapped_layers_cannot_keep_is_refused(keep):
         model.keep = keep
         with pytest.raises(ValueError, match=f"keep: expected keys or None, got '{keep}': projections of keys"):
             model(packed=batch(4))
+    with pytest.raises(ValueError, match=f"keep: expected keys or None for a text over several devices, got '{keep}'"):
+        what_is_kept(model.config, keep, True, True, True)
 
 
 @pytest.mark.parametrize("keep", ["states", "ids"])
