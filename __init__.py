@@ -13,6 +13,7 @@ from . import kernels
 from .models.auto import announce
 
 if TYPE_CHECKING:  # what the tables say, for those who read without running
+    from .engine.embedding.model import ConceptModel as ConceptModel
     from .kernels.adaln import adaln_modulate as adaln_modulate
     from .kernels.adaln import adaln_residual_modulate as adaln_residual_modulate
     from .kernels.bixt_attention import bixt_attention as bixt_attention
@@ -45,7 +46,8 @@ MODELS = {  # name -> its file in models/
     "ConceptForSequenceClassification": "tasks.heads", "ConceptForTokenClassification": "tasks.tokens",
     "pack": "packing",
 }  # fmt: skip
-__all__ = ["kernels", *OPERATORS, *MODELS]
+READERS = {"ConceptModel": "embedding.model"}  # name -> its file in engine/
+__all__ = ["kernels", *OPERATORS, *MODELS, *READERS]
 
 
 def __getattr__(name: str) -> Any:
@@ -53,6 +55,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(kernels, name)
     elif name in MODELS:
         value = getattr(import_module(f".models.{MODELS[name]}", __name__), name)
+    elif name in READERS:
+        value = getattr(import_module(f".engine.{READERS[name]}", __name__), name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
