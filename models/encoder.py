@@ -29,7 +29,7 @@ from .pretrained import ConceptPreTrainedModel
 from .queries import ConceptQueries
 from .recursion import apply_layers
 from .token_layers import Places, TokenLayers
-from .token_source import Embedded, TokenReader, Where, check_keep
+from .token_source import Embedded, TokenReader, Where, what_is_kept
 
 
 @dataclass
@@ -245,29 +245,10 @@ class ConceptEncoder(ConceptPreTrainedModel):
             raise ValueError(f"inputs_embeds: expected shape {expected}, got a width of {embeds_Te.shape[1]}")
 
     def kept_of_tokens(self) -> str:
-        """What is kept of a token in this call, see ``keep``.
-
-        Raises:
-            ValueError: ``keep`` says what layers of this kind, or as they are now, cannot; it begins with "keep".
-        """
-        check_keep(self.config, self.keep)
-        config = self.config
-        if config.layer_kind != "cross" or self.keep == "keys":
-            return "keys"
-        is_plain = all(layer.read.is_plain for layer in self.layers)
-        if self.keep is None:
-            is_made_once = config.tie_layers or config.share_kv > 1
-            is_small = not is_made_once and self.token_norm.weight.device.type == "cpu"
-            is_here = self.group is None and not torch.compiler.is_compiling()
-            return "states" if is_small and is_plain and is_here else "keys"
-        if self.group is not None:
-            raise ValueError(f"keep: expected keys or None for a text over several devices, got {self.keep!r}")
-        if not is_plain:
-            raise ValueError(
-                f"keep: expected keys or None, got {self.keep!r}: projections of keys and values are wrapped, hooked, "
-                "quantised, sharded, or cut by ZeRO-3, and cannot be taken out of their modules"
-            )
-        return self.keep
+        """What is kept of a token in this call, see ``keep``; or a ValueError that begins with "keep"."""
+        is_plain = self.config.layer_kind != "cross" or all(layer.read.is_plain for layer in self.layers)
+        is_on_cpu = self.token_norm.weight.device.type == "cpu"
+        return what_is_kept(self.config, self.keep, is_plain, self.group is not None, is_on_cpu)
 
     @property
     def has_plain_embeddings(self) -> bool:
