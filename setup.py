@@ -15,13 +15,18 @@ OPERATORS = [
     "adaln", "bixt_attention", "concept_attention", "linear_cross_entropy", "slot_attention",
     "streamed_attention", "token_attention",
 ]  # fmt: skip
+TASKS = ["tasks", *(f"tasks.{family}" for family in (
+    "glue", "longbench", "longbench_e", "retrieval", "scrolls", "sick", "similarity", "synthetic", "zeroscrolls",
+))]  # fmt: skip
 FOLDERS = [  # tests/test_house.py holds this list against the tree
     "commands", "kernels", *(f"kernels.{operator}" for operator in OPERATORS),
     "models", "models.generation", "models.objectives", "models.start", "models.tasks",
-    "engine", "engine.data", "engine.jobs", "engine.recipe",
-    "recipes", "recipes.ablation", "recipes.pretrain",
+    "engine", "engine.data", "engine.embedding", "engine.jobs", "engine.labelled", "engine.recipe",
+    "recipes", "recipes.ablation", "recipes.finetune", "recipes.pretrain",
     "bench", "bench.analysis", "bench.analysis.geometry", "bench.documents", "bench.figures", "bench.kernels",
     "bench.measure",
+    "bench.downstream", "bench.downstream.answers", "bench.downstream.metrics", *(f"bench.downstream.{tasks}" for tasks
+    in TASKS),
 ]  # fmt: skip
 
 if not (PACKAGES / "conceptron").exists():
@@ -39,6 +44,8 @@ setup(
         "conceptron.kernels": ["*.pyi"],
         "conceptron.recipes": ["*.yaml"],
         "conceptron.recipes.ablation": ["*.yaml"],
+        "conceptron.recipes.finetune": ["*.yaml"],
         "conceptron.recipes.pretrain": ["*.yaml"],
+        **{f"conceptron.bench.downstream.{tasks}": ["*.yaml"] for tasks in TASKS},
     },
 )

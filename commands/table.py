@@ -53,6 +53,8 @@ DEVICE = Option("--device", Word(("cpu", "cuda")), "left out: a GPU where there 
 RESUME = Option("--resume", None, "keep what --out holds already")
 VOCABULARY = Option("--vocabulary", Whole(8, 2**24), "number of ids, where the recipe's tokenizer cannot be opened",
                     shown="V")  # fmt: skip
+MODEL = Option("--model", Text("a model"), "a folder of this package, a finished run, or a hub id", required=True)
+TEXT_COLUMN = Option("--text-column", Text("a column"), "of jsonl and parquet files", "text")
 MINUTES = Number(0, 1e5)
 WIDTHS = (
     Option("--width", Whole(1, 65536), "d, of every encoder", 128),
@@ -142,6 +144,43 @@ COMMANDS = (
         ),
     ),
     Command(
+        "build", "write the model of a recipe as it starts, nothing trained",
+        "conceptron build pretrain/read.yaml model.backbone=DIR --out runs/read/model", "engine.build:main",
+        (
+            RECIPE, OVERRIDES,
+            Option("--out", Place("new folder"), "the folder of the model", required=True),
+        ),
+    ),
+    Command(
+        "embed", "vectors of documents of any length, as parquet; a command that was stopped goes on",
+        "conceptron embed docs/ --model runs/read/model --out vectors.parquet --concepts",
+        "engine.embedding.embed:main",
+        (
+            Option("files", Text("files"), "txt, jsonl, jsonl.gz or parquet files, folders or globs of them", (), "+",
+                   "FILES"),
+            MODEL,
+            Option("--out", Place("new file"), "a .parquet file: id, vector", required=True),
+            Option("--concepts", None, "also the vector of each concept, and the characters that it stands for"),
+            TEXT_COLUMN,
+        ),
+    ),
+    Command(
+        "search", "the documents that answer a question, and the passage in each",
+        'conceptron search "what is a context manager?" docs/ --model runs/read/model', "engine.embedding.search:main",
+        (
+            Option("query", Text("a question"), "one or more questions, each in quotes", (), "+"),
+            Option("path", Text("a path"), "a file, a folder or a glob of txt, jsonl or parquet files"),
+            MODEL,
+            Option("--top", Whole(1, 1000), "documents for each question", 3),
+            Option("--index", Place("new folder"), "where concepts are kept; left out: in the cache folder"),
+            Option("--teacher", Text("a model"), (
+                "the sentence encoder that embeds the questions; left out: the model's own backbone, or what the model "
+                "was distilled from"
+            )),
+            TEXT_COLUMN,
+        ),
+    ),
+    Command(
         "analyze", "report on a run or a model: plots, held-out figures, gates", "conceptron analyze runs/demo",
         "bench.analyze:main",
         (
@@ -166,6 +205,32 @@ COMMANDS = (
             Option("runs", Place("folder"), "two or more, trained and analysed", (), "+", "RUN"),
             Option("--seeds", None, "also the planning documents' published values, marked"),
             Option("--out", Place("new folder"), "also write the table there: page, JSON, CSV, Markdown"),
+        ),
+    ),
+    Command(
+        "evaluate", "a model on SCROLLS, LongBench, GLUE, retrieval, synthetic tasks, beside its floors",
+        "conceptron evaluate --task scrolls/contract_nli,similarity --model runs/read/model data=DATA",
+        "bench.evaluate:main",
+        (
+            Option("--task", Text("tasks"), "names such as glue/stsb, or of a whole folder: scrolls; commas between",
+                   required=True, shown="NAME[,NAME]"),
+            Option("--model", Text("a model"), "a model folder, a finished run, or any encoder of the hub",
+                   required=True),
+            Option("settings", Text("field=value"), (
+                "data, cache: folders; train, report: splits; piece: tokens read at once; seeds"
+            ), (), "*", "field=value"),
+            Option("--limit", Whole(1), "only so many pairs, or documents, of every task", shown="N"),
+            Option("--no-floors", None, "only the model: no majority, BM25, bag, untrained, ablations"),
+            out("runs/evaluate"),
+        ),
+    ),
+    Command(
+        "score", "anybody's predictions by a task's official metric",
+        "conceptron score scrolls/qmsum --predictions p.json --references r.json", "bench.score:main",
+        (
+            Option("task", Text("a task"), "its name; scrolls: the whole benchmark, {task: {id: prediction}}"),
+            Option("--predictions", Place("file"), "JSON: {id: prediction}", required=True),
+            Option("--references", Place("file"), "JSON: {id: reference or [references]}", required=True),
         ),
     ),
     Command(

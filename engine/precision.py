@@ -11,12 +11,12 @@ from . import compat
 from .errors import InputError
 from .launch import World
 from .recipe.reader import read_yaml
-from .recipe.schema import Recipe
+from .recipe.schema import Training
 
 WIDE = 512  # of a CPU's model: from this width on its units for bfloat16 pay for the casts, below they do not
 
 
-def settled(recipe: Recipe, world: World) -> Recipe:
+def settled(recipe: Training, world: World) -> Training:
     """The recipe with fp32 or bf16 in place of auto: what its run was begun with, else what pays here. Collective.
 
     A GPU takes bf16 where it knows it. So does a CPU that has units for it (AMX, AVX512-BF16) and a model of at least
@@ -26,7 +26,7 @@ def settled(recipe: Recipe, world: World) -> Recipe:
     return recipe.with_precision(world.first_then_share(lambda: decide(recipe, world.device.type)))
 
 
-def decide(recipe: Recipe, device: str) -> str:
+def decide(recipe: Training, device: str) -> str:
     wanted = recipe.train.precision
     if wanted == "auto":
         return begun_with(recipe) or ("bf16" if pays(recipe.model.get("hidden_size", WIDE), device) else "fp32")
@@ -39,7 +39,7 @@ def decide(recipe: Recipe, device: str) -> str:
     return wanted
 
 
-def begun_with(recipe: Recipe) -> str | None:
+def begun_with(recipe: Training) -> str | None:
     """The precision that the run in the recipe's folder has, if it is to be resumed."""
     file = recipe.path / "recipe.yaml"
     if recipe.resume == "never" or not file.is_file():

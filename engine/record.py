@@ -13,16 +13,20 @@ from .data.sources import is_local
 from .model_folder import HUB_ID
 from .recipe.checker import model_section
 from .recipe.data import DataRecipe
+from .recipe.finetune import Finetune
 from .recipe.schema import Recipe
 
 HERE = "a path"  # stands for any place on this machine where only its content counts
 
 
-def record(recipe: Recipe) -> Recipe:
+def record(recipe: Recipe | Finetune) -> Recipe | Finetune:
     """The recipe as recipe.yaml of its run has it: every field of the model, every place from the root of the disk on.
 
     Phrases that were counted in the text are counted again: they lie in the cache, which another machine lacks.
     """
+    if isinstance(recipe, Finetune):
+        run = recipe.run.model_copy(update={"folder": absolute(recipe.run.folder)})
+        return task_with_places(recipe, absolute).model_copy(update={"run": run})
     recipe = with_places(recipe, absolute, lambda phrases: None if is_counted(recipe, phrases) else absolute(phrases))
     run = recipe.run.model_copy(update={"folder": absolute(recipe.run.folder)})
     cache = recipe.data.cache and absolute(recipe.data.cache)
@@ -31,12 +35,14 @@ def record(recipe: Recipe) -> Recipe:
     })  # fmt: skip
 
 
-def trajectory(recipe: Recipe) -> dict[str, Any]:
+def trajectory(recipe: Recipe | Finetune) -> dict[str, Any]:
     """Dotted field -> value, of what decides the loss sequence and must be the same when a run is resumed.
 
     Where text, tokenizer, teacher or backbone lie on this machine is not part of it: a run may move, and so may they.
     Their contents are compared by themselves; a list of phrases is part of it by its content.
     """
+    if isinstance(recipe, Finetune):
+        return task_with_places(recipe, lambda place: HERE).trajectory()
     recipe = with_places(recipe, lambda place: HERE, digest)
     return recipe.model_copy(update={"model": every_field(recipe)}).trajectory()
 
@@ -67,6 +73,13 @@ def with_places(recipe: Recipe, change: Callable[[str], Any], of_phrases: Callab
         return section
 
     return recipe.model_copy(update={**changes, "objective": of_objective(recipe.objective)})
+
+
+def task_with_places(recipe: Finetune, change: Callable[[str], Any]) -> Finetune:
+    """The same of a recipe that learns a task: its source, its data and its cache."""
+    places = {name: change(place) for name in ("data", "cache") if (place := getattr(recipe.task, name)) is not None}
+    source = changed(vars(recipe), "source", change)
+    return recipe.model_copy(update={"task": recipe.task.model_copy(update=places), **source})
 
 
 def data_with_places(data: DataRecipe, change: Callable[[str], Any]) -> DataRecipe:

@@ -18,7 +18,7 @@ from .errors import InputError
 from .files import write_json
 from .launch import World
 from .recipe.load import save_recipe
-from .recipe.schema import Recipe
+from .recipe.schema import Training
 from .record import record, trajectory
 
 OTHER_FOLDER = "choose another run.folder"
@@ -27,7 +27,7 @@ OTHER_FOLDER = "choose another run.folder"
 class RunFolder:
     """One run's folder. Nothing is written before `create`, which the trainer calls when all input has proved good."""
 
-    def __init__(self, recipe: Recipe, world: World, typed: Sequence[str] = ()) -> None:
+    def __init__(self, recipe: Training, world: World, typed: Sequence[str] = ()) -> None:
         """``typed``: what followed `conceptron train`, for the command that an error proposes."""
         self.recipe, self.world, self.path, self.typed = recipe, world, recipe.path, typed
         self.checkpoints, self.model = self.path / "checkpoints", self.path / "model"

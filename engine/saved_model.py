@@ -19,6 +19,7 @@ from ..models.tasks.heads import (
     ConceptForQuestionAnswering,
     ConceptForSequenceClassification,
 )
+from ..models.tasks.questions import ConceptForQuestions
 from ..models.tasks.tokens import ConceptForTokenClassification
 from .data.tokenizer import Vocabulary, describe, load
 from .errors import InputError
@@ -28,7 +29,7 @@ MODELS = {
     model.__name__: model
     for model in (
         ConceptForMaskedLM, ConceptForSequenceClassification, ConceptForMultipleChoice, ConceptForQuestionAnswering,
-        ConceptForTokenClassification,
+        ConceptForTokenClassification, ConceptForQuestions,
     )
 }  # fmt: skip
 

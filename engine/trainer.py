@@ -14,14 +14,16 @@ import torch
 from ..kernels.environment import check_environment
 from . import checkpoint, compat, launch, zero
 from .errors import InputError
+from .jobs.finetuning import FinetuningJob
 from .jobs.job import Job
 from .jobs.pretraining import PretrainingJob, counted
 from .launch import StopRequest, World
 from .optimizer import build_optimizer
 from .precision import settled
 from .profiled import Profiled
-from .recipe.load import load_recipe
-from .recipe.schema import Recipe
+from .recipe.finetune import Finetune
+from .recipe.load import load_any
+from .recipe.schema import Training
 from .record import trajectory
 from .run import RunFolder
 from .schedule import learning_rate
@@ -44,18 +46,20 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
             disk is full or gradients stay non-finite: the last good checkpoint stays.
         SystemExit: SIGTERM or SIGINT came; a checkpoint was saved. The code is 128 plus the signal's number.
     """
-    recipe, stop = load_recipe(recipe_path, overrides), StopRequest()
+    recipe, stop = load_any(recipe_path, overrides), StopRequest()
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(launch.world(recipe.run.join_minutes))
         world.first_then_others(lambda: check_variables(world))
         typed = [str(recipe_path), *overrides]
-        run = stack.enter_context(RunFolder(settled(counted(recipe, world), world), world, typed))
+        is_finetune = isinstance(recipe, Finetune)
+        recipe = recipe if is_finetune else counted(recipe, world)
+        run = stack.enter_context(RunFolder(settled(recipe, world), world, typed))
         notes, recipe = run.inspect(), run.recipe
         if run.is_finished:
             if world.is_first:
                 print(f"{run.path}: finished already ({run.progress.step} steps); the model is in {run.model}")
             return run.path
-        trainer = Trainer(recipe, world, stop, run, PretrainingJob(recipe, world))
+        trainer = Trainer(recipe, world, stop, run, (FinetuningJob if is_finetune else PretrainingJob)(recipe, world))
         try:
             with stop:
                 trainer.fit(notes)
@@ -82,7 +86,7 @@ def main(options: argparse.Namespace) -> None:
 class Trainer:
     """How a job is trained: steps, checkpoints, the record. All is built and checked before its folder is touched."""
 
-    def __init__(self, recipe: Recipe, world: World, stop: StopRequest, run: RunFolder, job: Job) -> None:
+    def __init__(self, recipe: Training, world: World, stop: StopRequest, run: RunFolder, job: Job) -> None:
         self.recipe, self.world, self.stop, self.run, self.progress = recipe, world, stop, run, run.progress
         self.job = job
         self.identity = {

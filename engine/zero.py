@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from . import compat
-from .recipe.schema import Recipe
+from .recipe.schema import Training
 
 BUCKET_NUMEL = 48_000 * 1024  # elements reduced in one call; DeepSpeed's own default reserves 2 GB at 4 bytes each
 
 
-def deepspeed_config(recipe: Recipe, num_parameters: int) -> dict[str, Any]:
+def deepspeed_config(recipe: Training, num_parameters: int) -> dict[str, Any]:
     """What `deepspeed.initialize` is given.
 
     - Batches are ours: DeepSpeed is told 1 and 1, the trainer says which micro-batch is a step's last, and the loss
@@ -47,7 +47,7 @@ def deepspeed_config(recipe: Recipe, num_parameters: int) -> dict[str, Any]:
     }
 
 
-def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe) -> Any:
+def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Training) -> Any:
     """A DeepSpeed engine around a model whose weights are already in place. Needs a process group (`launch.py`)."""
     import deepspeed
 

@@ -16,7 +16,8 @@ from .backbone_config import CAUSAL, LAYERS, inner_config, layer_numbers
 from .packing import Packed
 
 LAST_NORMS = ("norm", "final_norm")  # what closes the last layer, where layers begin with a norm
-CALL_TOKENS = 8192  # of one call of the module
+CALL_TOKENS = 8192  # of one call of the module,
+CPU_CALL_TOKENS = 4096  # and of one on a CPU, whose caches hold no more between two layers
 CALL_SLACK = 8  # a window this much shorter than the longest, or an eighth, is padded rather than given its own call
 
 
@@ -47,13 +48,13 @@ def cut(lengths: np.ndarray, capacity: int, overlap: int) -> Windows:
     return Windows(text + starts, size, text + first, text + end)
 
 
-def calls(lengths: np.ndarray, num_added: int) -> Iterator[np.ndarray]:
-    """Windows that are computed at once: of about one length, longest first, ``CALL_TOKENS`` with the added ones."""
+def calls(lengths: np.ndarray, num_added: int, most: int = CALL_TOKENS) -> Iterator[np.ndarray]:
+    """Windows that are computed at once: of about one length, longest first, ``most`` tokens with the added ones."""
     order = np.argsort(-lengths, kind="stable")
     begin = 0
     while begin < len(order):
         longest = int(lengths[order[begin]])
-        room = max(1, CALL_TOKENS // (longest + num_added))
+        room = max(1, most // (longest + num_added))
         shortest = longest - max(CALL_SLACK, longest // 8)
         part = order[begin : begin + room]
         part = part[lengths[part] >= shortest]
@@ -67,7 +68,8 @@ class Backbone(nn.Module):
     A text is cut into windows of ``backbone_window`` tokens, the special tokens that the module's tokenizer adds to a
     text included; each window is a text of its own to the module, and the states of special tokens are dropped. Tokens
     that were deleted leave no gap. With ``backbone_layers`` the module has these of its layers only (0: none, its bare
-    embeddings), and what follows its last layer.
+    embeddings), and what follows its last layer. With ``backbone_bridges`` a linear map stands where layers were left
+    out between others (``bridges.fit_bridges``).
 
     What is not trained (``backbone_train``) stays in evaluation mode; a module of which nothing is trained also builds
     no graph. Cost O(T * backbone_window). Windows are cut on the host: ``cu_seqlens`` is read back once.
@@ -81,7 +83,8 @@ class Backbone(nn.Module):
         described = config.backbone
         inner = inner_config(described)
         inner.vocab_size = max(inner.vocab_size, config.vocab_size)  # a mask token may have been added
-        self.model = keep_layers(AutoModel.from_config(inner), layer_numbers(inner, config.backbone_layers))
+        numbers = layer_numbers(inner, config.backbone_layers)
+        self.model = keep_layers(AutoModel.from_config(inner), numbers)
         self.prefix, self.suffix = tuple(described.get("prefix", ())), tuple(described.get("suffix", ()))
         self.capacity = config.backbone_window - len(self.prefix) - len(self.suffix)
         self.overlap, self.trained = config.backbone_overlap, config.backbone_train
@@ -90,9 +93,14 @@ class Backbone(nn.Module):
         if inner.model_type in CAUSAL:
             self.options = {"use_cache": False} | ({"is_causal": False} if config.backbone_two_sided else {})
         width = inner.hidden_size
+        if config.backbone_bridges:
+            for i, layer in enumerate(self.layers):
+                if numbers[i] != (numbers[i - 1] + 1 if i else 0):
+                    add_bridge(layer, width)
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("scale", torch.ones(()))
         self.freeze()
+        self.train()  # a new module has dropout everywhere
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -135,8 +143,9 @@ class Backbone(nn.Module):
         lengths = packed.cu_seqlens.diff().cpu().numpy().astype(np.int64)
         windows = cut(lengths, self.capacity, self.overlap)
         states, rows = [], []
+        most = CPU_CALL_TOKENS if packed.input_ids.device.type == "cpu" else CALL_TOKENS
         with torch.no_grad() if self.trained == "none" else nullcontext():
-            for part in calls(windows.lengths, len(self.prefix) + len(self.suffix)):
+            for part in calls(windows.lengths, len(self.prefix) + len(self.suffix), most):
                 states.append(self.states_of(Windows(*(x[part] for x in windows)), packed.input_ids))
                 rows.append(np.concatenate([np.arange(*bounds) for bounds in zip(*owned(windows, part), strict=True)]))
             order = torch.from_numpy(np.argsort(np.concatenate(rows), kind="stable"))
@@ -174,7 +183,9 @@ class Backbone(nn.Module):
         """
         if packed.num_tokens == 0:
             raise ValueError("packed: expected texts with at least one token to measure states on, got none")
-        states = self.forward(packed).double()
+        was_training = self.training
+        states = self.eval().forward(packed).double()
+        self.train(was_training)
         mean = states.mean(0)
         self.mean.copy_(mean)
         self.scale.copy_((states - mean).square().mean().sqrt())
@@ -190,6 +201,21 @@ class Backbone(nn.Module):
 
 def owned(windows: Windows, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return windows.first[part], windows.end[part]
+
+
+def add_bridge(layer: nn.Module, width: int) -> None:
+    """x + bridge(x) comes into the layer instead of x."""
+    layer.bridge = nn.Linear(width, width)
+    nn.init.zeros_(layer.bridge.weight)
+    nn.init.zeros_(layer.bridge.bias)
+    layer.register_forward_pre_hook(crossed, with_kwargs=True)
+
+
+def crossed(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    if args:
+        return (args[0] + layer.bridge(args[0]), *args[1:]), kwargs
+    states = kwargs["hidden_states"]
+    return args, {**kwargs, "hidden_states": states + layer.bridge(states)}
 
 
 def keep_layers(model: nn.Module, numbers: list[int]) -> nn.Module:

@@ -70,6 +70,7 @@ class Tokens:
     # what backbone_source.describe says; in a recipe a folder or hub id
     backbone: dict | None = field(default=None, metadata=DESCRIBED)
     backbone_layers: int | list[int] | None = field(default=None, metadata=LAYERS)  # the first so many, or a list
+    backbone_bridges: bool = switch()  # linear maps where layers of it were left out between others
     backbone_window: int = count(256)  # tokens that it sees at once, special ones included
     backbone_overlap: int = count(0, least=0)  # tokens that two windows share
     backbone_train: str = given("none", TRAINED)  # none, last N (of its layers), or all
@@ -126,6 +127,8 @@ class Answers:
     num_pool_queries: int = count(4)  # of multi_query
     pair: str = one_of("joint", "separate")  # two texts as one sequence, or each encoded by itself
     pair_features: str = one_of("concat", "cosine", "slots")  # of separate pairs: [a, b, |a - b|, a * b], or cosines
+    num_question_concepts: int = count(8)  # Q of a question about a text that is read by itself
+    asked_reading: bool = switch()  # a question's concepts join those that read the text: C + Q rows instead of C
     label_offset: float = given(0.0, number())  # a regression predicts label_offset + label_scale * x,
     label_scale: float = positive(1.0)  # with x = 0 at the start
 

@@ -201,9 +201,10 @@ class ConceptEncoder(ConceptPreTrainedModel):
         "ids"     the id: states are made again as well; for token embeddings that nothing but the norm follows
         None      "states" on a CPU; "keys" where they are made once for several layers (tied, share_kv), and elsewhere
 
-    The result is the same within rounding. Layers of slots (whose softmax runs over concepts) and BiXT (which changes
-    tokens) keep what they make, as do modules that are wrapped or hooked, ZeRO-3 and torch.compile; what token layers
-    and ``widen_tokens`` keep is not touched: for them there is gradient checkpointing. One derivative only.
+    The result is the same within rounding. None keeps keys where the rest cannot be: by layers of slots (whose softmax
+    runs over concepts) and BiXT (which changes tokens), by projections that are wrapped, hooked or cut by ZeRO-3, and
+    under torch.compile; "states" or "ids" there are refused, but for torch.compile, which does as it is told. What
+    token layers and ``widen_tokens`` keep is not touched: for them there is gradient checkpointing. One derivative.
     Source: Perceiver IO (Jaegle et al. 2021, arXiv:2107.14795) with anchored concepts.
     """
 
@@ -251,8 +252,9 @@ class ConceptEncoder(ConceptPreTrainedModel):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, *,
         token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
-        packed: Packed | None = None, num_concepts: int | None = None, num_iterations: int | None = None,
-        tolerance: float | None = None, cu_seq_lens_q: Tensor | None = None, cu_seq_lens_k: Tensor | None = None,
+        packed: Packed | None = None, num_concepts: int | None = None, asked: Tensor | None = None,
+        num_iterations: int | None = None, tolerance: float | None = None,
+        cu_seq_lens_q: Tensor | None = None, cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None, max_length_k: int | None = None, output_attentions: bool | None = None,
         output_hidden_states: bool | None = None, output_convergence: bool = False, return_dict: bool | None = None,
     ) -> ConceptEncoderOutput | tuple:  # fmt: skip
@@ -265,6 +267,9 @@ class ConceptEncoder(ConceptPreTrainedModel):
             token_type_ids: not read: which of two texts a token is of, the separator says.
             num_concepts: C, any, of all texts of the batch; the configuration's by default. Learned rows follow as when
                 a checkpoint is loaded with another C. ``packing.fitting_concepts`` finds one that fits the texts.
+            asked: [B, Q, d] concepts of a question about each text. They join the C that read it, as the last Q rows
+                of what comes back, spread over the text like others; the pooled output is that of the first C. So what
+                is kept of a text can depend on what is wanted of it.
             num_iterations: K of a tied layer, any; the configuration's by default.
             tolerance: in evaluation, ends the iterations of a tied layer after one that changed the concepts of every
                 sequence by less, |c_k+1 - c_k| < tolerance * |c_k|. Synchronises with the host once an iteration.
@@ -291,13 +296,17 @@ class ConceptEncoder(ConceptPreTrainedModel):
             packed = self.visible(self.bare(door.packed))
         maps = None
         if self.wants_attentions(output_attentions):
+            if asked is not None:
+                raise ValueError("output_attentions: expected False with asked, whose rows have no maps")
             maps = attention_maps.Rows(self.config, packed, num_iterations, num_concepts, self.group is not None)
         watch = None if maps is None else maps.watch
-        states, changes = self.encode(packed, num_iterations, tolerance, output_convergence, num_concepts, watch)
+        states, changes = self.encode(
+            packed, num_iterations, tolerance, output_convergence, num_concepts, watch, asked
+        )  # fmt: skip
         result = ConceptEncoderOutput(
             last_hidden_state=states[-1],
-            pooler_output=self.pooled(states[-1]),
-            anchors=self.anchors(packed, num_concepts),
+            pooler_output=self.pooled(states[-1] if asked is None else states[-1][:, : -asked.shape[1]]),
+            anchors=self.all_anchors(packed, num_concepts, asked),
             hidden_states=tuple(states) if with_states else None,
             convergence=torch.stack(changes) if output_convergence else None,
         )
@@ -309,12 +318,13 @@ class ConceptEncoder(ConceptPreTrainedModel):
     def encode(
         self, packed: Packed, num_iterations: int | None = None, tolerance: float | None = None,
         with_changes: bool = False, num_concepts: int | None = None, watch: Watch | None = None,
+        asked: Tensor | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
         """The concepts [B, C, d] before each layer, then the normalised ones; on request each layer's change [B]. What
         ``watch`` is given before each layer is as in ``attention_maps``, with whole tokens."""
         config, B = self.config, packed.num_sequences
         tokens = self.read_tokens(packed) if watch is None else self.whole_tokens(packed)
-        anchors_BC = self.anchors(tokens.packed, num_concepts)
+        anchors_BC = self.all_anchors(tokens.packed, num_concepts, asked)
         angles = self.concept_angles(anchors_BC)
         K = config.iterations if num_iterations is None else num_iterations
         num_frozen = 0
@@ -322,9 +332,12 @@ class ConceptEncoder(ConceptPreTrainedModel):
             num_frozen = max(0, K - config.backprop_iterations)
         read = tokens.states if tokens.source is None else tokens.source
         beginning = read if tokens.raw is None else tokens.raw
+        start_BCd = self.concepts(beginning, tokens.packed, num_concepts, self.group)
+        if asked is not None:
+            self.check_asked(asked, B, start_BCd.shape[0])
+            start_BCd = torch.cat((start_BCd, asked.to(start_BCd.dtype)), dim=1)
         states, changes = apply_layers(
-            [self.layers[0]] * K if config.tie_layers else list(self.layers),
-            self.concepts(beginning, tokens.packed, num_concepts, self.group), angles, tokens,
+            [self.layers[0]] * K if config.tie_layers else list(self.layers), start_BCd, angles, tokens,
             num_texts=B, num_frozen=num_frozen, tolerance=tolerance, with_changes=with_changes, watch=watch,
         )  # fmt: skip
         states[-1] = self.out_norm(states[-1])
@@ -368,16 +381,29 @@ class ConceptEncoder(ConceptPreTrainedModel):
             raise ValueError(f"inputs_embeds: expected shape {expected}, got a width of {embeds_Te.shape[1]}")
 
     def kept_of_tokens(self) -> str:
-        """What is kept of a token in this call, see ``keep``."""
+        """What is kept of a token in this call, see ``keep``.
+
+        Raises:
+            ValueError: ``keep`` says what layers of this kind, or as they are now, cannot; it begins with "keep".
+        """
         check_keep(self.config, self.keep)
-        if self.config.layer_kind != "cross" or self.group is not None:
+        config = self.config
+        if config.layer_kind != "cross" or self.keep == "keys":
             return "keys"
-        is_default = self.keep is None and (
-            self.config.tie_layers or self.config.share_kv > 1 or self.token_norm.weight.device.type != "cpu"
-        )
-        if is_default or torch.compiler.is_compiling() or not all(layer.read.is_plain for layer in self.layers):
-            return "keys"
-        return self.keep or "states"
+        is_plain = all(layer.read.is_plain for layer in self.layers)
+        if self.keep is None:
+            is_made_once = config.tie_layers or config.share_kv > 1
+            is_small = not is_made_once and self.token_norm.weight.device.type == "cpu"
+            is_here = self.group is None and not torch.compiler.is_compiling()
+            return "states" if is_small and is_plain and is_here else "keys"
+        if self.group is not None:
+            raise ValueError(f"keep: expected keys or None for a text over several devices, got {self.keep!r}")
+        if not is_plain:
+            raise ValueError(
+                f"keep: expected keys or None, got {self.keep!r}: projections of keys and values are wrapped, hooked, "
+                "quantised, sharded, or cut by ZeRO-3, and cannot be taken out of their modules"
+            )
+        return self.keep
 
     @property
     def has_plain_embeddings(self) -> bool:
@@ -431,6 +457,11 @@ class ConceptEncoder(ConceptPreTrainedModel):
             raise ValueError(f"init_queries: expected state, got {self.config.init_queries!r}: concepts are no states")
         return self.backbone.restored(concepts_BCd - self.concepts.rows(concepts_BCd.shape[1]).to(concepts_BCd.dtype))
 
+    def meanings(self, concepts_BCd: Tensor) -> Tensor:
+        """[B, C, d] what is compared with vectors of other texts: concepts as they are, or ``as_states`` where they
+        start from states. Their mean over C is ``pooled``."""
+        return self.as_states(concepts_BCd) if self.config.init_queries == "state" else concepts_BCd
+
     def check_iterations(self, num_iterations: int | None, tolerance: float | None) -> None:
         for name, value in (("num_iterations", num_iterations), ("tolerance", tolerance)):
             if value is not None and not self.config.tie_layers:
@@ -447,7 +478,8 @@ class ConceptEncoder(ConceptPreTrainedModel):
             return packed
         kept = packed.select(keep)
         positions = torch.arange(kept.num_tokens, device=keep.device) - kept.cu_seqlens[:-1].long()[kept.sequence_ids()]
-        return Packed(kept.input_ids, positions, kept.cu_seqlens, packed.max_seqlen)
+        states = packed.states if kept.num_tokens == packed.num_tokens else None  # of other texts
+        return Packed(kept.input_ids, positions, kept.cu_seqlens, packed.max_seqlen, states=states)
 
     def rows_inside(self, packed: Packed) -> Tensor | None:
         """[T] bool: what is no such token; None: nothing is."""
@@ -484,6 +516,18 @@ class ConceptEncoder(ConceptPreTrainedModel):
         for rows in (self.rows_inside(packed), self.rows_visible(packed)):
             keep = keep if rows is None else keep & rows
         return keep
+
+    def check_asked(self, asked: Tensor, num_texts: int, num_rows: int) -> None:
+        d = self.config.hidden_size
+        if asked.ndim != 3 or asked.shape[0] != num_texts or asked.shape[2] != d:
+            raise ValueError(f"asked: expected shape [{num_texts}, Q, {d}], got {list(asked.shape)}")
+        if num_rows != num_texts:
+            raise ValueError("asked: expected nothing with a funnel, which reads one more text than there are")
+
+    def all_anchors(self, packed: Packed, num_concepts: int | None, asked: Tensor | None) -> Tensor:
+        """[B, C + Q]: those of the concepts, then of what is asked."""
+        mine = self.anchors(packed, num_concepts)
+        return mine if asked is None else torch.cat((mine, self.anchors(packed, asked.shape[1])), dim=1)
 
     def anchors(self, packed: Packed, num_concepts: int | None = None) -> Tensor:
         num_positions_B, C = packed.num_positions(), self.config.num_concepts if num_concepts is None else num_concepts

@@ -1,7 +1,6 @@
 """Pre-training on text: the objective of a recipe, with what is added to it."""
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...models.config import ConceptConfig
 from ...models.masked_lm import ConceptForMaskedLM, smoothing_floor
-from ...models.objectives import Distillation, Mixed, View
+from ...models.objectives import Distillation, Mixed, ReadBack, StateReader, View
 from ...models.pretraining import Cached, Pretraining, Totals, cache
 from ...models.recursion import draw_iterations
 from .. import compat
-from ..backbone import KEPT, checkpoint_activations, fill, open_backbone
+from ..backbone import checkpoint_activations, identity
+from ..beginning import begin
 from ..card import About
 from ..data.cache import cache_folder
 from ..data.corpus import Corpus, open_corpus
@@ -25,13 +24,13 @@ from ..data.lessons import learn
 from ..data.loader import Loader
 from ..data.phrases import open_phrases
 from ..data.stages import Stages
+from ..data.states import open_states
 from ..data.teacher import Teacher
 from ..data.windows import Windows
 from ..export import export
-from ..initialize import initialize
 from ..launch import World
 from ..recipe.schema import Recipe
-from .evaluation import evaluate
+from .evaluation import evaluate, of_states
 from .job import Loss
 
 
@@ -81,20 +80,39 @@ class PretrainingJob:
         recipe, world, tokenizer = self.recipe, self.world, self.corpus.tokenizer
         tokenizer_id, cache = self.corpus.description["tokenizer"]["id"], cache_folder(recipe.data.cache)
         teacher = world.first_then_others(lambda: Teacher(self.distill.teacher, world.device))
-        wanted: dict[int, list[np.ndarray]] = {}
-        for step in range(recipe.train.steps):
-            loader = self.loader.at(step)
-            wanted.setdefault(loader.first_step, []).append(loader.samples(step).windows)
-        for loader in (*self.loader.loaders, self.held_out):
-            rows = self.held_out.evaluation_rows(recipe.eval.tokens)
-            if loader is not self.held_out:
-                rows = np.concatenate(wanted[loader.first_step])
+        for loader, rows in self.wanted():
             loader.lessons = world.first_then_others(
                 lambda windows=loader.windows, rows=rows: learn(
                     windows, rows, teacher, tokenizer, tokenizer_id, self.distill, cache
                 )
             )
         return teacher.record
+
+    def take_states(self, network: ConceptForMaskedLM) -> None:
+        """Gives every loader the backbone's states of what it will read, computed where they are missing. Collective.
+
+        A run that goes on has weights only after its module is built, and finds what it stored when it began.
+        """
+        recipe, world, cache = self.recipe, self.world, cache_folder(self.recipe.data.cache)
+        backbone = network.encoder.backbone.to(world.device)
+        key = [self.corpus.description["tokenizer"]["id"], identity(network.config)]
+        for loader, rows in self.wanted():
+            loader.states = world.first_then_others(
+                lambda windows=loader.windows, rows=rows: open_states(
+                    cache, windows, rows, backbone if self.backbone.folder else None, len(backbone.mean), key,
+                    recipe.data.states_gb,
+                )
+            )
+
+    def wanted(self) -> Iterator[tuple[Loader, np.ndarray]]:
+        """Every loader with the windows that the run will read of it."""
+        of_steps: dict[int, list[np.ndarray]] = {}
+        for step in range(self.recipe.train.steps):
+            loader = self.loader.at(step)
+            of_steps.setdefault(loader.first_step, []).append(loader.samples(step).windows)
+        for loader in self.loader.loaders:
+            yield loader, np.concatenate(of_steps[loader.first_step])
+        yield self.held_out, self.held_out.evaluation_rows(self.recipe.eval.tokens)
 
     def identity(self) -> dict[str, dict[str, Any]]:
         num_micro_batches = self.held_out.num_micro_batches * self.world.size
@@ -107,36 +125,32 @@ class PretrainingJob:
         text = f"{millions:.2f} M tokens of training text ({self.loader.at(0).steps_per_epoch} steps an epoch)"
         return f"{text}, distilled from {self.teacher['teacher']}" if self.teacher else text
 
-    def build_config(self) -> ConceptConfig:
-        tokens, backbone = self.corpus.tokens, self.backbone
-        return self.recipe.build_config(
-            vocab_size=backbone.vocab_size(tokens) if backbone else tokens.vocab_size, mask_token_id=tokens.mask_id,
-            pad_token_id=self.corpus.tokenizer.pad_token_id, **({"backbone": backbone.described} if backbone else {}),
-        )  # fmt: skip
-
     def build(self, is_new: bool) -> Pretraining:
-        recipe, tokenizer = self.recipe, self.corpus.tokenizer
-        self.backbone = open_backbone(recipe, tokenizer, self.world, None if is_new else recipe.path / KEPT)
-        bare = ConceptForMaskedLM(self.build_config())
-        if self.backbone and self.backbone.folder:
-            self.beginning = fill(bare, self.backbone, self.corpus)
-            self.files[KEPT] = json.dumps(self.backbone.described, indent=1, allow_nan=False)
-        if recipe.init and is_new:
-            self.beginning = f"from {recipe.init.source}: {initialize(bare, recipe.init, tokenizer, self.world)}"
-        if self.beginning:
-            self.files["initialization.txt"] = self.beginning
+        recipe = self.recipe
+        bare, self.beginning, self.files, self.backbone = begin(recipe, self.corpus, self.world, is_new)
+        if recipe.data.states_gb:
+            self.take_states(bare)
         if recipe.train.checkpoint_backbone:
             checkpoint_activations(bare)
         bare.encoder.keep = recipe.train.keep
         if recipe.train.recompute:
             compat.recompute_layers(bare)
-        if recipe.init and recipe.init.embeddings == "frozen":
-            bare.encoder.embed_tokens.weight.requires_grad_(False)
         distillation = None
         if self.distill:
             bare.config.distilled_from = self.teacher
-            distillation = Distillation(self.distill, bare.config.hidden_size, self.teacher["width"])
-        return Pretraining(bare, self.contrastive, recipe.build_regularization(), recipe.has_task, distillation)
+            are_bare = bare.config.init_queries == "state"
+            distillation = Distillation(self.distill, bare.config.hidden_size, self.teacher["width"], are_bare)
+        reader = None
+        if self.reads_states:
+            reader = StateReader(self.objective, bare.config.hidden_size, bare.config.token_dim)
+        return Pretraining(
+            bare, self.contrastive, recipe.build_regularization(), recipe.has_task, distillation, reader
+        )  # fmt: skip
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether states of a backbone are read back."""
+        return isinstance(self.objective, ReadBack) and self.objective.states > 0
 
     def batches(self, start: int, stop: int) -> Iterator[list[View]]:
         return self.loader.prefetch(start, stop)
@@ -168,7 +182,10 @@ class PretrainingJob:
         return {} if scale is None else {"cap_scale": scale / num_batches}
 
     def evaluate(self, engine: Any) -> dict[str, Any]:
-        self.figures = evaluate(engine, self.held_out, self.recipe.eval.tokens, self.world)
+        given = engine, self.held_out, self.recipe.eval.tokens, self.world
+        self.figures = evaluate(*given)
+        if self.reads_states:
+            self.figures |= of_states(*given)
         return self.figures
 
     def export(self, module: nn.Module, folder: Path) -> Path:

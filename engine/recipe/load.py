@@ -17,6 +17,7 @@ from ...models.regularizers import Regularization
 from ..errors import InputError
 from .checker import Checker
 from .combinations import conflicts
+from .finetune import Finetune, is_finetune
 from .reader import describe, dump, parse, read_yaml
 from .schema import Recipe
 from .shipped import SHIPPED
@@ -25,6 +26,18 @@ SIZES = ("full", "tiny")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """``load_any`` of a recipe that trains on text.
+
+    Raises:
+        InputError: also where it learns a task.
+    """
+    recipe = load_any(path, overrides)
+    if not isinstance(recipe, Recipe):
+        raise InputError(f"{path}: fine-tunes a finished model, which only `conceptron train` does")
+    return recipe
+
+
+def load_any(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | Finetune:
     """Reads and checks a recipe.
 
     Args:
@@ -47,6 +60,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise InputError(checker.line("size", f"expected one of {', '.join(SIZES)}, got {describe(size)}"))
     if not isinstance(tiny, dict):
         raise InputError(checker.line("tiny", f"expected a section, got {describe(tiny)}"))
+    if size == "tiny" and is_finetune(tree):
+        raise InputError(checker.line("size", "expected full with a recipe that fine-tunes; lower train.steps instead"))
     if size == "tiny":
         tree = lay_over(tree, read_yaml(SHIPPED / "tiny.yaml"), tiny)
     for text in overrides:
@@ -55,9 +70,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     tree.setdefault("run", {})
     if isinstance(tree["run"], dict) and tree["run"].get("name") in (None, ""):
         tree["run"]["name"] = Path(path).stem + ("-tiny" if size == "tiny" else "")
+    if is_finetune(tree):
+        return checker.check(Finetune, tree)
     model, data = tree.get("model"), tree.get("data")
     if isinstance(model, dict) and isinstance(data, dict) and PLACE.holds(model.get("backbone")):
-        data.setdefault("tokenizer", model["backbone"])  # no other tokenizer would do
+        asked = "tokenizer" in (tiny.get("data") or {}) or any(text.startswith("data.tokenizer=") for text in overrides)
+        if "tokenizer" not in data or (size == "tiny" and not asked):
+            data["tokenizer"] = model["backbone"]  # no other tokenizer would do
     recipe = checker.check(Recipe, tree)
     sections = {"objective": checker.check_objective(recipe.objective), "model": checker.check_model(recipe.model)}
     for name, options in (
@@ -80,7 +99,7 @@ def find_recipe(path: str | Path) -> Path:
     return inside if os.path.exists(inside) else path
 
 
-def save_recipe(recipe: Recipe, path: Path) -> None:
+def save_recipe(recipe: Recipe | Finetune, path: Path) -> None:
     """Writes the resolved recipe, and reads it back to make sure that the file says the same.
 
     Raises:
@@ -88,7 +107,7 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     """
     text = dump(recipe.resolved())
     path.write_text("# the recipe of this run with every default filled in\n" + text, encoding="utf-8")
-    if load_recipe(path) != recipe:
+    if load_any(path) != recipe:
         raise RuntimeError(f"{path}: the saved recipe does not read back as the one that was saved")
 
 

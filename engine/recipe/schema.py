@@ -5,7 +5,7 @@ unknown key, the nearest valid one.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -35,8 +35,8 @@ from .reader import one_line
 # What may change between an interruption and its resumption: it moves no data and no weight, or only by rounding.
 FREE = (
     "run.name", "run.folder", "run.timeout_s", "run.join_minutes", "resume", "eval.", "checkpoint.", "profile.",
-    "zero.", "batch.micro_tokens", "data.cache", "distill.max_gib", "train.keep", "train.recompute",
-    "train.on_collapse",
+    "zero.", "batch.micro_tokens", "data.cache", "data.states_gb", "task.cache", "distill.max_gib", "train.keep",
+    "train.recompute", "train.on_collapse",
 )  # fmt: skip
 
 
@@ -125,22 +125,10 @@ class Profile(Section):
     steps: tuple[Count, Count] | None = None  # first and last, counted from 1
 
 
-class Recipe(Section):
-    """One run. `model`, `objective`, `contrastive`, `distill` and `regularization` are checked against the options of
-    what they describe: `ConceptConfig`, the objective of that name, `ContrastiveTerm`, `Distill`, `Regularization`.
-
-    `objective` has the name of one in `OBJECTIVES` and its options; or `name: mixed` and `parts`, a list of such
-    sections with a `weight` each (1 if it is left out), of which every step takes one; or `name: none`.
-    """
+class Training(Section):
+    """What every run has, whatever it learns."""
 
     run: Run = Run()
-    model: dict[str, Any] = {}
-    data: DataRecipe
-    objective: dict[str, Any]
-    contrastive: dict[str, Any] | None = None  # a section, which may be empty, adds it
-    distill: dict[str, Any] | None = None
-    regularization: dict[str, Any] | None = None
-    init: Init | None = None
     optim: Optim = Optim()
     batch: Batch = Batch()
     train: Train
@@ -154,6 +142,35 @@ class Recipe(Section):
     def path(self) -> Path:
         """The run's folder."""
         return Path(self.run.folder).expanduser() / self.run.name
+
+    def with_precision(self, precision: str) -> Self:
+        return self.model_copy(update={"train": self.train.model_copy(update={"precision": precision})})
+
+    def resolved(self) -> dict[str, Any]:
+        """Every field with its value, as plain YAML types."""
+        return self.model_dump(mode="json")
+
+    def trajectory(self) -> dict[str, Any]:
+        """Dotted field -> value, of the fields that decide the loss sequence."""
+        flat = flatten(self.resolved())
+        return {key: value for key, value in flat.items() if not key.startswith(FREE)}
+
+
+class Recipe(Training):
+    """One run. `model`, `objective`, `contrastive`, `distill` and `regularization` are checked against the options of
+    what they describe: `ConceptConfig`, the objective of that name, `ContrastiveTerm`, `Distill`, `Regularization`.
+
+    `objective` has the name of one in `OBJECTIVES` and its options; or `name: mixed` and `parts`, a list of such
+    sections with a `weight` each (1 if it is left out), of which every step takes one; or `name: none`.
+    """
+
+    model: dict[str, Any] = {}
+    data: DataRecipe
+    objective: dict[str, Any]
+    contrastive: dict[str, Any] | None = None  # a section, which may be empty, adds it
+    distill: dict[str, Any] | None = None
+    regularization: dict[str, Any] | None = None
+    init: Init | None = None
 
     @property
     def has_task(self) -> bool:
@@ -197,9 +214,6 @@ class Recipe(Section):
             objective = {**objective, "parts": [fill(part) for part in objective["parts"]]}
         return self.model_copy(update={"objective": objective})
 
-    def with_precision(self, precision: str) -> "Recipe":
-        return self.model_copy(update={"train": self.train.model_copy(update={"precision": precision})})
-
     def build_contrastive(self) -> ContrastiveTerm | None:
         return None if self.contrastive is None else ContrastiveTerm(**self.contrastive)
 
@@ -223,7 +237,7 @@ class Recipe(Section):
         """
         contrastive, regularization = self.build_contrastive(), self.build_regularization()
         is_whole = contrastive is not None and (contrastive.negatives == "micro_batch" or not contrastive.across_ranks)
-        is_whole |= self.distill is not None and self.distill["similarity"] > 0
+        is_whole |= self.distill is not None and self.distill["similarity"] + self.distill["contrast"] > 0
         is_whole |= regularization is not None and regularization.depends_on_batch
         return {"micro-batches of a step": num_micro_batches} if is_whole else {}
 
@@ -249,15 +263,6 @@ class Recipe(Section):
             return ConceptConfig(**fields)
         except (ValueError, TypeError) as error:
             raise InputError(f"model: {one_line(error)}") from error
-
-    def resolved(self) -> dict[str, Any]:
-        """Every field with its value, as plain YAML types."""
-        return self.model_dump(mode="json")
-
-    def trajectory(self) -> dict[str, Any]:
-        """Dotted field -> value, of the fields that decide the loss sequence."""
-        flat = flatten(self.resolved())
-        return {key: value for key, value in flat.items() if not key.startswith(FREE)}
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

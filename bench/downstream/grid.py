@@ -1,0 +1,63 @@
+"""A model fine-tuned before it is scored: a grid of learning rates, several seeds, chosen on held-out training.
+
+Every run is one of the training engine, in a folder of its own; a run that is there is gone on with or taken as it is.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from ...engine.errors import InputError
+from ...engine.labelled.task import Task
+from ...engine.trainer import train
+
+FIGURES = ("accuracy", "pearson")  # of held-out examples; one of them says which learning rate is best
+
+
+class Chosen(NamedTuple):
+    """The runs of the best learning rate, one a seed."""
+
+    lr: float
+    folders: list[Path]
+    held_out: dict[float, float]  # learning rate -> mean figure over seeds
+
+
+def tuned(
+    recipe: str, task: Task, model: str, data: Path | None, out: Path, rates: Sequence[float], seeds: int,
+    limit: int | None, overrides: Sequence[str] = (),
+) -> Chosen:  # fmt: skip
+    """Trains each learning rate with each seed, which also draws the part that is held out. The reported split is not
+    opened.
+
+    Raises:
+        InputError: what `conceptron train` refuses, or a run that measured nothing on its held-out part.
+    """
+    figures: dict[float, list[float]] = {rate: [] for rate in rates}
+    folders: dict[float, list[Path]] = {rate: [] for rate in rates}
+    for rate in rates:
+        for seed in range(seeds):
+            given = {
+                "source": json.dumps(model), "task.name": task.name, "optim.lr": rate, "run.seed": seed,
+                "task.fold": seed, "run.folder": json.dumps(str(out)), "run.name": f"lr{rate:g}-seed{seed}",
+                "resume": "auto",
+            }  # fmt: skip
+            given |= {"task.data": json.dumps(str(data))} if data else {}
+            given |= {"task.limit": limit} if limit else {}
+            folder = train(recipe, [*(f"{name}={value}" for name, value in given.items()), *overrides])
+            folders[rate].append(folder)
+            figures[rate].append(held_out(folder))
+    means = {rate: fmean(values) for rate, values in figures.items()}
+    best = max(means, key=means.__getitem__)
+    return Chosen(best, folders[best], means)
+
+
+def held_out(folder: Path) -> float:
+    """The last figure of a run on what it did not learn from."""
+    entries: list[dict[str, Any]] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = [entry for entry in entries if entry["kind"] == "eval"][-1]
+    figure = next((last[name] for name in FIGURES if last.get(name) is not None), None)
+    if figure is None:
+        raise InputError(f"{folder}: its answers on held-out examples are all alike; train it longer or lower optim.lr")
+    return figure

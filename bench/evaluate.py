@@ -1,0 +1,122 @@
+"""``conceptron evaluate --task NAME[,NAME] --model DIR_OR_HUB_ID [data=DIR]``: a model on tasks, under one protocol.
+
+    OUT/TASK/predictions.json references.json metrics.json     of every task; in SCROLLS' and LongBench's own form too
+    OUT/downstream.json .csv .md                                one table: scores, intervals, floors, published figures
+    OUT/downstream.png .svg, places.png .svg                    the same drawn; synthetic tasks against length
+    OUT/report.md .html                                         all of it as one page
+"""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..engine.errors import InputError
+from ..engine.labelled.task import expand, load_task
+from .documents import downstream as page
+from .downstream import figures, submission
+from .downstream.grid import tuned
+from .downstream.protocol import Outcome, Settings, run
+from .downstream.readers import open_reader
+from .measure.environment import environment
+from .measure.results import markdown_table, write_json, write_results
+
+COLUMNS = ("task", "row", "metric", "score", "low", "high", "spread over seeds", "learning rate", "examples",
+           "documents", "tokens seen", "tokens given", "beside it")  # fmt: skip
+FIELDS = {  # field -> what is asked for
+    "data": "a folder", "cache": "a folder", "train": "splits", "report": "splits", "piece": "tokens",
+    "seeds": "a whole number", "finetune": "a recipe", "rates": "learning rates with commas between",
+}  # fmt: skip
+
+
+def main(options: argparse.Namespace) -> int:
+    """Evaluates, writes and prints the table.
+
+    Args:
+        options: ``task`` (names with commas between them), ``model`` (a folder or a hub id), ``settings`` (FIELD=VALUE,
+            see FIELDS), ``limit`` (pairs, or documents, of a task; None: all), ``no_floors`` (only the model), ``out``.
+
+    Raises:
+        InputError: one line: an unknown task, a model that cannot be read, data that are missing or broken.
+    """
+    given = settings_of(options.settings)
+    names = expand(options.task)
+    tasks = [load_task(name) for name in names]
+    settings = Settings(
+        data=Path(given["data"]).expanduser() if "data" in given else None, limit=options.limit,
+        train=tuple(given.get("train", "").split(",")) if given.get("train") else (),
+        report=tuple(given.get("report", "").split(",")) if given.get("report") else (),
+        seeds=whole_number(given, "seeds", 3), with_floors=not options.no_floors,
+    )  # fmt: skip
+    piece = whole_number(given, "piece", 0) or None
+    reader, floors = open_reader(options.model, piece, given.get("cache"))
+    stamp = environment() | {"model": options.model, "piece": piece, "limit": options.limit}
+    out, rows, places = Path(options.out), [], []
+    outcomes: list[Outcome] = []
+    for task in tasks:
+        mine, seeds, chosen = reader, [], None
+        if "finetune" in given:
+            chosen = tuned(given["finetune"], task, options.model, settings.data, out / task.name / "runs",
+                           rates_of(given), settings.seeds, settings.limit)  # fmt: skip
+            mine, *seeds = [open_reader(str(run), piece, given.get("cache"))[0] for run in chosen.folders]
+        outcome = run(task, settings, mine, floors, seeds)
+        if chosen is not None:
+            outcome.rows[0]["learning rate"] = chosen.lr
+        outcomes.append(outcome)
+        write_outcome(out / task.name, outcome, stamp)
+        rows += outcome.rows
+        places += [{"task": task.name, **each} for each in outcome.places]
+        print(markdown_table(outcome.rows, shown(outcome.rows)), flush=True)
+        write_results(out, "downstream", rows, stamp, title=f"Downstream: {options.model}", columns=shown(rows))
+    if places:
+        write_results(out, "places", places, stamp, title="By length and depth")
+    submission.write(out, outcomes)
+    figures.draw(out)
+    page.write(out)
+    print(f"written to {out}")
+    return 0
+
+
+def settings_of(texts: Sequence[str]) -> dict[str, str]:
+    """
+    Raises:
+        InputError: no FIELD=VALUE, or another field.
+    """
+    found = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not sign or name not in FIELDS or not value:
+            expected = ", ".join(f"{field}={what}" for field, what in FIELDS.items())
+            raise InputError(f"{text!r}: expected {expected}")
+        found[name] = value
+    return found
+
+
+def whole_number(given: dict[str, str], name: str, default: int) -> int:
+    value = given.get(name, str(default))
+    if not re.fullmatch(r"\d+", value) or (name in given and int(value) < 1):
+        raise InputError(f"{name}={value}: expected {FIELDS[name]}, at least 1")
+    return int(value)
+
+
+def rates_of(given: dict[str, str]) -> list[float]:
+    try:
+        rates = [float(text) for text in given.get("rates", "1e-3").split(",")]
+    except ValueError:
+        rates = []
+    if not rates or min(rates) <= 0:
+        raise InputError(f"rates={given['rates']}: expected {FIELDS['rates']}, above 0, such as 3e-4,1e-3")
+    return rates
+
+
+def shown(rows: Sequence[dict[str, Any]]) -> list[str]:
+    return [column for column in COLUMNS if any(row.get(column) not in (None, "") for row in rows)]
+
+
+def write_outcome(folder: Path, outcome: Outcome, stamp: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "predictions.json", outcome.predictions)
+    write_json(folder / "references.json", outcome.references)
+    write_json(folder / "metrics.json", {"score": outcome.score, "rows": outcome.rows, "places": outcome.places,
+                                         "task": outcome.task.model_dump(), "environment": stamp})  # fmt: skip

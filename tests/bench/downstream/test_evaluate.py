@@ -1,0 +1,282 @@
+"""Every family of tasks from end to end on a tiny model, what stands beside a score, and bad input in one line."""
+
+import argparse
+import gzip
+import json
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+from conceptron.bench import evaluate
+from conceptron.bench.downstream.answers import labels
+from conceptron.bench.downstream.intervals import interval
+from conceptron.engine.data import tokenizer
+from conceptron.engine.errors import InputError
+from conceptron.engine.labelled.examples import examples, merged
+from conceptron.engine.labelled.task import load_task
+from conceptron.models.config import ConceptConfig
+from conceptron.models.encoder import ConceptEncoder
+
+pytest.importorskip("sklearn")
+pytest.importorskip("rouge_score")
+pytest.importorskip("bm25s")
+SHAPE = dict(hidden_size=32, num_concepts=4, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+COLOURS, THINGS = ("red", "blue", "green"), ("door", "boat", "hat", "lamp", "roof", "cart")
+
+
+def lines(rows: list[dict]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny encoder that has learned nothing, and data of one task of every kind."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    made: dict[str, list[dict]] = {"contract_nli": [], "quality": [], "qmsum": [], "qasper": [], "stsb": []}
+    for i in range(10):
+        colours = {thing: COLOURS[(i + j) % 3] for j, thing in enumerate(THINGS)}
+        text = f"Note {i}. " + " ".join(f"The {thing} is {colour}, as all know." for thing, colour in colours.items())
+        for j, (thing, colour) in enumerate(colours.items()):
+            asked, name = COLOURS[(i + j * 2) % 3], f"{i}-{thing}"
+            listed = "".join(f" ({letter}) {each}\n" for letter, each in zip("ABC", COLOURS, strict=True))
+            made["contract_nli"].append({"id": name, "input": f"The {thing} is {asked}.\n\n{text}",
+                                         "output": "Entailment" if asked == colour else "Contradiction"})  # fmt: skip
+            which = f"Which is the {thing}?\n\n{listed}\n{text}"
+            made["quality"].append({"id": name, "input": which, "output": colour})
+            made["qmsum"].append({"id": name, "input": f"What of the {thing}?\n\n{text}", "output": f"It is {colour}."})
+            made["qasper"].append({"id": name, "input": f"What of the {thing}?\n\n{text}", "output": colour})
+            made["stsb"].append({"sentence1": f"The {thing} is {asked}", "sentence2": f"A {colour} {thing}",
+                                 "label": 4.0 if asked == colour else 1.0})  # fmt: skip
+    for task in ("contract_nli", "quality", "qasper"):
+        (folder / "scrolls" / task).mkdir(parents=True)
+        for split in ("train", "validation", "test"):
+            (folder / "scrolls" / task / f"{split}.jsonl").write_text(lines(made[task]))
+    (folder / "glue" / "stsb").mkdir(parents=True)
+    for split in ("train", "test"):
+        (folder / "glue" / "stsb" / f"{split}.jsonl").write_text(lines(made["stsb"]))
+    with zipfile.ZipFile(folder / "qmsum.zip", "w") as archive:  # as the hub has it
+        for split in ("train", "validation", "test"):
+            archive.writestr(f"qmsum/{split}.jsonl", lines(made["qmsum"]))
+    (folder / "longbench_mini").mkdir()
+    rows = [{"_id": str(i), "input": "Which is it?", "context": row["input"], "answers": [row["output"]],
+             "length": 40, "all_classes": None} for i, row in enumerate(made["qasper"][:8])]  # fmt: skip
+    (folder / "longbench_mini" / "hotpotqa.jsonl.gz").write_bytes(gzip.compress(lines(rows).encode()))
+    words = tokenizer.train([row["input"] for rows in made.values() for row in rows if "input" in row], 320)
+    torch.manual_seed(0)
+    config = ConceptConfig(vocab_size=len(words), mask_token_id=words.mask_token_id, **SHAPE)
+    ConceptEncoder(config).save_pretrained(folder / "model")
+    words.save_pretrained(folder / "model")
+    peer = BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    BertModel(peer).save_pretrained(folder / "peer")
+    words.save_pretrained(folder / "peer")
+    return folder
+
+
+def run(folder, task, *settings, out="out", model="model", limit=None, no_floors=False, data=True):
+    """The rows of the table by their names, and the folder of the results."""
+    places = [f"cache={folder}/cache", *([f"data={folder}"] if data else [])]
+    options = argparse.Namespace(
+        task=task, model=str(folder / model), settings=[*places, *settings], limit=limit, no_floors=no_floors,
+        out=folder / out,
+    )  # fmt: skip
+    assert evaluate.main(options) == 0
+    rows = json.loads((folder / out / "downstream.json").read_text())["rows"]
+    return {row["row"]: row for row in rows}, folder / out
+
+
+def test_labels_on_frozen_vectors(folder):
+    rows, out = run(folder, "scrolls/contract_nli", "report=validation", "seeds=2")
+    assert set(rows) >= {"concepts", "majority", "bag of embeddings", "untrained encoder", "concepts zeroed",
+                         "concepts shuffled", "LED-base, 16K (quoted)"}  # fmt: skip
+    mine = rows["concepts"]
+    assert mine["low"] <= mine["score"] <= mine["high"] and mine["spread over seeds"] >= 0
+    difference = mine["score"] - rows["majority"]["score"]
+    assert f"{difference:+.2f} (" in mine["beside it"] and "over majority" in mine["beside it"]
+    assert mine["tokens seen"] == mine["tokens given"] > 0 and mine["documents"] == 10
+    predictions = json.loads((out / "scrolls/contract_nli/predictions.json").read_text())
+    assert len(predictions) == 60 and set(predictions.values()) <= {"Entailment", "Contradiction", "Not mentioned"}
+    assert (out / "scrolls_predictions.csv").read_text().startswith("Task,ID,Prediction\ncontract_nli,0-door,")
+    assert (out / "downstream.svg").stat().st_size > 1000
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") == 1 and "LED-base, 16K (quoted)" in page and "src=" not in page
+    assert "## scrolls/contract_nli, scrolls_score" in (out / "report.md").read_text()
+
+
+def test_similarity_and_values(folder):
+    rows, out = run(folder, "similarity/stsb,glue/stsb", out="pairs")
+    assert {"concepts, centred", "concepts, whitened", "majority"} <= set(rows)
+    assert rows["concepts zeroed"]["task"] == "glue/stsb"
+    of_task = json.loads((out / "similarity/stsb/metrics.json").read_text())["rows"]
+    zeroed = next(row for row in of_task if row["row"] == "concepts zeroed")
+    assert zeroed["score"] is None and "all answers alike" in zeroed["beside it"]
+
+
+def test_retrieval_out_of_a_zip(folder):
+    rows, _ = run(folder, "retrieval/qmsum", out="retrieval")
+    assert rows["concepts"]["metric"] == "ndcg@10" and rows["concepts"]["documents"] == 10
+    assert rows["concepts"]["examples"] == 120  # of two splits
+    assert {"BM25", "concepts, one vector"} <= set(rows)
+
+
+def test_choice_spans_and_summaries(folder):
+    rows, out = run(folder, "scrolls/quality,scrolls/qasper,scrolls/qmsum,longbench/hotpotqa", out="texts", limit=4)
+    assert {"first option", "BM25", "first words"} <= set(rows)
+    answers = json.loads((out / "scrolls/qasper/predictions.json").read_text())
+    text = json.loads((folder / "scrolls/qasper/validation.jsonl").read_text().splitlines()[0])["input"]
+    assert all(isinstance(each, str) for each in answers.values()) and answers["0-door"] in text
+    summary = json.loads((out / "scrolls/qmsum/predictions.json").read_text())["0-door"]
+    assert 0 < len(summary.split()) <= load_task("scrolls/qmsum").words
+    written = [json.loads(line) for line in (out / "pred/model/hotpotqa.jsonl").read_text().splitlines()]
+    assert set(written[0]) == {"pred", "answers", "all_classes", "length"} and len(written) == 4
+
+
+def test_synthetic_tasks_by_length_and_depth(folder):
+    rows, out = run(folder, "synthetic/duplicate", out="synthetic", limit=1, data=False)
+    places = json.loads((out / "places.json").read_text())["rows"]
+    assert [row["length"] for row in places] == [256, 1024, 4096, 16384]
+    assert rows["concepts"]["examples"] == 4 and (out / "places.png").stat().st_size > 1000
+    made = examples(load_task("synthetic/needle"), "test", None, 5)
+    assert all("secret number" in each.document[slice(*each.spans[0])] for each in made)
+    assert {each.about["depth"] for each in made} == {"10%", "30%", "50%", "70%", "90%"}
+    assert made[0] == examples(load_task("synthetic/needle"), "test", None, 5)[0]
+    for each in examples(load_task("synthetic/counting"), "test", None, 6):
+        assert each.document.count(f"{each.question} is") == each.truth
+    for each in examples(load_task("synthetic/duplicate"), "test", None, 3):
+        (a, b), (c, d) = each.spans
+        assert each.document[a:b] == each.document[c:d] and b < c
+
+
+def test_listops_are_right():
+    def value(words: list[str]) -> int:
+        word = words.pop(0)
+        if not word.startswith("["):
+            return int(word)
+        values = []
+        while words[0] != "]":
+            values.append(value(words))
+        words.pop(0)
+        values.sort()
+        return {"[MAX": values[-1], "[MIN": values[0], "[MED": values[len(values) // 2], "[SM": sum(values) % 10}[word]
+
+    for each in examples(load_task("synthetic/listops"), "test", None, 4):
+        assert value(each.document.split()) == each.truth
+
+
+def test_a_peer_reads_as_far_as_it_can(folder):
+    rows, _ = run(folder, "retrieval/qmsum", out="peer", model="peer", no_floors=True)
+    assert 0 < rows["encoder"]["tokens seen"] < rows["encoder"]["tokens given"]
+
+
+def test_pieces_have_concepts_of_their_own(folder):
+    rows, _ = run(folder, "scrolls/quality", "piece=16", out="pieces", no_floors=True)
+    assert rows["concepts"]["tokens seen"] == rows["concepts"]["tokens given"]
+
+
+def test_a_killed_run_gives_the_same_scores(folder):
+    """What was read is kept, one file a document; the rest is read, and nothing else depends on it."""
+    first, out = run(folder, "scrolls/contract_nli", "report=validation", out="again", no_floors=True)
+    files = sorted((folder / "cache").rglob("*.npz"))
+    for path in files[::2]:
+        path.unlink()
+    (out / "downstream.json").unlink()
+    second, _ = run(folder, "scrolls/contract_nli", "report=validation", out="again", no_floors=True)
+    assert second["concepts"]["score"] == first["concepts"]["score"]
+    assert second["concepts"]["low"] == first["concepts"]["low"]
+
+
+def test_fine_tuned_over_a_grid(folder):
+    recipe = folder / "grid.yaml"
+    recipe.write_text(
+        "source: x\ntask: {name: x}\nbatch: {tokens: 400, micro_tokens: 400}\ntrain: {steps: 3, precision: fp32}\n"
+        "eval: {every: 0}\ncheckpoint: {every: 0}\n"
+    )
+    settings = ("report=validation", f"finetune={recipe}", "rates=1e-3,1e-2", "seeds=2")
+    rows, out = run(folder, "scrolls/contract_nli", *settings, out="tuned")
+    assert rows["concepts"]["learning rate"] in (1e-3, 1e-2) and rows["concepts"]["spread over seeds"] is not None
+    assert {path.name for path in (out / "scrolls/contract_nli/runs").iterdir()} == {
+        "lr0.001-seed0", "lr0.001-seed1", "lr0.01-seed0", "lr0.01-seed1"}  # fmt: skip
+    assert {"concepts zeroed", "concepts shuffled"} <= set(rows)
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "model", "says"),
+    [
+        ("scrolls/gov_report", (), "model", "has no split 'validation' there; expected"),
+        ("scrolls/contract_nli", ("report=dev",), "model", "has no split 'dev' there"),
+        ("scrolls/contract_nli", ("train=test",), "model", "expected splits that are not reported"),
+        ("longbench/lcc", (), "model", "wants text to be written"),
+        ("scrolls/contract_nli", ("datas=x",), "model", "'datas=x': expected data=a folder"),
+        ("scrolls/contract_nli", ("seeds=0",), "model", "seeds=0: expected a whole number, at least 1"),
+        ("scrolls/contract_nli", ("data=/nowhere",), "model", "data=/nowhere: no such folder"),
+        ("scrolls/contract_nli", ("finetune=x.yaml", "rates=fast"), "model", "rates=fast: expected learning rates"),
+        ("scrolls/contract_nli", (), "nothing", "--model"),
+        ("scrolls/contract_nli", (), "glue", "there is no config.json"),
+        ("scrols", (), "model", "expected one of"),
+    ],
+)
+def test_bad_input_is_one_line(folder, task, settings, model, says):
+    with pytest.raises(InputError) as caught:
+        run(folder, task, *settings, out="refused", model=model)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"id": 1}\n{"id"', "line 2 is not JSON"), ("", "has no rows"), ("[1]\n", "expected an object, got list"),
+        ('{"id": "1", "input": "a"}\n', "no column 'output'"),
+        ('{"id": "1", "input": "a\\n\\nb", "output": "Maybe"}\n', "unknown label 'Maybe' of '1'"),
+        ('{"id": "1", "input": "a\\n\\nb", "output": null}\n', "the labels of split 'train' are hidden"),
+    ],
+)  # fmt: skip
+def test_broken_data_are_one_line(tmp_path, content, says):
+    (tmp_path / "train.jsonl").write_text(content)
+    with pytest.raises(InputError) as caught:
+        examples(load_task("scrolls/contract_nli"), "train", tmp_path)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+    (tmp_path / "train.jsonl").unlink()
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 not")
+    with pytest.raises(InputError, match="broken, or not what its name says"):
+        examples(load_task("scrolls/contract_nli"), "train", tmp_path)
+
+
+def test_rows_of_one_id_are_merged(reference):
+    case = reference("scrolls_benchmark")["merge_duplicates"]
+    assert merged(case["rows"]) == case["expected"]
+
+
+def test_intervals_draw_documents():
+    """Twenty questions about each of ten documents, all right or all wrong: the interval is that of ten, not of 200."""
+    values = 100 * np.repeat([1.0, 0.0] * 5, 20)[:, None]
+    low, high = interval(values, "mean", np.repeat(np.arange(10), 20).tolist())
+    assert low < 25 and high > 75
+    low, high = interval(values, "mean", list(range(200)))
+    assert 42 < low < 50 < high < 58
+
+
+def test_intervals_of_correlations_and_geometric_means():
+    """Against drawing examples one by one."""
+    random = np.random.default_rng(0)
+    values = random.random((40, 2)) + np.linspace(0, 1, 40)[:, None]
+    for kind, figure in (
+        ("pearson", lambda some: 100 * np.corrcoef(some.T)[0, 1]),
+        ("geometric", lambda some: float(np.sqrt(some.mean(0).prod()))),
+    ):
+        drawn = [figure(values[random.integers(40, size=40)]) for _ in range(2000)]
+        low, high = interval(values, kind, list(range(40)))
+        assert (low, high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), rel=0.06)
+    assert all(np.isnan(interval(np.ones((5, 2)), "pearson", list(range(5)))))
+
+
+def test_majority_is_that_of_the_question(folder):
+    task = load_task("scrolls/contract_nli")
+    train = examples(task, "train", folder)
+    answers = labels.majority(task, train, train)
+    right = [answers[each.id] == each.reference[0] for each in train]
+    assert np.mean(right) >= max(np.mean([each.truth == i for each in train]) for i in range(3))

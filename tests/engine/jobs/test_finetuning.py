@@ -1,0 +1,150 @@
+"""Fine-tuning as a job: what is learned, held out, resumed, exported, and refused in one line."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from conceptron.engine.data import tokenizer
+from conceptron.engine.errors import InputError
+from conceptron.engine.saved_model import load_model
+from conceptron.engine.trainer import train
+from conceptron.models.config import ConceptConfig
+from conceptron.models.encoder import ConceptEncoder
+
+SHAPE = dict(hidden_size=32, num_concepts=4, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+COLOURS, THINGS = ("red", "blue", "green"), ("door", "boat", "hat", "lamp", "roof", "cart")
+RECIPE = """
+run: {{folder: {folder}/runs, name: {name}}}
+source: {source}
+task: {{name: {task}, data: {folder}}}
+model: {{{model}}}
+optim: {{lr: 1e-2, warmup_steps: 2}}
+batch: {{tokens: 400, micro_tokens: 200}}
+train: {{steps: {steps}, precision: fp32}}
+eval: {{every: 0}}
+checkpoint: {{every: 3, keep: 2}}
+"""
+
+
+def lines(rows: list[dict]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny encoder that has learned nothing, and data of three tasks in which a word decides."""
+    folder = tmp_path_factory.mktemp("finetune")
+    contracts, stories, pairs = [], [], []
+    for i in range(12):
+        colours = {thing: COLOURS[(i + j) % 3] for j, thing in enumerate(THINGS)}
+        text = f"Note {i}. " + " ".join(f"The {thing} is {colour}." for thing, colour in colours.items())
+        for j, (thing, colour) in enumerate(colours.items()):
+            asked, name = COLOURS[(i + j * 2) % 3], f"{i}-{thing}"
+            answer = "Entailment" if asked == colour else "Contradiction"
+            contracts.append({"id": name, "input": f"The {thing} is {asked}.\n\n{text}", "output": answer})
+            listed = "".join(f" ({letter}) {each}\n" for letter, each in zip("ABC", COLOURS, strict=True))
+            stories.append({"id": name, "input": f"Which is the {thing}?\n\n{listed}\n{text}", "output": "red"})
+            pairs.append({"sentence1": f"The {thing} is {asked}", "sentence2": f"A {colour} {thing}",
+                          "label": 4.0 if asked == colour else 1.0})  # fmt: skip
+    for place, rows in (("scrolls/contract_nli", contracts), ("scrolls/quality", stories), ("glue/stsb", pairs)):
+        (folder / place).mkdir(parents=True)
+        (folder / place / "train.jsonl").write_text(lines(rows))
+    texts = [row["input"] for row in contracts + stories] + [row["sentence2"] for row in pairs]
+    words = tokenizer.train(texts, 320)
+    torch.manual_seed(0)
+    model = ConceptEncoder(ConceptConfig(vocab_size=len(words), mask_token_id=words.mask_token_id, **SHAPE))
+    model.save_pretrained(folder / "source")
+    words.save_pretrained(folder / "source")
+    return folder
+
+
+def run(folder, name, task, model="", steps=6, source=None, *overrides):
+    recipe = folder / f"{name}.yaml"
+    source = source or folder / "source"
+    recipe.write_text(RECIPE.format(folder=folder, name=name, task=task, model=model, steps=steps, source=source))
+    return train(recipe, overrides)
+
+
+def losses(path) -> list[float]:
+    entries = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [entry["loss"] for entry in entries if entry["kind"] == "train"]
+
+
+def last_evaluation(path) -> dict:
+    entries = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [entry for entry in entries if entry["kind"] == "eval"][-1]
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "kind"),
+    [
+        ("scrolls/contract_nli", "", "ConceptForQuestions"),
+        ("scrolls/contract_nli", "asked_reading: true, num_question_concepts: 2", "ConceptForQuestions"),
+        ("scrolls/quality", "", "ConceptForQuestions"),
+        ("glue/stsb", "", "ConceptForSequenceClassification"),
+        ("glue/stsb", "pair_features: cosine", "ConceptForSequenceClassification"),
+    ],
+)
+def test_learns_and_exports(folder, task, model, kind):
+    path = run(folder, "-".join(re.findall(r"\w+", task + model)), task, model, 12)
+    found = losses(path)
+    assert len(found) == 12 and sum(found[-3:]) < 0.95 * sum(found[:3])
+    assert {"accuracy", "pearson"} & set(last_evaluation(path))
+    saved = load_model(path / "model")
+    assert type(saved).__name__ == kind and saved.config.task == task
+
+
+def test_a_resumed_run_is_the_same_run(folder):
+    whole = run(folder, "whole", "scrolls/contract_nli", "dropout: 0.1", 6)
+    half = folder / "runs" / "half"
+    run(folder, "half", "scrolls/contract_nli", "dropout: 0.1", 6)
+    kept = half / "checkpoints"
+    last = sorted(kept.iterdir())[-1]
+    assert len(list(kept.iterdir())) == 2
+    for path in last.iterdir():  # the run was killed after step 3
+        path.unlink()
+    last.rmdir()
+    for path in sorted((half / "model").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    (half / "model").rmdir()
+    run(folder, "half", "scrolls/contract_nli", "dropout: 0.1", 6, None, "resume=auto")
+    assert losses(half)[-3:] == losses(whole)[-3:]
+    a, b = (load_model(path / "model").state_dict() for path in (whole, half))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_what_is_held_out_depends_on_the_fold_and_holds_whole_documents(folder):
+    from conceptron.engine.labelled.examples import examples, hold_out
+    from conceptron.engine.labelled.task import load_task
+
+    every = examples(load_task("scrolls/contract_nli"), "train", folder)
+    folds = [hold_out(every, fold) for fold in (0, 1)]
+    for learned, held in folds:
+        assert len(learned) + len(held) == len(every) == 72 and len(held) == 12
+        assert not {each.document for each in learned} & {each.document for each in held}
+    assert {each.id for each in folds[0][1]} != {each.id for each in folds[1][1]}
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "override", "says"),
+    [
+        ("scrolls/gov_report", "", "", "task.name: scrolls/gov_report is not learned"),
+        ("scrolls/contract_nlu", "", "", "did you mean scrolls/contract_nli?"),
+        ("glue/mrpc", "", "", "has no split 'train' there"),
+        ("scrolls/contract_nli", "num_labels: 3", "", "model.num_labels: the task decides it"),
+        ("scrolls/contract_nli", "depth: 3", "", "model.depth: unknown"),
+        ("scrolls/contract_nli", "pool: big", "", "model: pool: expected"),
+        ("scrolls/contract_nli", "", "source=/nowhere", "source: /nowhere: no such folder here"),
+        ("scrolls/contract_nli", "", "batch.micro_tokens=20", "expected room for the longest document"),
+        ("scrolls/contract_nli", "", "task.states_gb=1", "no backbone is frozen"),
+        ("scrolls/contract_nli", "", "task.fold=-1", "task.fold"),
+        ("scrolls/contract_nli", "", "size=tiny", "expected full with a recipe that fine-tunes"),
+    ],
+)
+def test_bad_input_is_one_line(folder, task, model, override, says):
+    with pytest.raises(InputError) as caught:
+        run(folder, "refused", task, model, 2, None, *([override] if override else []))
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+    assert not (folder / "runs" / "refused").exists()
