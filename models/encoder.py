@@ -18,7 +18,11 @@ from .backbone import Backbone
 from .config import ConceptConfig
 from .door import open_door
 from .encoder_layers import ConceptAngles, Tokens, build_layers
-from .layers import RowNorm, is_plain, widening
+from .layers import (
+    RowNorm,
+    is_plain,
+    widening,
+)
 from .packing import Packed
 from .positions import TokenPositions, anchors
 from .pretrained import ConceptPreTrainedModel

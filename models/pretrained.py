@@ -1,6 +1,6 @@
-"""What every model here shares.
+"""What every model of this package shares: the configuration, how weights start, what transformers may ask.
 
-L layers, V vocabulary, d model width.
+C concepts, d model width, L layers.
 """
 
 import math
@@ -12,7 +12,14 @@ from transformers import initialization as init
 
 from .backbone import Backbone
 from .config import ConceptConfig
-from .layers import ConstantHeads, HeadBias, HeadNorm, LanguageModelHead, ResidualLinear, ZeroLinear
+from .layers import (
+    ConstantHeads,
+    HeadBias,
+    HeadNorm,
+    LanguageModelHead,
+    ResidualLinear,
+    ZeroLinear,
+)
 from .mixing import CopeMixing
 from .queries import ConceptQueries, NullConcepts, orthogonal_rows
 from .start.resize import LoadsOtherSizes
