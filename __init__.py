@@ -13,6 +13,7 @@ from . import kernels
 from .models.auto import announce
 
 if TYPE_CHECKING:  # what the tables say, for those who read without running
+    from .engine.embedding.model import ConceptModel as ConceptModel
     from .kernels.adaln import adaln_modulate as adaln_modulate
     from .kernels.adaln import adaln_residual_modulate as adaln_residual_modulate
     from .kernels.bixt_attention import bixt_attention as bixt_attention
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # what the tables say, for those who read without running
     from .kernels.concept_attention import merge_partials as merge_partials
     from .kernels.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
     from .kernels.slot_attention import slot_attention as slot_attention
+    from .kernels.streamed_attention import streamed_attention as streamed_attention
     from .kernels.token_attention import token_attention as token_attention
     from .models.config import ConceptConfig as ConceptConfig
     from .models.encoder import ConceptEncoder as ConceptEncoder
@@ -35,7 +37,8 @@ __version__ = "0.1.0"
 OPERATORS = {  # name -> its folder in kernels/
     "adaln_modulate": "adaln", "adaln_residual_modulate": "adaln", "bixt_attention": "bixt_attention",
     "concept_attention": "concept_attention", "linear_cross_entropy": "linear_cross_entropy",
-    "merge_partials": "concept_attention", "slot_attention": "slot_attention", "token_attention": "token_attention",
+    "merge_partials": "concept_attention", "slot_attention": "slot_attention",
+    "streamed_attention": "streamed_attention", "token_attention": "token_attention",
 }  # fmt: skip
 MODELS = {  # name -> its file in models/
     "ConceptConfig": "config", "ConceptEncoder": "encoder", "ConceptForMaskedLM": "masked_lm",
@@ -43,7 +46,8 @@ MODELS = {  # name -> its file in models/
     "ConceptForSequenceClassification": "tasks.heads", "ConceptForTokenClassification": "tasks.tokens",
     "pack": "packing",
 }  # fmt: skip
-__all__ = ["kernels", *OPERATORS, *MODELS]
+READERS = {"ConceptModel": "embedding.model"}  # name -> its file in engine/
+__all__ = ["kernels", *OPERATORS, *MODELS, *READERS]
 
 
 def __getattr__(name: str) -> Any:
@@ -51,6 +55,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(kernels, name)
     elif name in MODELS:
         value = getattr(import_module(f".models.{MODELS[name]}", __name__), name)
+    elif name in READERS:
+        value = getattr(import_module(f".engine.{READERS[name]}", __name__), name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

@@ -139,7 +139,7 @@ def cells_of(rows: Sequence[Row], seeds: Sequence[int], out: Path) -> list[Cell]
 def run_cell(cell: Cell, out: Path, measured_on: Measure, deadline: float, threads: int | None) -> dict[str, Any]:
     """Trains, measures and writes the cell's file; what training says goes into a log beside its folder.
 
-    Returns a row: its figures, or under ``ended`` why there are none. ``deadline``: of ``time.time()``.
+    Returns a row: its figures, or under ``status`` why there are none. ``deadline``: of ``time.time()``.
     """
     from ..engine.trainer import train
     from .analysis import yardsticks
@@ -147,7 +147,7 @@ def run_cell(cell: Cell, out: Path, measured_on: Measure, deadline: float, threa
     from .analysis.subject import open_subject
 
     if time.time() > deadline:
-        return {"ended": WAITING}
+        return {"status": WAITING}
     if threads:
         torch.set_num_threads(threads)
     (out / "runs").mkdir(parents=True, exist_ok=True)
@@ -162,7 +162,7 @@ def run_cell(cell: Cell, out: Path, measured_on: Measure, deadline: float, threa
     (out / "cells").mkdir(exist_ok=True)
     write_json(cell_file(out, cell), {"made_with": made_with(cell, measured_on), "figures": figures})
     shutil.rmtree(folder / "checkpoints")  # the finished model stays
-    return {"ended": "measured", **figures}
+    return {"status": "measured", **figures}
 
 
 def cell_file(out: Path, cell: Cell) -> Path:
@@ -191,7 +191,7 @@ def finished(out: Path, cell: Cell, measured_on: Measure) -> dict[str, Any] | No
                 f"{path}: was made with {key} = {before.get(key)!r}, now it is {now.get(key)!r}; "
                 "choose another --out, or remove this file to run the cell again"
             )
-    return {"ended": "measured", **content["figures"]}
+    return {"status": "measured", **content["figures"]}
 
 
 # --- all cells --------------------------------------------------------------------------------------------------------
@@ -225,8 +225,8 @@ def run_cells(
             try:
                 done[cell.name] = future.result()
             except Exception as error:  # a failed cell is a result: the table says so, and the exit code
-                done[cell.name] = {"ended": refusal(error).reason}
-            print(f"{cell.name}: {done[cell.name]['ended']}", flush=True)
+                done[cell.name] = {"status": refusal(error).reason}
+            print(f"{cell.name}: {done[cell.name]['status']}", flush=True)
     return [
         {"row": cell.row.name, "against": cell.row.against, "change": cell.row.change, "seed": cell.seed,
          **done[cell.name]}
@@ -251,9 +251,9 @@ def main(options: argparse.Namespace) -> int:
     stamp = environment()
     title = f"Ablation: {Path(options.table).stem}"
     figures = [column.key for column in COLUMNS]
-    write_results(options.out, "cells", results, stamp, title=title, columns=["row", "seed", "ended", *figures])
+    write_results(options.out, "cells", results, stamp, title=title, columns=["row", "seed", "status", *figures])
     lines = write_tables(options.out, results, stamp)
     print(markdown_table(lines, ["row", *(column.title for column in COLUMNS)]))
-    bad = [f"{row['row']} seed {row['seed']}: {row['ended']}" for row in results if row["ended"] != "measured"]
+    bad = [f"{row['row']} seed {row['seed']}: {row['status']}" for row in results if row["status"] != "measured"]
     print("\n".join([*bad, f"written to {options.out}"]))
     return 1 if bad else 0

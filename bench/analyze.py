@@ -1,4 +1,4 @@
-"""The report of a training run, or of a bare checkpoint: report.md, figures and summary.json.
+"""The report of a training run, or of a bare checkpoint: one page, report.md, figures and summary.json.
 
 Everything in it is read from the run's files or measured here on held-out text; nothing is estimated.
 """
@@ -6,29 +6,21 @@ Everything in it is read from the run's files or measured here on held-out text;
 import argparse
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from ..engine.errors import InputError
 from ..engine.files import is_lost, write_json, write_text
 from ..models.masked_lm import smoothing_floor
-from .analysis.findings import (
-    NATS,
-    Findings,
-    find,
-    label_smoothing,
-    num_parameters,
-    objective_name,
-    run_environment,
-    targets_line,
-    training_line,
-    vocab_size,
-)
+from .analysis.findings import NATS, Findings, find, label_smoothing, targets_line, training_line, vocab_size
+from .analysis.gates import FAIL, PASS, UNKNOWN
 from .analysis.subject import open_subject
 from .documents.page import markdown
-from .figures import curves
+from .documents.summary import schema, summary
+from .documents.web import page
+from .figures import concepts, curves, runs
 from .figures import geometry as plots
+from .figures import losses as ablations
+from .figures.plot import SUFFIXES
 
 
 def analyze(path: str | Path, text: Sequence[str] = ()) -> Path:
@@ -41,7 +33,7 @@ def analyze(path: str | Path, text: Sequence[str] = ()) -> Path:
             that of ``pydocs``.
 
     Returns:
-        The report's folder: report.md, summary.json, loss.png (runs), nll.png, similarity.png, spectrum.png.
+        The report's folder: page.html, report.md, summary.json with its schema, and every figure as PNG and SVG.
 
     Raises:
         InputError: the folder is neither, the run has not finished, or the text cannot be used.
@@ -57,7 +49,9 @@ def analyze(path: str | Path, text: Sequence[str] = ()) -> Path:
         if not figure.is_file():
             raise RuntimeError(f"{figure} was not written")
     write_json(folder / "summary.json", summary(findings))
+    write_json(folder / "summary.schema.json", schema())
     write_text(folder / "report.md", markdown(findings))
+    write_text(folder / "page.html", page(findings, folder))
     print(headline(findings, folder))
     return folder
 
@@ -67,14 +61,23 @@ def main(options: argparse.Namespace) -> None:
     analyze(options.path, options.text)
 
 
+FIGURES = (
+    "loss", "nll", "health", "reading", "usage", "dropped", "kept", "ratio", "probes", "spectrum", "clusters",
+    "similarity",
+)  # fmt: skip
+
+
 def draw(findings: Findings, folder: Path) -> list[Path]:
-    """Draws every figure that there are data for, and removes older ones that there are none for."""
-    paths = {name: folder / f"{name}.png" for name in ("loss", "nll", "similarity", "spectrum")}
+    """Draws every figure that there are data for, as PNG (whose paths it returns) and SVG, and removes older ones that
+    there are none for."""
+    paths = {name: folder / f"{name}.png" for name in FIGURES}
     for path in paths.values():
-        path.unlink(missing_ok=True)
-    drawn = [paths["similarity"], paths["spectrum"]]
+        for suffix in SUFFIXES:
+            path.with_suffix(f".{suffix}").unlink(missing_ok=True)
+    drawn = [paths["similarity"], paths["spectrum"], paths["clusters"]]
     plots.similarity_figure(findings.concepts.values, paths["similarity"])
     plots.spectrum_figure(findings.concepts.values, paths["spectrum"])
+    concepts.clusters_figure(findings.concepts.values, paths["clusters"])
     losses = findings.losses
     if findings.training:
         entropy = losses.unigram_entropy if losses else None
@@ -83,6 +86,8 @@ def draw(findings: Findings, folder: Path) -> list[Path]:
             smoothing_floor=smoothing_floor(label_smoothing(findings.subject), vocab_size(findings.subject)),
         )  # fmt: skip
         drawn.append(paths["loss"])
+        if runs.health_figure(findings.history, paths["health"]):
+            drawn.append(paths["health"])
     if losses:
         levels = {
             "unigram entropy of this text": losses.unigram_entropy,
@@ -91,36 +96,19 @@ def draw(findings: Findings, folder: Path) -> list[Path]:
         levels = {name: value for name, value in levels.items() if value is not None and not losses.is_seen}
         curves.nll_figure(losses.nll_by_view, levels, paths["nll"], targets_line(losses), is_seen=losses.is_seen)
         drawn.append(paths["nll"])
+    if findings.reads:
+        concepts.reading_figure(findings.reads, paths["reading"])
+        concepts.usage_figure(findings.reads, paths["usage"])
+        drawn += [paths["reading"], paths["usage"]]
+    if findings.does:
+        ablations.dropped_figure(findings.does, paths["dropped"])
+        ablations.kept_figure(findings.does, paths["kept"])
+        ablations.ratio_figure(findings.does, paths["ratio"])
+        drawn += [paths["dropped"], paths["kept"], paths["ratio"]]
+    if findings.probes:
+        ablations.probes_figure(findings.probes, paths["probes"])
+        drawn.append(paths["probes"])
     return drawn
-
-
-def summary(findings: Findings) -> dict[str, Any]:
-    """What scripts want of a report. NLLs and entropies in nats per token; None is "not measured"."""
-    subject, losses, training = findings.subject, findings.losses, findings.training
-    return {
-        "name": subject.name,
-        "objective": objective_name(subject),
-        "num_parameters": num_parameters(subject),
-        "text": subject.text,
-        "heldout_nll": losses.heldout_nll if losses else None,
-        "unigram_entropy": losses.unigram_entropy if losses else None,
-        "effective_rank": findings.geometry["effective_rank"],
-        "train_seconds": training.train_seconds if training else None,
-        "losses": asdict(losses) if losses else None,
-        "training": training._asdict() if training else None,
-        "geometry": findings.geometry,
-        "gates": [
-            {
-                "source": verdict.gate.source, "metric": verdict.gate.key, "sense": verdict.gate.sense,
-                "threshold": verdict.threshold, "value": verdict.value, "verdict": verdict.verdict,
-                "reason": verdict.reason,
-            }
-            for verdict in findings.verdicts
-        ],
-        "samples": [sample._asdict() for sample in findings.samples],
-        "trained_in": run_environment(subject.folder) or None,
-        "environment": findings.environment,
-    }  # fmt: skip
 
 
 def headline(findings: Findings, folder: Path) -> str:
@@ -139,11 +127,14 @@ def headline(findings: Findings, folder: Path) -> str:
         entropy = f"{place} the unigram entropy of the same text, {losses.unigram_entropy:.3f}"
         rows.append(("held-out NLL", f"{losses.heldout_nll:.3f} {NATS} (unseen tokens), {entropy}"))
     rows.append(("concepts", concepts_line(geometry)))
-    counts = Counter(verdict.verdict for verdict in findings.verdicts)
-    rows.append(("gates", f"{counts['PASS']} of {counts['PASS'] + counts['FAIL']} pass"))
-    figures = sorted(path.name for path in folder.glob("*.png"))
-    rows += [("report", folder / "report.md"), ("figures", ", ".join(str(folder / name) for name in figures))]
-    rows.append(("summary", folder / "summary.json"))
+    if findings.does:
+        done = findings.does
+        rows.append(("used", f"{done.figures['used_slots']} of {len(done.slots)} concepts are missed when left out"))
+    own = [verdict for verdict in findings.verdicts if not verdict.gate.is_seed]
+    counts = Counter(verdict.verdict for verdict in own)
+    rows.append(("gates", f"{counts[PASS]} pass, {counts[FAIL]} fail, {counts[UNKNOWN]} not measured"))
+    rows += [(verdict.gate.metric, f"next: {verdict.reason}") for verdict in own if verdict.verdict == FAIL]
+    rows += [("page", folder / "page.html"), ("report", folder / "report.md"), ("summary", folder / "summary.json")]
     return "\n".join([f"{subject.name}", *(f"  {name:<13} {value}" for name, value in rows)])
 
 

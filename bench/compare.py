@@ -1,10 +1,13 @@
-"""``conceptron bench compare OLD NEW``: what got slower between two folders of results, beyond the noise of both."""
+"""``conceptron bench compare OLD NEW``: what got slower between two folders of results, beyond the noise of both; and
+``conceptron compare RUN RUN ...``: what was trained, side by side.
+"""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..engine.errors import InputError
+from .documents.beside import beside, column_of, in_text, published, told_apart, warnings, write
 from .measure.results import markdown_table, read_rows
 
 KEY = ("operator", "case", "mode", "provider", "encoder", "phase", "N", "recipe")
@@ -77,3 +80,25 @@ def main(options: argparse.Namespace) -> int:
     print(markdown_table(found, list(found[0])))
     print(f"{num_compared} results compared, {len(found)} slower beyond the noise: {found[0]['what']} first")
     return 1
+
+
+def runs(options: argparse.Namespace) -> int:
+    """``conceptron compare``: prints runs side by side.
+
+    ``options``: runs, folders; seeds: also the planning documents' published values; out: a folder for the same as
+    page, JSON, CSV and Markdown, or None.
+
+    Raises:
+        InputError: fewer than two columns, or a run without a report.
+    """
+    columns = told_apart([column_of(run) for run in options.runs], options.runs)
+    columns += published() if options.seeds else []
+    if len(columns) < 2:
+        raise InputError(f"{options.runs[0]}: expected two runs or more, or --seeds beside it")
+    lines = beside(columns)
+    print(in_text(lines, columns))
+    for warning in warnings(columns):
+        print(f"\n{warning}")
+    if options.out is not None:
+        print("\nwritten: " + ", ".join(map(str, write(options.out, lines, columns))))
+    return 0

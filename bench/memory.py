@@ -45,7 +45,7 @@ from ..models.masked_lm import ConceptForMaskedLM
 from ..models.objectives import OBJECTIVES
 from ..models.objectives.view import SampleKey, SpecialTokens, View
 from ..models.packing import pack
-from .figures.charts import draw_memory
+from .figures.memory import draw_memory
 from .measure.allocator import allocator_peak
 from .measure.clock import device_named
 from .measure.environment import environment
@@ -53,7 +53,7 @@ from .measure.exponents import FROM_IDS, FULL, OURS, PERCEIVER, SHARED, WITH_KEY
 from .measure.nvml import watched
 from .measure.peers import Shape, bert
 from .measure.resident import resident_peak, return_free_pages
-from .measure.results import markdown_table, rows_to_resume, write_results
+from .measure.results import MEASURED, markdown_table, rows_to_resume, write_results
 from .measure.timing import refusal
 from .scaling import encoders, make_batch, phase_call
 
@@ -231,7 +231,7 @@ def run_case(kind: str, shape: Shape, num_tokens: int, num_concepts: int, device
             num_concepts=num_concepts, device=device,
         )  # fmt: skip
     except RuntimeError as error:  # out of memory, say
-        return {**case, "failed": refusal(error).reason}
+        return {**case, "status": refusal(error).reason}
     kept = sum(size for name, size in result.items() if name.startswith("activations"))
     accounted = result["parameters"] + result["gradients"] + result["optimizer"] + kept
     peak = result.pop("allocator_peak")
@@ -239,7 +239,7 @@ def run_case(kind: str, shape: Shape, num_tokens: int, num_concepts: int, device
     resident = gpu.pop("memory_used_bytes", memory.peak_bytes if device == "cpu" else None)
     return {
         **case, **result, "temporary": max(0, peak - accounted), "allocator_peak": peak, "resident_peak": resident,
-        **gpu,
+        **gpu, "status": MEASURED,
     }
 
 
@@ -269,10 +269,14 @@ def run_encoder_case(name: str, shape: Shape, num_tokens: int, device: str) -> d
             device=device,
         )  # fmt: skip
     except RuntimeError as error:
-        return {**case, "failed": refusal(error).reason}
+        return {**case, "status": refusal(error).reason}
     peak, tokens = result["peak"] or memory.extra_bytes, result["tokens"]
     return {**case, "tokens": tokens, "peak": peak, "bytes_per_token": round(peak / tokens, 1),
-            "us_per_token": round(result["seconds"] * 1e6 / tokens, 2)}  # fmt: skip
+            "us_per_token": round(result["seconds"] * 1e6 / tokens, 2), "status": MEASURED}  # fmt: skip
+
+
+def told_of(row: dict[str, Any], column: str, in_words: Callable[[float], str]) -> str:
+    return in_words(row[column]) if row["status"] == MEASURED else row["status"]
 
 
 def longest_that_fits(rows: Sequence[dict], limit_bytes: int) -> int:
@@ -318,7 +322,7 @@ def main(options: argparse.Namespace) -> int:
     for case in (case for case in cases if case not in known):
         rows.append(run_case(case[0], shape, *case[1:], options.device))
         write_results(options.out, "memory", rows, stamp, title=title)
-        told = rows[-1].get("failed") or f"peak {rows[-1]['allocator_peak'] / 2**20:.1f} MiB"
+        told = told_of(rows[-1], "allocator_peak", lambda size: f"peak {size / 2**20:.1f} MiB")
         print(f"{case[0]} N={case[1]} C={case[2] or '-'}: {told}", flush=True)
     of_encoders = rows_to_resume(options.out / "encoders.json", stamp) if options.resume else []
     done = {(row["encoder"], row["N"]) for row in of_encoders}
@@ -326,7 +330,7 @@ def main(options: argparse.Namespace) -> int:
         longest = Shape.asked(options, n)
         of_encoders.append(run_encoder_case(name, longest, n, options.device))
         write_results(options.out, "encoders", of_encoders, stamp, title="Encoders: bytes a token")
-        told = of_encoders[-1].get("failed") or f"{of_encoders[-1]['bytes_per_token']:,.0f} bytes a token"
+        told = told_of(of_encoders[-1], "bytes_per_token", lambda size: f"{size:,.0f} bytes a token")
         print(f"encoder {name} N={n}: {told}", flush=True)
     checks = [check_prediction(rows, shape, c, options.fit, options.device) for c in options.concepts]
     write_results(options.out, "prediction", checks, stamp, title="Longest N that fits: predicted and checked")
@@ -340,16 +344,17 @@ def main(options: argparse.Namespace) -> int:
 
 def check_prediction(rows: Sequence[dict], shape: Shape, num_concepts: int, limit_gib: float, device: str) -> dict:
     """Predicts the longest N for ``limit_gib``, runs it, and says how far the peak came from the limit."""
-    known = [row for row in rows if (row["encoder"], row["C"]) == (OURS, num_concepts) and "failed" not in row]
+    known = [row for row in rows if (row["encoder"], row["C"]) == (OURS, num_concepts) and row["status"] == MEASURED]
     try:
         longest = longest_that_fits(known, int(limit_gib * GIB))
     except ValueError as error:
-        return {"C": num_concepts, "limit_GiB": limit_gib, "predicted N": None, "measured_GiB": f"not run: {error}"}
+        return {"C": num_concepts, "limit_GiB": limit_gib, "predicted N": None, "measured_GiB": None,
+                "status": f"not run: {error}"}  # fmt: skip
     row = run_case(OURS, shape, longest, num_concepts, device)
-    measured = row["allocator_peak"] / GIB if "failed" not in row else None
+    measured = row["allocator_peak"] / GIB if row["status"] == MEASURED else None
     return {
         "C": num_concepts, "limit_GiB": limit_gib, "predicted N": longest,
-        "measured_GiB": row["failed"] if measured is None else round(measured, 4),
+        "measured_GiB": None if measured is None else round(measured, 4),
         "error_percent": None if measured is None else round(100 * (measured / limit_gib - 1), 2),
-        "predicted from N": max(row["N"] for row in known),
+        "predicted from N": max(row["N"] for row in known), "status": row["status"],
     }  # fmt: skip

@@ -7,7 +7,8 @@ from ..engine.errors import InputError
 from ..engine.files import write_text
 from .documents.paste import fill
 from .documents.table import write_tables as write_ablation
-from .figures.charts import draw_kernels, draw_memory, draw_scaling
+from .figures.charts import draw_kernels, draw_overview, draw_scaling
+from .figures.memory import draw_memory
 from .kernels.best import COLUMNS, best_peers
 from .measure.exponents import write_tables
 from .measure.results import read_results, read_rows, write_results
@@ -15,7 +16,7 @@ from .measure.results import read_results, read_rows, write_results
 CHECKOUT = Path(__file__).parent.parent
 MEASURED = {  # result file -> its figures
     "kernels.json": ("speedup", "roofline"), "scaling.json": ("time", "memory", "speedup"), "memory.json": ("memory",),
-    "cells.json": ("ablation",),
+    "encoders.json": ("encoders",), "cells.json": ("ablation",),
 }  # fmt: skip
 
 
@@ -32,7 +33,7 @@ def derive(path: Path) -> None:
         draw_scaling(path.parent)
     elif path.name == "cells.json":
         write_ablation(path.parent, rows, environment)
-    else:
+    elif path.name == "memory.json":
         draw_memory(path.parent)
 
 
@@ -44,10 +45,15 @@ def report(folder: Path) -> Path:
     """
     for path in (path for path in sorted(folder.rglob("*.json")) if path.name in MEASURED):
         derive(path)
+    short, long = (folder / name / "scaling.json" for name in ("scaling", "long"))
+    if short.exists():
+        draw_overview(folder, short, long)
     files = [path for path in folder.rglob("*.json") if read_rows(path)]
     if not files:
         raise FileNotFoundError(f"{folder}: no result files; run conceptron bench kernels, scaling or memory first")
     parts = ["# Results\n"]
+    if (folder / "overview.png").exists():
+        parts.append("![overview](overview.png)\n")
     for path in sorted(files, key=lambda path: (path.parent, path.name in MEASURED, path)):  # short tables first
         table = path.with_suffix(".md").read_text()
         parts.append(f"## {path.relative_to(folder).with_suffix('')}\n\n{table.removeprefix('# ')}")

@@ -31,6 +31,7 @@ from ..engine import launch, zero
 from ..engine.data.corpus import Corpus
 from ..engine.data.stages import Stages
 from ..engine.data.windows import Part, Windows, cut
+from ..engine.errors import InputError
 from ..engine.jobs.pretraining import PretrainingJob, counted
 from ..engine.launch import StopRequest
 from ..engine.optimizer import build_optimizer
@@ -49,7 +50,8 @@ from .measure.nvml import monitor_of
 from .measure.results import markdown_table, write_results
 
 PARTS = {"encoder": "encoder", "decoder": "decoder", "head": "lm_head"}  # part -> module of ConceptForMaskedLM
-SEEDS_VOCABULARY = 50368  # of the tokenizer that the presets name, so that it need not be fetched
+SEEDS_TOKENIZER = "answerdotai/ModernBERT-base"
+SEEDS_VOCABULARY = 50368  # its ids, so that it need not be fetched
 AS_THE_SEEDS = ("objective.encoder_view=clean", "objective.weighting=selfnorm", "train.label_smoothing=0.1")
 SIX_LAYERS = ("model.num_hidden_layers=6", "model.intermediate_size=2048", "batch.tokens=262144")
 PRESETS: dict[str, tuple[str, ...]] = {  # name -> recipe and what the seeds' run changes in it
@@ -181,6 +183,7 @@ def run(
         rate = matmul_flops(world.device, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
 
     return {
+        "vocabulary": config.vocab_size, "text": "random tokens" if use_synthetic else "the recipe's",
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "tokens_per_step": num_tokens / num_steps, "tokens_per_s": num_tokens / total_s,
         "step_ms": total_s / num_steps * 1e3,
@@ -199,7 +202,11 @@ def main(options: argparse.Namespace) -> int:
     source, *preset = PRESETS.get(options.recipe, (options.recipe,))
     recipe = load_recipe(source, [*preset, *options.overrides])
     stamp = environment(recipe.run.seed)
-    vocabulary = options.vocabulary or (SEEDS_VOCABULARY if options.recipe in PRESETS else None)
+    if options.vocabulary and not options.synthetic:
+        raise InputError("--vocabulary: of random tokens only; add --synthetic, or leave it out")
+    vocabulary = options.vocabulary
+    if vocabulary is None and recipe.data.tokenizer == SEEDS_TOKENIZER and options.recipe in PRESETS:
+        vocabulary = SEEDS_VOCABULARY
     row = run(recipe, options.steps, options.warm_up, options.synthetic, vocabulary)
     name = Path(options.recipe).stem
     rows = [{"recipe": options.recipe, **row}]

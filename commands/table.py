@@ -53,6 +53,8 @@ DEVICE = Option("--device", Word(("cpu", "cuda")), "left out: a GPU where there 
 RESUME = Option("--resume", None, "keep what --out holds already")
 VOCABULARY = Option("--vocabulary", Whole(8, 2**24), "number of ids, where the recipe's tokenizer cannot be opened",
                     shown="V")  # fmt: skip
+MODEL = Option("--model", Text("a model"), "a folder of this package, a finished run, or a hub id", required=True)
+TEXT_COLUMN = Option("--text-column", Text("a column"), "of jsonl and parquet files", "text")
 MINUTES = Number(0, 1e5)
 WIDTHS = (
     Option("--width", Whole(1, 65536), "d, of every encoder", 128),
@@ -142,6 +144,43 @@ COMMANDS = (
         ),
     ),
     Command(
+        "build", "write the model of a recipe as it starts, nothing trained",
+        "conceptron build pretrain/read.yaml model.backbone=DIR --out runs/read/model", "engine.build:main",
+        (
+            RECIPE, OVERRIDES,
+            Option("--out", Place("new folder"), "the folder of the model", required=True),
+        ),
+    ),
+    Command(
+        "embed", "vectors of documents of any length, as parquet; a command that was stopped goes on",
+        "conceptron embed docs/ --model runs/read/model --out vectors.parquet --concepts",
+        "engine.embedding.embed:main",
+        (
+            Option("files", Text("files"), "txt, jsonl, jsonl.gz or parquet files, folders or globs of them", (), "+",
+                   "FILES"),
+            MODEL,
+            Option("--out", Place("new file"), "a .parquet file: id, vector", required=True),
+            Option("--concepts", None, "also the vector of each concept, and the characters that it stands for"),
+            TEXT_COLUMN,
+        ),
+    ),
+    Command(
+        "search", "the documents that answer a question, and the passage in each",
+        'conceptron search "what is a context manager?" docs/ --model runs/read/model', "engine.embedding.search:main",
+        (
+            Option("query", Text("a question"), "one or more questions, each in quotes", (), "+"),
+            Option("path", Text("a path"), "a file, a folder or a glob of txt, jsonl or parquet files"),
+            MODEL,
+            Option("--top", Whole(1, 1000), "documents for each question", 3),
+            Option("--index", Place("new folder"), "where concepts are kept; left out: in the cache folder"),
+            Option("--teacher", Text("a model"), (
+                "the sentence encoder that embeds the questions; left out: the model's own backbone, or what the model "
+                "was distilled from"
+            )),
+            TEXT_COLUMN,
+        ),
+    ),
+    Command(
         "analyze", "report on a run or a model: plots, held-out figures, gates", "conceptron analyze runs/demo",
         "bench.analyze:main",
         (
@@ -173,6 +212,25 @@ COMMANDS = (
             Option("task", Text("a task"), "its name; scrolls: the whole benchmark, {task: {id: prediction}}"),
             Option("--predictions", Place("file"), "JSON: {id: prediction}", required=True),
             Option("--references", Place("file"), "JSON: {id: reference or [references]}", required=True),
+        ),
+    ),
+    Command(
+        "gate", "is a run worth going on with? PASS, FAIL, UNKNOWN a metric, and what to do next",
+        "conceptron gate runs/demo --strict", "bench.gate:main",
+        (
+            Option("run", Place("folder"), "runs/NAME, trained and analysed"),
+            Option("--strict", None, "exit code 1 where a gate fails"),
+            Option("--seeds", None, "also the thresholds of the planning documents"),
+            Option("--file", Place("file"), "gates of your own instead of bench/gates.yaml"),
+        ),
+    ),
+    Command(
+        "compare", "runs side by side: training, held-out figures, concepts, gates",
+        "conceptron compare runs/demo runs/other", "bench.compare:runs",
+        (
+            Option("runs", Place("folder"), "two or more, trained and analysed", (), "+", "RUN"),
+            Option("--seeds", None, "also the planning documents' published values, marked"),
+            Option("--out", Place("new folder"), "also write the table there: page, JSON, CSV, Markdown"),
         ),
     ),
     Command(
@@ -227,6 +285,18 @@ COMMANDS = (
             Option("--synthetic", None, "random tokens instead of the recipe's data"), VOCABULARY,
             Option("--steps", Whole(1), "that are timed", 10), Option("--warm-up", Whole(0), "that are not", 3),
             out("runs/bench/step"),
+        ),
+    ),
+    Command(
+        "bench compute", "what more iterations or fewer concepts at test time buy: quality, convergence, time",
+        "conceptron bench compute runs/recursive --iterations 2 4 6 8 12", "bench.compute:main",
+        (
+            Option("path", Text("a run or a model"), "recursive (tied layers) or nested; runs/NAME, or a model folder"),
+            Option("--text", Place("file"), "held-out text for a bare model", (), "+", "FILE"),
+            Option("--iterations", Whole(1, 1024), "of tied layers; 1 to 16 by default", None, "+", "K"),
+            Option("--concepts", Whole(1, 65536), "of a nested model; powers of two by default", None, "+", "C"),
+            Option("--seconds", Number(0.001, 3600), "timed for each value", 0.5),
+            out("runs/bench/compute"),
         ),
     ),
     Command(

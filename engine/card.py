@@ -24,6 +24,7 @@ class About:
     recipe: dict[str, Any] = field(default_factory=dict)  # resolved
     data: list[str] = field(default_factory=list)  # one line a source
     figures: dict[str, Any] = field(default_factory=dict)  # of the last evaluation on held-out text
+    is_trained: bool = True  # else: as the recipe starts
 
 
 def card(model: nn.Module, about: About) -> str:
@@ -72,7 +73,8 @@ def origin(model: nn.Module, about: About) -> list[str]:
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     lines = [
         f"- {millions:.1f} M parameters; {config.num_concepts} concepts of width {config.hidden_size} a text",
-        f"- trained on texts of up to {about.length} tokens",
+        f"- trained on texts of up to {about.length} tokens" if about.is_trained else
+        "- nothing is trained: this is how the recipe below starts",
     ]
     if config.backbone:
         own = config.backbone
@@ -82,8 +84,10 @@ def origin(model: nn.Module, about: About) -> list[str]:
         )
     if distilled_from(config):
         lines.append(f"- distilled from {distilled_from(config)}")
-    lines += [f"- data: {line}" for line in about.data]
-    return [*lines, "- licence of the data, and of these weights: not recorded by the run", ""]
+    if about.is_trained:
+        lines += [f"- data: {line}" for line in about.data]
+        lines.append("- licence of the data, and of these weights: not recorded by the run")
+    return [*lines, ""]
 
 
 def distilled_from(config: Any) -> str | None:
@@ -91,6 +95,8 @@ def distilled_from(config: Any) -> str | None:
 
 
 def scores(about: About) -> list[str]:
+    if not about.is_trained:
+        return []
     rows = {name: value for name, value in about.figures.items() if isinstance(value, int | float)}
     if not rows:
         return ["No held-out figures were measured in the run.", ""]

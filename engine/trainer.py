@@ -141,7 +141,9 @@ class Trainer:
 
             is_last = progress.step == total
             if is_last or due(progress.step, recipe.eval.every):
-                telemetry.evaluation(progress.step, job.evaluate(self.engine))
+                found = job.evaluate(self.engine)
+                telemetry.evaluation(progress.step, found)
+                self.check_collapse(found.get("collapse", ""))
             if is_last or stopping or due(progress.step, recipe.checkpoint.every):
                 self.save(must_succeed=is_last or stopping)
             if stopping and not is_last:
@@ -163,6 +165,22 @@ class Trainer:
                 f"{self.run.path}: {self.bad_steps} steps in a row had a gradient that is not finite, stopped at step "
                 f"{step + 1}; lower optim.lr or look at the {named} listed in metrics.jsonl, and start another run.name"
             )
+
+    def check_collapse(self, reason: str) -> None:
+        """Says, or ends the run with, why concepts carry next to no content; not in the first tenth of the steps."""
+        recipe, step = self.recipe, self.progress.step
+        if not reason or step < recipe.train.steps / 10:
+            return
+        self.telemetry.record("collapse", step, reason=reason)
+        advice = "see conceptron analyze, or start from the text (model.init_queries), hide more, contrast"
+        if recipe.train.on_collapse == "warn" or step == recipe.train.steps:
+            self.telemetry.say(f"warning: step {step}: the concepts have collapsed: {reason}; {advice}")
+            return
+        self.save(must_succeed=True)
+        raise InputError(
+            f"{self.run.path}: stopped at step {step}, the concepts have collapsed: {reason}; {advice}; to go on all "
+            "the same: resume=auto train.on_collapse=warn"
+        )
 
     def save(self, must_succeed: bool) -> None:
         """A failed periodic save costs a warning; three in a row, or the last one, end the run. Earlier ones stay."""

@@ -34,6 +34,7 @@ from .build import Build
 
 OPERATORS = (
     "concept_attention",
+    "streamed_attention",
     "token_attention",
     "bixt_attention",
     "slot_attention",

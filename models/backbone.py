@@ -16,7 +16,8 @@ from .backbone_config import CAUSAL, LAYERS, inner_config, layer_numbers
 from .packing import Packed
 
 LAST_NORMS = ("norm", "final_norm")  # what closes the last layer, where layers begin with a norm
-CALL_TOKENS = 8192  # of one call of the module
+CALL_TOKENS = 8192  # of one call of the module,
+CPU_CALL_TOKENS = 4096  # and of one on a CPU, whose caches hold no more between two layers
 CALL_SLACK = 8  # a window this much shorter than the longest, or an eighth, is padded rather than given its own call
 
 
@@ -47,13 +48,13 @@ def cut(lengths: np.ndarray, capacity: int, overlap: int) -> Windows:
     return Windows(text + starts, size, text + first, text + end)
 
 
-def calls(lengths: np.ndarray, num_added: int) -> Iterator[np.ndarray]:
-    """Windows that are computed at once: of about one length, longest first, ``CALL_TOKENS`` with the added ones."""
+def calls(lengths: np.ndarray, num_added: int, most: int = CALL_TOKENS) -> Iterator[np.ndarray]:
+    """Windows that are computed at once: of about one length, longest first, ``most`` tokens with the added ones."""
     order = np.argsort(-lengths, kind="stable")
     begin = 0
     while begin < len(order):
         longest = int(lengths[order[begin]])
-        room = max(1, CALL_TOKENS // (longest + num_added))
+        room = max(1, most // (longest + num_added))
         shortest = longest - max(CALL_SLACK, longest // 8)
         part = order[begin : begin + room]
         part = part[lengths[part] >= shortest]
@@ -135,8 +136,9 @@ class Backbone(nn.Module):
         lengths = packed.cu_seqlens.diff().cpu().numpy().astype(np.int64)
         windows = cut(lengths, self.capacity, self.overlap)
         states, rows = [], []
+        most = CPU_CALL_TOKENS if packed.input_ids.device.type == "cpu" else CALL_TOKENS
         with torch.no_grad() if self.trained == "none" else nullcontext():
-            for part in calls(windows.lengths, len(self.prefix) + len(self.suffix)):
+            for part in calls(windows.lengths, len(self.prefix) + len(self.suffix), most):
                 states.append(self.states_of(Windows(*(x[part] for x in windows)), packed.input_ids))
                 rows.append(np.concatenate([np.arange(*bounds) for bounds in zip(*owned(windows, part), strict=True)]))
             order = torch.from_numpy(np.argsort(np.concatenate(rows), kind="stable"))

@@ -15,6 +15,8 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from ..kernels.autocast import lower_precision
+from . import attention_maps
+from .attention_maps import Watch
 from .backbone import Backbone
 from .config import ConceptConfig
 from .door import open_door
@@ -33,7 +35,7 @@ from .layers import (
 from .mixing import CopeMixing
 from .packing import Packed
 from .positions import TokenPositions, anchors
-from .queries import ConceptQueries, NullConcepts, orthogonal_rows
+from .queries import ConceptQueries, NullConcepts, orthogonal_rows, with_asked
 from .recursion import apply_layers
 from .start.resize import LoadsOtherSizes
 from .token_layers import Places, TokenLayers, TokenResidualLinear, WindowConv
@@ -47,6 +49,7 @@ class ConceptEncoderOutput(ModelOutput):
     anchors: Tensor | None = None  # [B, C] float32, where each concept stands among the tokens
     hidden_states: tuple[Tensor, ...] | None = None  # the concepts before each layer, and the last of all
     convergence: Tensor | None = None  # [K, B] float32, |c_k+1 - c_k| / |c_k| of each layer or iteration
+    attentions: tuple[Tensor, ...] | None = None  # on request, of each layer: [B, H, C, N], or [H, C, T]
 
 
 class ConceptPreTrainedModel(LoadsOtherSizes, PreTrainedModel):
@@ -55,6 +58,7 @@ class ConceptPreTrainedModel(LoadsOtherSizes, PreTrainedModel):
     config_class = ConceptConfig
     base_model_prefix = "encoder"
     supports_gradient_checkpointing = True  # of layers of the encoder, of tokens and of the decoder
+    hands_attentions_on = False  # whether a call can give the weights with which concepts read tokens
 
     def __init__(self, config: ConceptConfig):
         config.check()  # again: from_pretrained(folder, field=other) sets fields one by one
@@ -78,15 +82,19 @@ class ConceptPreTrainedModel(LoadsOtherSizes, PreTrainedModel):
         """Whether a call gives hidden states, and whether named: as it says, or else the configuration.
 
         Raises:
-            ValueError: attention weights were asked for.
+            ValueError: attention weights were asked for of a model that does not hand them on.
         """
         config = self.config
-        if config.output_attentions if output_attentions is None else output_attentions:
+        if self.wants_attentions(output_attentions) and not self.hands_attentions_on:
             raise ValueError(
-                "output_attentions: expected False, got True: attention weights are never made, only what they weigh"
+                "output_attentions: expected False, got True: only the encoder gives them, "
+                "model.encoder(..., output_attentions=True)"
             )
         with_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return bool(with_states), bool(config.return_dict if return_dict is None else return_dict)
+
+    def wants_attentions(self, output_attentions: bool | None) -> bool:
+        return bool(self.config.output_attentions if output_attentions is None else output_attentions)
 
     def _set_gradient_checkpointing(self, *args, **kwargs):
         options = getattr(kwargs.get("gradient_checkpointing_func"), "keywords", {})
@@ -193,14 +201,16 @@ class ConceptEncoder(ConceptPreTrainedModel):
         "ids"     the id: states are made again as well; for token embeddings that nothing but the norm follows
         None      "states" on a CPU; "keys" where they are made once for several layers (tied, share_kv), and elsewhere
 
-    The result is the same within rounding. Layers of slots (whose softmax runs over concepts) and BiXT (which changes
-    tokens) keep what they make, as do modules that are wrapped or hooked, ZeRO-3 and torch.compile; what token layers
-    and ``widen_tokens`` keep is not touched: for them there is gradient checkpointing. One derivative only.
+    The result is the same within rounding. None keeps keys where the rest cannot be: by layers of slots (whose softmax
+    runs over concepts) and BiXT (which changes tokens), by projections that are wrapped, hooked or cut by ZeRO-3, and
+    under torch.compile; "states" or "ids" there are refused, but for torch.compile, which does as it is told. What
+    token layers and ``widen_tokens`` keep is not touched: for them there is gradient checkpointing. One derivative.
     Source: Perceiver IO (Jaegle et al. 2021, arXiv:2107.14795) with anchored concepts.
     """
 
     keep: str | None = None
     group: ProcessGroup | None = None  # of devices that each hold a part of every text, ``sharding.shard``
+    hands_attentions_on = True
     # of the folder of a model with a head, whose encoder this is: what AutoModel leaves there is no surprise
     _keys_to_ignore_on_load_unexpected: ClassVar = [
         rf"^{part}\." for part in ("decoder", "exposure", "lm_head", "norm", "pool", "classifier", "qa_outputs")
@@ -263,11 +273,14 @@ class ConceptEncoder(ConceptPreTrainedModel):
             num_iterations: K of a tied layer, any; the configuration's by default.
             tolerance: in evaluation, ends the iterations of a tied layer after one that changed the concepts of every
                 sequence by less, |c_k+1 - c_k| < tolerance * |c_k|. Synchronises with the host once an iteration.
+            output_attentions: also the weights with which each layer or iteration reads tokens (``attention_maps``),
+                exactly, without gradient, up to 1 GiB of them: [B, H, C, N], zero at tokens that are not read; of
+                packed texts [H, C, T], each column of the concepts of its own text.
             output_hidden_states, return_dict: as in transformers; None: what the configuration says.
 
         Raises:
             ValueError: not exactly one form of the texts came, a shape does not fit, iterations were asked of layers
-                that are not tied, or output_attentions, which there are none of.
+                that are not tied, or attentions of a funnel, which merges tokens, or too large to hand out.
         """
         with_states, as_dict = self.wants(output_attentions, output_hidden_states, return_dict)
         door = open_door(
@@ -281,24 +294,37 @@ class ConceptEncoder(ConceptPreTrainedModel):
             raise ValueError(f"num_concepts: expected a whole number of at least 1, got {num_concepts!r}")
         if packed is None:
             packed = self.visible(self.bare(door.packed))
-        states, changes = self.encode(packed, num_iterations, tolerance, output_convergence, num_concepts, asked)
+        maps = None
+        if self.wants_attentions(output_attentions):
+            if asked is not None:
+                raise ValueError("output_attentions: expected False with asked, whose rows have no weights to show")
+            maps = attention_maps.Rows(self.config, packed, num_iterations, num_concepts, self.group is not None)
+        watch = None if maps is None else maps.watch
+        states, changes = self.encode(
+            packed, num_iterations, tolerance, output_convergence, num_concepts, watch, asked
+        )
         result = ConceptEncoderOutput(
             last_hidden_state=states[-1],
             pooler_output=self.pooled(states[-1] if asked is None else states[-1][:, : -asked.shape[1]]),
-            anchors=self.all_anchors(packed, num_concepts, asked),
+            anchors=self.anchors(packed, num_concepts, asked),
             hidden_states=tuple(states) if with_states else None,
             convergence=torch.stack(changes) if output_convergence else None,
         )
+        if maps is not None:
+            read_T = None if packed is door.packed else self.rows_read(door.packed)
+            result.attentions = attention_maps.spread(maps.maps(), door, read_T)
         return result if as_dict else result.to_tuple()
 
     def encode(
         self, packed: Packed, num_iterations: int | None = None, tolerance: float | None = None,
-        with_changes: bool = False, num_concepts: int | None = None, asked: Tensor | None = None,
+        with_changes: bool = False, num_concepts: int | None = None, watch: Watch | None = None,
+        asked: Tensor | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
-        """The concepts [B, C, d] before each layer, then the normalised ones; on request each layer's change [B]."""
+        """The concepts [B, C, d] before each layer, then the normalised ones; on request each layer's change [B]. What
+        ``watch`` is given before each layer is as in ``attention_maps``, with whole tokens."""
         config, B = self.config, packed.num_sequences
-        tokens = self.read_tokens(packed)
-        anchors_BC = self.all_anchors(tokens.packed, num_concepts, asked)
+        tokens = self.read_tokens(packed) if watch is None else self.whole_tokens(packed)
+        anchors_BC = self.anchors(tokens.packed, num_concepts, asked)
         angles = self.concept_angles(anchors_BC)
         K = config.iterations if num_iterations is None else num_iterations
         num_frozen = 0
@@ -307,12 +333,10 @@ class ConceptEncoder(ConceptPreTrainedModel):
         read = tokens.states if tokens.source is None else tokens.source
         beginning = read if tokens.raw is None else tokens.raw
         start_BCd = self.concepts(beginning, tokens.packed, num_concepts, self.group)
-        if asked is not None:
-            self.check_asked(asked, B, start_BCd.shape[0])
-            start_BCd = torch.cat((start_BCd, asked.to(start_BCd.dtype)), dim=1)
+        start_BCd = start_BCd if asked is None else with_asked(start_BCd, asked, B)
         states, changes = apply_layers(
             [self.layers[0]] * K if config.tie_layers else list(self.layers), start_BCd, angles, tokens,
-            num_texts=B, num_frozen=num_frozen, tolerance=tolerance, with_changes=with_changes,
+            num_texts=B, num_frozen=num_frozen, tolerance=tolerance, with_changes=with_changes, watch=watch,
         )  # fmt: skip
         states[-1] = self.out_norm(states[-1])
         return [c_BCd[:B] for c_BCd in states], changes
@@ -355,16 +379,29 @@ class ConceptEncoder(ConceptPreTrainedModel):
             raise ValueError(f"inputs_embeds: expected shape {expected}, got a width of {embeds_Te.shape[1]}")
 
     def kept_of_tokens(self) -> str:
-        """What is kept of a token in this call, see ``keep``."""
+        """What is kept of a token in this call, see ``keep``.
+
+        Raises:
+            ValueError: ``keep`` says what layers of this kind, or as they are now, cannot; it begins with "keep".
+        """
         check_keep(self.config, self.keep)
-        if self.config.layer_kind != "cross" or self.group is not None:
+        config = self.config
+        if config.layer_kind != "cross" or self.keep == "keys":
             return "keys"
-        is_default = self.keep is None and (
-            self.config.tie_layers or self.config.share_kv > 1 or self.token_norm.weight.device.type != "cpu"
-        )
-        if is_default or torch.compiler.is_compiling() or not all(layer.read.is_plain for layer in self.layers):
-            return "keys"
-        return self.keep or "states"
+        is_plain = all(layer.read.is_plain for layer in self.layers)
+        if self.keep is None:
+            is_made_once = config.tie_layers or config.share_kv > 1
+            is_small = not is_made_once and self.token_norm.weight.device.type == "cpu"
+            is_here = self.group is None and not torch.compiler.is_compiling()
+            return "states" if is_small and is_plain and is_here else "keys"
+        if self.group is not None:
+            raise ValueError(f"keep: expected keys or None for a text over several devices, got {self.keep!r}")
+        if not is_plain:
+            raise ValueError(
+                f"keep: expected keys or None, got {self.keep!r}: projections of keys and values are wrapped, hooked, "
+                "quantised, sharded, or cut by ZeRO-3, and cannot be taken out of their modules"
+            )
+        return self.keep
 
     @property
     def has_plain_embeddings(self) -> bool:
@@ -429,11 +466,21 @@ class ConceptEncoder(ConceptPreTrainedModel):
 
     def bare(self, packed: Packed) -> Packed:
         """Without the special tokens that the backbone's tokenizer put around each text: every window has its own."""
+        keep = self.rows_inside(packed)
+        if keep is None:
+            return packed
+        kept = packed.select(keep)
+        positions = torch.arange(kept.num_tokens, device=keep.device) - kept.cu_seqlens[:-1].long()[kept.sequence_ids()]
+        states = packed.states if kept.num_tokens == packed.num_tokens else None  # of other texts
+        return Packed(kept.input_ids, positions, kept.cu_seqlens, packed.max_seqlen, states=states)
+
+    def rows_inside(self, packed: Packed) -> Tensor | None:
+        """[T] bool: what is no such token; None: nothing is."""
         backbone = self.backbone
         if backbone is None or packed.embeds is not None or packed.num_tokens == 0:
-            return packed
+            return None
         if not (backbone.prefix or backbone.suffix):
-            return packed
+            return None
         keep = torch.ones(packed.num_tokens, dtype=torch.bool, device=packed.input_ids.device)
         starts, ends = packed.cu_seqlens[:-1].long(), packed.cu_seqlens[1:].long()
         last = packed.num_tokens - 1
@@ -443,30 +490,30 @@ class ConceptEncoder(ConceptPreTrainedModel):
             rows = rows.clamp(0, last)
             there &= (packed.input_ids[rows] == torch.tensor(tokens, device=keep.device)).all(1)
             keep[rows[there].flatten()] = False
-        kept = packed.select(keep)
-        positions = torch.arange(kept.num_tokens, device=keep.device) - kept.cu_seqlens[:-1].long()[kept.sequence_ids()]
-        states = packed.states if kept.num_tokens == packed.num_tokens else None  # of other texts
-        return Packed(kept.input_ids, positions, kept.cu_seqlens, packed.max_seqlen, states=states)
+        return keep
 
     def visible(self, packed: Packed) -> Packed:
         """What the encoder reads of a text with [MASK] tokens in it: without them if it was configured to drop them."""
+        keep = self.rows_visible(packed)
+        return packed if keep is None else packed.select(keep)
+
+    def rows_visible(self, packed: Packed) -> Tensor | None:
+        """[T] bool; None: all of them."""
         if self.config.hidden_tokens != "drop" or self.config.mask_token_id is None or packed.embeds is not None:
-            return packed
-        return packed.select(packed.input_ids != self.config.mask_token_id)
+            return None
+        return packed.input_ids != self.config.mask_token_id
 
-    def check_asked(self, asked: Tensor, num_texts: int, num_rows: int) -> None:
-        d = self.config.hidden_size
-        if asked.ndim != 3 or asked.shape[0] != num_texts or asked.shape[2] != d:
-            raise ValueError(f"asked: expected shape [{num_texts}, Q, {d}], got {list(asked.shape)}")
-        if num_rows != num_texts:
-            raise ValueError("asked: expected nothing with a funnel, which reads one more text than there are")
+    def rows_read(self, packed: Packed) -> Tensor:
+        """[T] bool: which tokens of texts that came through the door are read."""
+        keep = torch.ones_like(packed.input_ids, dtype=torch.bool)
+        for rows in (self.rows_inside(packed), self.rows_visible(packed)):
+            keep = keep if rows is None else keep & rows
+        return keep
 
-    def all_anchors(self, packed: Packed, num_concepts: int | None, asked: Tensor | None) -> Tensor:
-        """[B, C + Q]: those of the concepts, then of what is asked."""
-        mine = self.anchors(packed, num_concepts)
-        return mine if asked is None else torch.cat((mine, self.anchors(packed, asked.shape[1])), dim=1)
-
-    def anchors(self, packed: Packed, num_concepts: int | None = None) -> Tensor:
+    def anchors(self, packed: Packed, num_concepts: int | None = None, asked: Tensor | None = None) -> Tensor:
+        """[B, C], or with what is asked [B, C + Q]."""
+        if asked is not None:
+            return torch.cat((self.anchors(packed, num_concepts), self.anchors(packed, asked.shape[1])), dim=1)
         num_positions_B, C = packed.num_positions(), self.config.num_concepts if num_concepts is None else num_concepts
         if self.config.concept_positions != "rope":
             return num_positions_B.new_zeros((packed.num_sequences, C), dtype=torch.float32)

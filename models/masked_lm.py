@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from . import attention_maps
 from .ablation import ablated
 from .config import ConceptConfig
 from .decoder import ConceptDecoder
@@ -31,6 +32,7 @@ class ConceptMaskedLMOutput(ModelOutput):
     nll: Tensor | None = None  # [M] float32, one a target, smoothed if the loss is
     hidden_states: tuple[Tensor, ...] | None = None  # of the concepts, as the encoder gives them
     token_states: Tensor | None = None  # [B, N, d] the decoder's row at every token, zero at padding
+    attentions: tuple[Tensor, ...] | None = None  # with which concepts read tokens, as the encoder gives them
 
 
 class ConceptForMaskedLM(ConceptPreTrainedModel):
@@ -41,6 +43,7 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
     masked language model of transformers takes them.
     """
 
+    hands_attentions_on = True
     accepts_loss_kwargs = True  # transformers' Trainer then passes num_items_in_batch and leaves the division to us
 
     def __init__(self, config: ConceptConfig):
@@ -93,15 +96,14 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
             num_items_in_batch: with labels, what their sum is divided by; by default their number.
             ablate: None, "zero" or "shuffle": what the loss is without the concepts of the text (``ablation.ablated``).
             output_token_states: also the decoder's row at every token, where logits are made.
-            output_hidden_states, return_dict: as in transformers; None: what the configuration says. Hidden states are
-                the encoder's; of a view there are none.
+            output_hidden_states, output_attentions, return_dict: as in transformers; None: what the configuration says.
+                Hidden states and attentions are the encoder's; of a view, or of what is encoded, there are none.
 
         Returns:
             loss if there are targets; logits if there are none, and with labels in eval mode; concepts always.
 
         Raises:
-            ValueError: the inputs name neither or both doors, a shape does not fit, or output_attentions, which there
-                are none of.
+            ValueError: the inputs name neither or both doors, a shape does not fit, or attentions cannot be given.
         """
         with_states, as_dict = self.wants(output_attentions, output_hidden_states, return_dict)
         if (view is None) == (input_ids is None and inputs_embeds is None):
@@ -121,16 +123,20 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
             cu_seq_lens_q=cu_seq_lens_q, cu_seq_lens_k=cu_seq_lens_k, max_length_q=max_length_q,
             max_length_k=max_length_k,
         )  # fmt: skip
-        targets_T = None if labels is None else door.rows(labels, "labels")
+        targets_T, attentions = None if labels is None else door.rows(labels, "labels"), None
         if encoded is None:
             read = self.encoder.visible(self.encoder.bare(door.packed))
             encoded = self.encoder(
-                packed=read, num_iterations=num_iterations, output_hidden_states=with_states, return_dict=True
-            )
+                packed=read, num_iterations=num_iterations, output_hidden_states=with_states, return_dict=True,
+                output_attentions=self.wants_attentions(output_attentions),
+            )  # fmt: skip
+            if encoded.attentions is not None:
+                read_T = None if read is door.packed else self.encoder.rows_read(door.packed)
+                attentions = attention_maps.spread(encoded.attentions, door, read_T)
         encoded = ablated(encoded, ablate)
         if timesteps is None and self.config.timestep_conditioning:
             timesteps = self.masked_share(door.packed)
-        result = ConceptMaskedLMOutput(concepts=encoded.last_hidden_state)
+        result = ConceptMaskedLMOutput(concepts=encoded.last_hidden_state, attentions=attentions)
         result.hidden_states = encoded.hidden_states if with_states else None
         seen = self.expose(encoded, num_concepts)
         if targets_T is not None:
@@ -156,7 +162,7 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
         """With what a training step needs to log: how far iterations still move the concepts."""
         return self.encoder(
             packed=packed, num_iterations=num_iterations, return_dict=True,
-            output_convergence=self.training and self.config.tie_layers,
+            output_convergence=self.training and self.config.tie_layers, output_attentions=False,
         )  # fmt: skip
 
     def _loss_of_rows(

@@ -5,7 +5,7 @@ B sequences, C concepts, d model width, K iterations.
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ def draw_iterations(config: ConceptConfig, key: Sequence[int]) -> int | None:
 def apply_layers(
     layers: Sequence[nn.Module], c_BCd: Tensor, angles: ConceptAngles, tokens: Tokens, *,
     num_texts: int, num_frozen: int = 0, tolerance: float | None = None, with_changes: bool = False,
+    watch: Callable[..., None] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """Applies the layers one after the other.
 
@@ -49,6 +50,7 @@ def apply_layers(
             and tokens that they started from, as if they had added a constant: learned concepts and embeddings are
             still trained (Jia et al. 2023, arXiv:2210.08990, call it bi-level optimisation).
         tolerance: stop after a layer that changed the concepts of every sequence by less than this. Synchronises.
+        watch: called before each layer with all that it is given, see ``attention_maps.Watch``.
 
     Returns:
         The concepts [B, C, d] before each layer and after the last; with ``with_changes`` or ``tolerance`` for each
@@ -57,6 +59,8 @@ def apply_layers(
     start, start_tokens = c_BCd, tokens
     states, changes = [c_BCd], []
     for k, layer in enumerate(layers):
+        if watch is not None:
+            watch(layer, states[-1], angles, tokens)
         with torch.no_grad() if k < num_frozen else contextlib.nullcontext():
             c_BCd, tokens = layer(states[-1], angles, tokens, is_last=k == len(layers) - 1)
         if k == num_frozen - 1:

@@ -3,6 +3,7 @@
 B texts, T packed tokens, N tokens of one text, C concepts, d width.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,6 +37,15 @@ def share_means(x_Td: Tensor, packed: Packed, num_concepts: int) -> Tensor:
     cut_BC1d = part_BC1[..., None] * x_Td[edges_BC1.clamp_max(packed.num_tokens - 1)]
     means_BCd = (sums - cut_BC1d[:, :-1] + cut_BC1d[:, 1:]) * (C / N_B1.clamp_min(1))[..., None].to(x_Td.dtype)
     return smooth(means_BCd, -(-FEWEST_TOKENS * C // N_B1.clamp_min(1)))
+
+
+def share_bounds(num_tokens: int, num_concepts: int) -> np.ndarray:
+    """[C, 2] int64: the tokens begin to end - 1 that count for each concept, in whole or in part."""
+    N, C = num_tokens, num_concepts
+    half = min(-(-FEWEST_TOKENS * C // max(N, 1)) // 2, (C - 1) // 2)
+    own = np.arange(C)
+    begin, end = np.maximum(own - half, 0), np.minimum(own + half + 1, C)
+    return np.stack((begin * N // C, -(-end * N // C)), axis=1)
 
 
 def smooth(rows_BCd: Tensor, fewest_B1: Tensor) -> Tensor:

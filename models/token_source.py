@@ -6,14 +6,16 @@ B sequences, T packed tokens, C concepts, H heads, Hkv key/value heads, D head w
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
-from ..kernels.streamed_attention import eager
-from ..kernels.streamed_attention.arguments import Arguments
+from ..kernels.streamed_attention.op import streamed_attention
+from ..kernels.streamed_attention.shared import SharedGradient
 from .config import ConceptConfig
 from .packing import Packed
+from .similarity import wide
 
 KEEPS = ("keys", "states", "ids")
 ROWS = 2048  # of tokens that are embedded at one time
@@ -86,139 +88,84 @@ class TokenReader(nn.Module):
 
 
 class TokenSource:
-    """The states of a batch, and one buffer for their gradient.
+    """The states of a batch, and one gradient of them however many layers read (``SharedGradient``): x and one dx are
+    all that lives of a token, and with ``Embedded`` states not even these: their gradient is that of the table.
 
-    Whatever reads them adds its gradient to the buffer, chunk by chunk. What autograd sees of them is ``ticket``, a
-    number on which every read depends: its backward pass is the last of all, and hands the buffer on. So x and one dx
-    are all that lives of a token, however many layers read it, and with ``Embedded`` states not even these: their
-    buffer is that of the table.
+    torch.compile, which adds the gradients of all reads up itself, sees plain states [T, d] and reads of them.
     """
 
     def __init__(self, states: Tensor | Embedded, packed: Packed, where: Where):
         self.packed, self.where = packed, where
-        self.is_embedded = isinstance(states, Embedded)
-        self.gradients: tuple[Tensor, ...] = ()
-        self.graph_task = None  # the backward pass that they belong to
-        if self.is_embedded:
-            self.states = states._replace(table=states.table.detach(), norm=states.norm.detach())
-            self.ticket = _Ticket.apply(self, states.table, states.norm)
-        else:
-            self.states = states.detach()
-            self.ticket = _Ticket.apply(self, states)
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """What the gradients belong to."""
-        return (self.states.table, self.states.norm) if self.is_embedded else (self.states,)
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.states.ids) if self.is_embedded else len(self.states)
-
-    def buffers(self) -> tuple[Tensor, ...]:
-        """Of the gradients by ``tensors``, zero at the first read of a backward pass."""
-        task = torch._C._current_graph_task_id()
-        if self.graph_task != task:  # also where an earlier pass ended before it came to the ticket
-            self.gradients, self.graph_task = tuple(torch.zeros_like(x) for x in self.tensors), task
-        return self.gradients
-
-    def take(self) -> tuple[Tensor, ...]:
-        gradients = self.buffers()
-        self.gradients, self.graph_task = (), None
-        return gradients
+        is_embedded = isinstance(states, Embedded)
+        tensors = (states.table, states.norm) if is_embedded else (states,)
+        self.shared = None if torch.compiler.is_compiling() else SharedGradient(*tensors)
+        self.tensors = tensors if self.shared is None else self.shared.tensors
+        self.embedded = Embedded(states.ids, *self.tensors, states.eps) if is_embedded else None
 
     def read(
         self, q_BCHD: Tensor, w_key: Tensor, w_value: Tensor, key_bias: Tensor, key_norm: Tensor, eps: float
     ) -> Tensor:
         """What concepts read, [B, C, H, D]; weights [Hkv * D, d], bias and norm [D] of every head."""
-        key_bias = key_bias.repeat(w_key.shape[0] // key_bias.shape[0])
-        return _Read.apply(self.ticket, q_BCHD, w_key, w_value, key_bias, key_norm, self, eps, *self.tensors)
+        packed, (positions, frequencies, temperature) = self.packed, self.where
+        options = {"shared": self.shared}
+        if frequencies is not None:
+            options |= {"positions": positions, "frequencies": frequencies, "temperature": temperature}
+        if self.embedded is not None:
+            ids, _, norm, token_eps = self.embedded
+            options |= {"ids": ids, "token_norm": norm, "token_eps": token_eps}
+        return streamed_attention(
+            q_BCHD, self.tensors[0], w_key, w_value, packed.cu_seqlens, packed.max_seqlen,
+            key_bias=key_bias, key_norm=key_norm, eps=eps, **options,
+        )  # fmt: skip
 
     def segment_means(self, offsets: Tensor) -> Tensor:
         """offsets [S + 1] of tokens -> their means [S, d]; 0 where there is none."""
-        return _Means.apply(self.ticket, offsets, self, *self.tensors)
-
-    def arguments(self, q: Tensor, w_key: Tensor, w_value: Tensor, bias: Tensor, norm: Tensor, eps: float) -> Arguments:
-        states, (positions, frequencies, temperature) = self.states, self.where
-        of_ids = (states.ids, states.norm) if self.is_embedded else (None, None)
-        return Arguments(
-            q, states.table if self.is_embedded else states, w_key, w_value, self.packed.cu_seqlens, bias, norm,
-            None, None, None if frequencies is None else positions, frequencies, *of_ids, self.packed.max_seqlen,
-            temperature, states.eps if self.is_embedded else 0.0, eps, q.shape[-1] ** -0.5, None,
-        )  # fmt: skip
-
-
-class _Ticket(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, source, *tensors):
-        ctx.save_for_backward(*(x.detach() for x in tensors))  # as every read does: one storage, which has a name here
-        ctx.source = source
-        return tensors[0].new_zeros(())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, _):
-        return None, *ctx.source.take()
-
-
-class _Read(torch.autograd.Function):
-    """``tensors`` of the source are given without their graph, for autograd to keep and to guard against changes."""
-
-    @staticmethod
-    def forward(ctx, ticket, q, w_key, w_value, bias, norm, source, eps, *tensors):
-        a = source.arguments(q, w_key, w_value, bias, norm, eps)
-        if isinstance(q, FakeTensor):  # sizes without content
-            out = q.new_empty(source.packed.num_sequences, *q.shape[-3:])
-            lse = q.new_empty(source.packed.num_sequences, *q.shape[-2:-4:-1], dtype=torch.float32)
-        else:
-            with torch.autocast(q.device.type, enabled=False):  # it would take what is exact back to 16 bits
-                out, lse = eager.forward(a)
-        ctx.save_for_backward(q, w_key, w_value, bias, norm, out, lse, *tensors)
-        ctx.source, ctx.eps = source, eps
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        q, w_key, w_value, bias, norm, out, lse, *_ = ctx.saved_tensors
-        source, wants = ctx.source, ctx.needs_input_grad
-        dtokens = source.buffers() if wants[0] else None
-        a = source.arguments(q, w_key, w_value, bias, norm, ctx.eps)
-        with torch.autocast(q.device.type, enabled=False):
-            found = eager.backward(dout, out, lse, a, None if dtokens is None else dtokens[0])
-        if dtokens is not None and source.is_embedded:
-            dtokens[1].add_(found.dtoken_norm)
-        weights = (
-            gradient.to(weight.dtype)
-            for gradient, weight in zip(found[1:5], (w_key, w_value, bias, norm), strict=True)
-        )
-        return torch.zeros_like(source.ticket), found.dq, *weights, None, None, *[None] * len(source.tensors)
+        if self.shared is None:
+            if self.embedded is None:
+                return plain_means(self.tensors[0], offsets)
+            return checkpoint(embedded_means, self.embedded, offsets, use_reentrant=False)
+        return _Means.apply(self.shared.ticket, offsets, self.embedded, self.shared.buffers, *self.tensors)
 
 
 class _Means(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, ticket, offsets, source, *tensors):
+    def forward(ctx, ticket, offsets, embedded, buffers, *tensors):
         ctx.save_for_backward(offsets, *tensors)
-        ctx.source = source
-        (first, *_), counts = source.tensors, offsets.diff()
+        ctx.embedded, ctx.buffers = embedded, buffers
+        (first, *_), counts = tensors, offsets.diff()
+        num_tokens = len(first if embedded is None else embedded.ids)
         sums = first.new_zeros(len(counts), first.shape[1], dtype=torch.promote_types(first.dtype, torch.float32))
-        for part in parts(source.num_tokens):
-            rows = source.states.rows(part)[0].mul_(source.states.norm) if source.is_embedded else source.states[part]
+        for part in parts(num_tokens):
+            rows = first[part] if embedded is None else embedded.rows(part)[0].mul_(embedded.norm)
             add_to_owners(sums, rows.to(sums.dtype), offsets, part)
         return sums.div_(counts.clamp_min(1)[:, None])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dmeans):
-        (offsets, *_), source = ctx.saved_tensors, ctx.source
-        slopes, buffers = dmeans / offsets.diff().clamp_min(1)[:, None], source.buffers()
-        for part in parts(source.num_tokens):
+        (offsets, first, *rest), embedded = ctx.saved_tensors, ctx.embedded
+        slopes, gradients = dmeans / offsets.diff().clamp_min(1)[:, None], ctx.buffers.get()
+        for part in parts(len(first if embedded is None else embedded.ids)):
             dx = slopes.index_select(0, owners(offsets, part))
-            if source.is_embedded:
-                source.states.add_gradient(part, dx, *buffers)
+            if embedded is None:
+                gradients[0][part] += dx
             else:
-                buffers[0][part] += dx
-        return torch.zeros_like(source.ticket), None, None, *[None] * len(source.tensors)
+                embedded.add_gradient(part, dx, *gradients)
+        return first.new_zeros(()), None, None, None, None, *[None] * len(rest)
+
+
+def plain_means(states_Td: Tensor, offsets: Tensor) -> Tensor:
+    # unsafe skips a check of the offsets that would synchronise; they are right by construction
+    return torch.segment_reduce(wide(states_Td), "mean", offsets=offsets, axis=0, unsafe=True, initial=0)
+
+
+def embedded_rows(states: Embedded) -> Tensor:
+    rows_Td = wide(F.embedding(states.ids, states.table))
+    return F.rms_norm(rows_Td, states.norm.shape, wide(states.norm), states.eps)
+
+
+def embedded_means(states: Embedded, offsets: Tensor) -> Tensor:
+    return plain_means(embedded_rows(states), offsets)
 
 
 class _Embed(torch.autograd.Function):
@@ -237,14 +184,17 @@ class _Embed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dx):
         table, norm, ids = ctx.saved_tensors
-        states, dtable, dnorm = Embedded(ids, table, norm, ctx.eps), torch.zeros_like(table), torch.zeros_like(norm)
+        states, wanted = Embedded(ids, table, norm, ctx.eps), (table, norm)
+        sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in wanted]
         for part in parts(len(ids)):
-            states.add_gradient(part, dx[part], dtable, dnorm)
-        return dtable, dnorm, None, None, None
+            states.add_gradient(part, dx[part], *sums)
+        return *(part.to(x.dtype) for part, x in zip(sums, wanted, strict=True)), None, None, None
 
 
 def embed(states: Embedded, dtype: torch.dtype) -> Tensor:
     """[T, d], keeping for its gradient nothing but the ids."""
+    if torch.compiler.is_compiling():  # which would unroll the parts
+        return checkpoint(embedded_rows, states, use_reentrant=False).to(dtype)
     return _Embed.apply(states.table, states.norm, states.ids, states.eps, dtype)
 
 

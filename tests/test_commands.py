@@ -43,6 +43,8 @@ def line(command: Command, option: Option, value: str, tmp_path) -> list[str]:
     for i, other in enumerate(command.options):
         stands_before = not option.name.startswith("--") and i < command.options.index(option)
         may_go = other.count in "?*" and not stands_before
+        if other is option and not option.name.startswith("--"):
+            argv.append(value)
         if other is option or (not other.required and other.name.startswith("--")) or may_go:
             continue
         argv += given(other, tmp_path)
@@ -50,13 +52,14 @@ def line(command: Command, option: Option, value: str, tmp_path) -> list[str]:
         if other.either and other.either not in taken and option.either != other.either:
             argv += given(other, tmp_path)
             taken.add(other.either)
-    return [*argv, f"{option.name}={value}" if option.name.startswith("--") else value]
+    return [*argv, f"{option.name}={value}"] if option.name.startswith("--") else argv
 
 
 def given(option: Option, tmp_path) -> list[str]:
     if isinstance(option.kind, Place):
-        place = tmp_path / "given" if option.kind.holds == "file" else tmp_path
-        if place != tmp_path:
+        name = {"file": "given", "new file": "new.txt"}.get(option.kind.holds)
+        place = tmp_path / name if name else tmp_path
+        if option.kind.holds == "file":
             place.touch()
         value = str(place)
     else:
@@ -196,7 +199,8 @@ def test_what_ends_a_command_is_one_line(raised, code, said, monkeypatch, capsys
 
     monkeypatch.setattr(face, "perform", end)
     assert face.main(["recipes"]) == code and capsys.readouterr().err.endswith(said)
-    monkeypatch.setenv("RANK", "1")
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
     assert face.main(["recipes"]) == code and not capsys.readouterr().err
 
 

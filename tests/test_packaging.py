@@ -19,19 +19,26 @@ def python(code: str, cwd: Path, path: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def unpacked(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
+def source(tmp_path_factory) -> Path:
+    """A copy, so that building leaves nothing in the checkout."""
+    source = tmp_path_factory.mktemp("checkout") / "source"
     listing = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
     )
     names = listing.stdout.splitlines() if listing.returncode == 0 else [
         str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file() and ".venv" not in path.parts
     ]  # fmt: skip
-    for name in names:  # a copy, so that building leaves nothing in the checkout
-        if (ROOT / name).is_file() and not name.startswith(("tests/", "docs/", "bench/results/")):
+    left = ("tests/bench/", "tests/engine/", "docs/", "bench/results/")
+    for name in names:
+        if (ROOT / name).is_file() and not name.startswith(left):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
+    return source
+
+
+@pytest.fixture(scope="module")
+def unpacked(source, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
     flags = ["--quiet", "--no-deps", "--no-build-isolation", "-w", folder]
     done = subprocess.run([sys.executable, "-m", "pip", "wheel", *flags, source], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -48,6 +55,29 @@ def test_wheel_holds_the_package_and_nothing_else(unpacked):
     assert not any("/tests/" in name for name in names)
     tops = {name.split("/")[0] for name in names}
     assert tops == {"conceptron", next(top for top in tops if top.endswith(".dist-info"))}
+
+
+def test_an_sdist_holds_what_a_wheel_is_built_from(source, tmp_path):
+    """No test without the files that it reads."""
+    words = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
+    subprocess.run(words, cwd=source, check=True, capture_output=True)
+    names = set((tmp_path / "conceptron.egg-info" / "SOURCES.txt").read_text().splitlines())
+    assert {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
+    assert {f".package/conceptron/{name}" for name in ("__init__.py", "py.typed", "recipes/demo.yaml")} <= names
+    assert not [name for name in names if "tests/" in name or name.endswith("/setup.py")]
+
+
+def test_an_editable_install_is_a_folder_that_type_checkers_follow(source, tmp_path):
+    code = f"from setuptools.build_meta import build_editable; build_editable({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        tops = [name for name in wheel.namelist() if "/" not in name]
+        assert tops == ["__editable__.conceptron-0.1.0.pth"], "a path, and no import hook"
+        place = Path(wheel.read(tops[0]).decode().strip())
+    assert (place / "conceptron").resolve() == source.resolve() and (place / "conceptron" / "py.typed").is_file()
+    can_import = {path.name for path in place.iterdir()} - {"conceptron.egg-info"}
+    assert can_import == {"conceptron"}, "nothing else comes onto the path"
+    assert python("import conceptron; print(conceptron.__version__)", tmp_path, place) == "0.1.0"
 
 
 def test_wheel_works_from_any_folder(unpacked, tmp_path):

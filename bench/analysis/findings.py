@@ -1,7 +1,7 @@
 """All that is known about a subject when its report is written, and how it is put in words."""
 
-import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,8 +9,12 @@ from ...engine.errors import InputError
 from ...engine.telemetry import duration
 from ...models.folder import read_json
 from ..measure import environment
-from . import heldout
-from .geometry import gates, metrics
+from . import gates, heldout
+from .does import Does, does
+from .geometry import metrics
+from .known import of_losses, of_training, read_history
+from .probes import Probe, probes
+from .reads import Reads, reads
 from .subject import Subject
 
 NATS = "nats per token"
@@ -35,12 +39,22 @@ class Findings(NamedTuple):
     losses: heldout.Losses | None  # None for an encoder without a decoder
     concepts: heldout.Concepts
     geometry: dict[str, float]
+    reads: Reads | None  # None where there is no attention map of single tokens
+    does: Does | None  # None for an encoder without a decoder
+    probes: list[Probe]
+    figures: dict[str, float | None]  # all of them by name
     verdicts: list[gates.Verdict]
     samples: list[heldout.Sample]
     environment: dict[str, Any]  # in which the report was made
 
 
 def find(subject: Subject) -> Findings:
+    """
+    Raises:
+        InputError: a model with a single concept, of which there is nothing to compare.
+    """
+    if subject.encoder.config.num_concepts < 2:
+        raise InputError(f"{subject.folder}: expected a model with two concepts or more, got one: nothing to compare")
     history = read_history(subject.folder / "metrics.jsonl")
     run_environment(subject.folder)  # read later; that it can be read is known before anything is measured
     concepts = heldout.concepts(subject.encoder, subject.loader)
@@ -49,6 +63,13 @@ def find(subject: Subject) -> Findings:
         losses = heldout.losses(subject.model, subject.loader, subject.train, subject.num_tokens)
         samples = heldout.samples(subject.model, subject.loader, subject.tokenizer, from_concepts=losses.is_seen)
     geometry = metrics.geometry(concepts.values)
+    read = reads(subject.encoder, subject.loader, subject.tokenizer)
+    usage = [slot.usage for slot in read.slots] if read else None
+    done = does(subject.model, subject.loader, usage) if subject.can_predict else None
+    figures = {
+        **geometry, **(of_losses(asdict(losses)) if losses else {}), **(read.figures if read else {}),
+        **(done.figures if done else {}), **of_training(history, objective_name(subject)),
+    }  # fmt: skip
     return Findings(
         subject=subject,
         history=history,
@@ -56,23 +77,14 @@ def find(subject: Subject) -> Findings:
         losses=losses,
         concepts=concepts,
         geometry=geometry,
-        verdicts=gates.judge(geometry, int(geometry["num_concepts"])),
+        reads=read,
+        does=done,
+        probes=probes(subject.encoder, subject.loader),
+        figures=figures,
+        verdicts=gates.judge(figures, int(geometry["num_concepts"]), gates.read_gates()),
         samples=samples,
         environment=environment.environment(subject.seed),
     )
-
-
-def read_history(metrics_file: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; none when there is no such file."""
-    if not metrics_file.is_file():
-        return []
-    try:
-        lines = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{metrics_file}: not a file of JSON lines ({error}); restore it or move it away") from error
-    if not all(isinstance(line, dict) and {"kind", "step"} <= line.keys() for line in lines):
-        raise InputError(f"{metrics_file}: a line of it is not one of a run; restore it or move it away")
-    return lines
 
 
 def training_of(history: Sequence[Mapping[str, Any]]) -> Training | None:

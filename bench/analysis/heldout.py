@@ -49,14 +49,14 @@ def losses(model: nn.Module, loader: Loader, train: Windows | None, max_tokens: 
     """Evaluates ``model`` as training does: same text, same fixed corruption, no label smoothing."""
     device = next(model.parameters()).device
     windows, tokens, rows = loader.windows, loader.tokens, loader.evaluation_rows(max_tokens)
-    found = evaluate(model, loader, max_tokens, World(rank=0, local_rank=0, size=1, device=device))
+    found = evaluate(model, loader, max_tokens, World(rank=0, local_rank=0, size=1, device=device), of_others=True)
     model.eval()
     return Losses(
         heldout_nll=found["nll_unseen"],
         heldout_nll_seen=found["nll_seen"],
         objective_loss=found["loss"],
         nll_by_view=found["nll_by_t"],
-        nll_of_other_concepts=nll_of_other_concepts(model, loader, max_tokens),
+        nll_of_other_concepts=found["nll_of_others"],
         num_targets=found["num_targets"],
         num_unseen=found["num_unseen"],
         num_tokens=int(windows.lengths[rows].sum()),
@@ -64,26 +64,6 @@ def losses(model: nn.Module, loader: Loader, train: Windows | None, max_tokens: 
         unigram_entropy=unigram_entropy(windows, rows, tokens.special_ids),
         train_unigram=None if train is None else unigram_cross_entropy(train, windows, rows, tokens),
     )
-
-
-@torch.no_grad()
-def nll_of_other_concepts(model: nn.Module, loader: Loader, max_tokens: int) -> float | None:
-    """Nats per target when each text is decoded from the concepts of its neighbour in the batch, averaged over the
-    grid as the model's own NLL is.
-
-    What it lies above that is what the concepts say about their text. None when no batch has two texts.
-    """
-    device = next(model.parameters()).device
-    sums: dict[str, np.ndarray] = {}  # of each view: nats and targets
-    for views in loader.evaluation(max_tokens):
-        for name, view in views.items():
-            if view.encoder.num_sequences < 2:
-                continue
-            view = view.to(device)
-            nll = model(view=view, ablate="shuffle", return_nll=True).nll
-            sums[name] = sums.get(name, 0) + np.array([float(nll.double().sum()), len(nll)])
-    means = [nats / count for nats, count in sums.values() if count]
-    return float(np.mean(means)) if means else None
 
 
 def unigram_cross_entropy(train: Windows, windows: Windows, rows: Sequence[int], tokens: SpecialTokens) -> float:

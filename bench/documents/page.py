@@ -14,12 +14,12 @@ from ..analysis.findings import (
     run_environment,
     vocab_size,
 )
-from ..analysis.geometry import gates
 from ..measure import results
 
 
 def markdown(findings: Findings) -> str:
-    sections = [overview(findings), heldout_section(findings), concepts_section(findings), gates_section(findings)]
+    sections = [overview(findings), gates_section(findings), heldout_section(findings), reads_section(findings)]
+    sections += [does_section(findings), probes_section(findings), concepts_section(findings)]
     sections += [samples_section(findings), environment_section(findings)]
     return "\n".join(section for section in sections if section)
 
@@ -43,7 +43,8 @@ def overview(findings: Findings) -> str:
         peak = training.peak_memory_bytes
         rows.append(("peak memory, MiB", peak / 2**20 if peak else None, "of the training process"))
     rows.append(("parameters", num_parameters(subject), type(subject.model).__name__))
-    table = "| | | |\n|---|---:|---|\n" + "".join(f"| {a} | {results.cell(b)} | {c} |\n" for a, b, c in rows)
+    lines = (f"| {a} | {results.cell(b)} | {c} |\n" for a, b, c in rows if b is not None)
+    table = "| | | |\n|---|---:|---|\n" + "".join(lines)
     figure = "\n![Training](loss.png)\n" if training else ""
     return f"# Report: {subject.name}\n\n{table}{figure}{smoothing_note(findings)}"
 
@@ -73,7 +74,8 @@ def heldout_section(findings: Findings) -> str:
         ("every token as likely as any other", math.log(vocab_size(subject))),
     ]
     guesses = guesses[:2] if losses.is_seen else guesses
-    comparison = results.markdown_table([{"predictor": a, NATS: b} for a, b in guesses], ["predictor", NATS])
+    known = [{"predictor": a, NATS: b} for a, b in guesses if b is not None]
+    comparison = results.markdown_table(known, ["predictor", NATS])
     warning = (
         "The encoder saw every token that is asked for. This measures copying through the concepts; it is no "
         "prediction and says nothing against an entropy.\n\n"
@@ -122,21 +124,57 @@ def concepts_section(findings: Findings) -> str:
 
 
 def gates_section(findings: Findings) -> str:
-    measured = [verdict for verdict in findings.verdicts if verdict.verdict != "not measured"]
+    own = [verdict for verdict in findings.verdicts if not verdict.gate.is_seed]
     rows = [
         {
-            "metric": f"`{verdict.gate.key}`", "value": verdict.value,
-            "wanted": f"{verdict.gate.sense} {verdict.threshold:g}", "verdict": verdict.verdict,
-            "source": verdict.gate.source, "reason, next": verdict.reason,
+            "verdict": verdict.in_short, "metric": f"`{verdict.gate.metric}`: {verdict.gate.means}",
+            "value": verdict.value, "wanted": verdict.wanted, "next": verdict.reason,
         }
-        for verdict in measured
+        for verdict in own
     ]  # fmt: skip
-    rest = sorted({verdict.gate.key for verdict in findings.verdicts if verdict.verdict == "not measured"})
-    notes = "".join(f"- {line}\n" for line in gates.contradictions(int(findings.geometry["num_concepts"])))
-    table = results.markdown_table(rows, ["metric", "value", "wanted", "verdict", "source", "reason, next"])
+    table = results.markdown_table(rows, ["verdict", "metric", "value", "wanted", "next"])
     return (
-        "## Gates\n\nThresholds that count concepts were written for 128 and are scaled to this model. They come from "
-        f"documents of different ages:\n\n{notes}\n{table}\nNot measured here: {', '.join(rest)}.\n"
+        f"## Gates\n\n{table}\nWhere thresholds come from: `conceptron gate RUN`; with `--seeds` also those of the "
+        "planning documents.\n"
+    )
+
+
+def reads_section(findings: Findings) -> str:
+    read = findings.reads
+    if read is None:
+        return ""
+    rows = [{"layer": number, **layer} for number, layer in enumerate(read.layers, start=1)]
+    known = [{"about": name, **each._asdict()} for name, each in read.information.items()]
+    return (
+        f"## What concepts read\n\nExact attention maps of {read.num_tokens:,} tokens in {read.num_texts} texts, mean "
+        f"over heads.\n\n{results.markdown_table(rows, list(rows[0]))}\nWhat knowing the concept says about a token "
+        f"that it reads, in bits (floor: tokens shuffled):\n\n{results.markdown_table(known, list(known[0]))}\n"
+        "![What each concept reads](reading.png)\n\n![Which concepts read the text](usage.png)\n"
+    )
+
+
+def does_section(findings: Findings) -> str:
+    done = findings.does
+    if done is None:
+        return ""
+    concepts = {"own": "its own", "other": "those of another text", "mean": "the mean over texts", "zero": "none"}
+    rows = [{"decoded from": concepts[name], NATS: value} for name, value in done.nll.items()]
+    return (
+        f"## What concepts do\n\nView {done.view}, {done.num_targets:,} targets in {done.num_texts} texts.\n\n"
+        f"{results.markdown_table(rows, ['decoded from', NATS])}\n"
+        "![What is lost without each concept](dropped.png)\n\n![How many concepts it takes](kept.png)\n\n"
+        "![How much a concept can hold](ratio.png)\n"
+    )
+
+
+def probes_section(findings: Findings) -> str:
+    if not findings.probes:
+        return ""
+    rows = [probe._asdict() for probe in findings.probes]
+    return (
+        "## What can be read off\n\nShares of the variance that a linear map explains on documents that it was not "
+        f"fitted to; of places the share found.\n\n{results.markdown_table(rows, list(rows[0]))}\n"
+        "![What can be read off](probes.png)\n"
     )
 
 

@@ -64,7 +64,7 @@ def summarize(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         mine = [cell for cell in cells if cell["row"] == row.name]
         line: dict[str, Any] = {
             "row": row.name, "against": row.against or "", "change": row.change,
-            "seeds": sum(cell["ended"] == "measured" for cell in mine),
+            "seeds": sum(cell["status"] == "measured" for cell in mine),
         }  # fmt: skip
         marks: dict[str, list[str]] = {BETTER: [], WORSE: []}
         for column in COLUMNS:
@@ -74,7 +74,7 @@ def summarize(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             if mark:
                 marks[mark].append(column.title)
         line |= {"better": ", ".join(marks[BETTER]), "worse": ", ".join(marks[WORSE])}
-        failed = [f"seed {cell['seed']}: {cell['ended']}" for cell in mine if cell["ended"] != "measured"]
+        failed = [f"seed {cell['seed']}: {cell['status']}" for cell in mine if cell["status"] != "measured"]
         lines.append({**line, "missing": "; ".join(failed)})
     return lines
 
@@ -112,14 +112,13 @@ def write_tables(folder: Path, cells: Sequence[Mapping[str, Any]], environment: 
     title = f"One change at a time: {BETTER} better, {WORSE} worse than the row against; {floors(cells)}"
     columns = ["row", "against", "change", "seeds", *(column.title for column in COLUMNS), "missing"]
     write_results(folder, "ablation", lines, environment, title=title, columns=columns)
-    for suffix in ("png", "svg"):
-        plot(folder / f"ablation.{suffix}", cells, environment)
+    plot(folder / "ablation.png", cells, environment)
     return lines
 
 
 def floors(cells: Sequence[Mapping[str, Any]]) -> str:
     """What a guess without any model reaches; the held-out text is the same for all cells."""
-    measured = next((cell for cell in cells if cell["ended"] == "measured"), None)
+    measured = next((cell for cell in cells if cell["status"] == "measured"), None)
     if measured is None:
         return "nothing measured"
     guess = measured["chance"] and f", R@1 of a guess {100 * measured['chance']:.1f} %"

@@ -1,8 +1,10 @@
 """The figures of measured results, each drawn from the result files alone: ``conceptron bench report`` draws them anew.
 
     scaling.json    time.*, memory.*: log-log against N; speedup.*: how many times faster than each peer, against N
-    memory.json     memory.*: peaks against N, and what the largest one is made of
+    two of them     overview.*: time and memory of training, of few encoders, over the lengths of both
     kernels.json    roofline.*: our operators under the run's ceilings; speedup.*: against the fastest accurate peer
+
+``memory.py`` draws those of ``bench memory``.
 """
 
 import math
@@ -10,9 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.patheffects import withStroke
-from matplotlib.ticker import NullFormatter, StrMethodFormatter
+from matplotlib.axis import Axis
+from matplotlib.ticker import NullFormatter, NullLocator
 
 from ..measure.environment import device_of
 from ..measure.exponents import (
@@ -32,52 +33,76 @@ from ..measure.exponents import (
     Rows,
     encoders_of,
     fits,
+    in_tokens,
     points,
 )
 from ..measure.results import read_results
-from .plot import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, canvas, in_units, length_axis, unit_axis
+from .plot import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PURPLE,
+    canvas,
+    in_units,
+    legend_below,
+    length_axis,
+    unit_axis,
+)
 
-SUFFIXES = ("png", "svg")
 PHASE_TITLES = {"forward": "encoder, forward", "train": "encoder, forward and backward"}
-LINES = {  # encoder -> marker, line, colour; what is not listed is a variant of ours
-    OURS: ("o", "-", BLUE), GROWING: ("o", "--", BLUE), FULL: ("s", "-", ORANGE), UNPADDED: ("s", "--", ORANGE),
-    FROM_IDS: ("D", "-", PURPLE), SHARED: ("P", "-", BLUE), WITH_KEYS: ("o", ":", BLUE),
-    LOCAL: ("^", "-", GREEN), LLAMA: ("^", "--", GREEN), PERCEIVER: ("v", "-", GREY),
-}  # fmt: skip
-VARIANTS = (  # marker, colour
-    ("H", "#7a3fb0"), ("P", "#b5487f"), ("X", "#0f8a8a"), ("*", "#a67c00"), ("d", "#5b6bd6"), ("p", "#7a5c3e"),
-    ("h", "#3b8d3b"), ("<", "#a33b3b"), (">", "#4a5560"),
+LINES = {  # encoder -> marker, line, colour, and its name under a figure; what is not listed is a variant of ours
+    OURS: ("o", "-", BLUE, "concept"),
+    FROM_IDS: ("D", "-", PURPLE, "concept, of a token only its id is kept"),
+    SHARED: ("P", (0, (6, 1.5)), BLUE, "concept, layers share keys and values"),
+    WITH_KEYS: ("X", (0, (1, 1.2)), BLUE, "concept, keys and values kept"),
+    GROWING: ("d", (0, (4, 1.5, 1, 1.5)), BLUE, "concept, C grows with N"),
+    FULL: ("s", "-", ORANGE, "full attention (BERT-like)"),
+    UNPADDED: ("h", (0, (4, 1.5)), ORANGE, "full attention without padding"),
+    LOCAL: ("^", "-", GREEN, "local + full (ModernBERT-like)"),
+    LLAMA: ("<", (0, (4, 1.5)), GREEN, "local + full (UltraBERT-like)"),
+    PERCEIVER: ("v", "-", GREY, "plain Perceiver"),
+}
+FEW = (OURS, FROM_IDS, FULL, UNPADDED, PERCEIVER)  # of the overview
+VARIANTS = (  # marker, line, colour
+    ("H", "-", PURPLE), ("P", (0, (4, 1.5)), PURPLE), ("X", "-", GREEN), ("*", "-", ORANGE),
+    ("d", (0, (4, 1.5)), ORANGE), ("p", (0, (1, 1.2)), ORANGE), ("h", "-", INK),
+    ("<", (0, (4, 1.5)), GREEN), (">", (0, (4, 1.5)), INK),
 )  # fmt: skip
 
 
 def line_of(name: str, names: Sequence[str]) -> dict[str, Any]:
     variants = [each for each in names if each not in LINES]
-    if name in LINES:
-        marker, line, colour = LINES[name]
-    else:
-        (marker, colour), line = VARIANTS[variants.index(name) % len(VARIANTS)], (0, (4, 1.5, 1, 1.5))
-    return {"marker": marker, "linestyle": line, "color": colour, "markersize": 4.5}
+    marker, line, colour = LINES[name][:3] if name in LINES else VARIANTS[variants.index(name) % len(VARIANTS)]
+    return {"marker": marker, "linestyle": line, "color": colour, "markersize": 5}
 
 
-def legend_below(panels: Sequence[Axes]) -> None:
-    """One legend for all panels, under them."""
-    found = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    if not found:
-        return
-    columns = len(found) if len(found) <= 4 else 3 if max(map(len, found)) < 48 else 2
-    panels[0].figure.legend(
-        found.values(), found, fontsize=9, loc="outside lower center", ncols=columns, handlelength=3.4,
-    )  # fmt: skip
+def title_of(name: str) -> str:
+    return LINES[name][3] if name in LINES else name
+
+
+def height(num_names: int) -> float:
+    """Of a figure with two panels and a legend in two columns under them."""
+    return 4.5 + 0.22 * math.ceil(num_names / 2)
+
+
+def sizes_of(environment: Mapping[str, Any]) -> str:
+    width, layers = environment.get("width"), environment.get("layers")
+    return f"d = {width}, {layers} layer{'s' * (layers != 1)}" if width else ""
+
+
+def note_of(environment: Mapping[str, Any]) -> str:
+    parts = (sizes_of(environment), "two texts of N and 3N/4 tokens", device_of(environment))
+    return "; ".join(part for part in parts if part)
 
 
 def draw_scaling(folder: Path) -> None:
     rows, environment = read_results(folder / "scaling.json")
-    sizes = f"d = {environment.get('width')}, {environment.get('layers')} layers" if "width" in environment else ""
-    note = "; ".join(part for part in (sizes, "two texts of N and 3N/4 tokens", device_of(environment)) if part)
-    for suffix in SUFFIXES:
-        plot_growth(folder / f"time.{suffix}", rows, "time_ms", note)
-        plot_growth(folder / f"memory.{suffix}", rows, "peak_bytes", note)
-        plot_speedup(folder / f"speedup.{suffix}", rows, note)
+    note = note_of(environment)
+    plot_growth(folder / "time.png", rows, "time_ms", note)
+    plot_growth(folder / "memory.png", rows, "peak_bytes", note)
+    plot_speedup(folder / "speedup.png", rows, note)
 
 
 def plot_growth(path: Path, rows: Rows, quantity: str, note: str) -> None:
@@ -88,21 +113,20 @@ def plot_growth(path: Path, rows: Rows, quantity: str, note: str) -> None:
     }[quantity]
     names = encoders_of(rows)
     exponent = {(row["encoder"], row["phase"], row["of"]): row["exponent at large N"] for row in fits(rows)}
-    note = f"{note}; lower is better; $N^a$, $N^b$: growth over the three longest, left and right"
-    height = 4.7 + 0.21 * math.ceil(len(names) / 3)
-    with canvas(path, title, note, size=(10.8, height), columns=2) as panels:
+    note = f"{note}\nlower is better; $N^a$, $N^b$: growth over the three longest, left and right"
+    with canvas(path, title, note, size=(9.6, height(len(names))), columns=2) as panels:
         for axes, phase in zip(panels, PHASES, strict=True):
             for name in names:
                 lengths, values = points(rows, name, phase, quantity)
                 slopes = (exponent.get((name, phase, QUANTITIES[quantity])) for phase in PHASES)
-                text = ", ".join(f"$N^{{{slope:.2f}}}$" for slope in slopes if slope is not None)
+                text = ", ".join("?" if slope is None else f"$N^{{{slope:.2f}}}$" for slope in slopes)
                 if lengths:
-                    axes.plot(lengths, values, label=f"{name}  {text}", **line_of(name, names))
+                    axes.plot(lengths, values, label=f"{title_of(name)}  {text}", **line_of(name, names))
             axes.set_title(PHASE_TITLES[phase], fontsize=11)
             unit_axis(axes, unit)
             length_axis(axes, [row["N"] for row in rows])
         panels[0].set_ylabel(label)
-        legend_below(panels)
+        legend_below(panels, columns=min(2, len(names)))
 
 
 def plot_speedup(path: Path, rows: Rows, note: str) -> None:
@@ -110,91 +134,85 @@ def plot_speedup(path: Path, rows: Rows, note: str) -> None:
     peers = [name for name in encoders_of(rows) if name in PEERS]
     if not peers or not points(rows, OURS, "forward", "time_ms")[0]:
         return
-    with canvas(path, "How many times faster than each peer", f"concept encoder; {note}", size=(10.4, 4.9),
+    times = {(name, phase): dict(zip(*points(rows, name, phase, "time_ms"), strict=True))
+             for name in (OURS, *peers) for phase in PHASES}  # fmt: skip
+    ratios = {(name, phase): {n: ms / times[OURS, phase][n] for n, ms in times[name, phase].items()
+                              if n in times[OURS, phase]} for name in peers for phase in PHASES}  # fmt: skip
+
+    def last(name: str) -> str:
+        found = [max(ratios[name, phase].items()) for phase in PHASES if ratios[name, phase]]
+        return ", ".join(f"{ratio:.2f}x at {in_tokens(n)}" if ratio < 10 else f"{ratio:.0f}x at {in_tokens(n)}"
+                         for n, ratio in found)  # fmt: skip
+
+    note = f"peer's time / that of the concept encoder; {note}\nbehind each name: its last value, left and right"
+    with canvas(path, "How many times faster than each peer", note, size=(9.6, height(len(peers))),
                 columns=2) as panels:  # fmt: skip
         for axes, phase in zip(panels, PHASES, strict=True):
-            mine = dict(zip(*points(rows, OURS, phase, "time_ms"), strict=True))
-            ends = []
             for name in peers:
-                theirs = dict(zip(*points(rows, name, phase, "time_ms"), strict=True))
-                shared = [n for n in theirs if n in mine]
-                if not shared:
-                    continue
-                ratios = [theirs[n] / mine[n] for n in shared]
-                axes.plot(shared, ratios, label=name, **line_of(name, peers))
-                ends.append((shared[-1], ratios[-1], line_of(name, peers)["color"]))
+                if ratios[name, phase]:
+                    axes.plot(*zip(*ratios[name, phase].items(), strict=True), label=f"{title_of(name)}: {last(name)}",
+                              **line_of(name, peers))  # fmt: skip
             axes.axhline(1, color=INK, linewidth=1)
-            axes.set_yscale("log")
-            marks = [mark for mark in (0.1, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
-                     if axes.get_ylim()[0] <= mark <= axes.get_ylim()[1]]  # fmt: skip
-            axes.set_yticks(marks, [f"{mark:g}x" for mark in marks])
-            axes.minorticks_off()
+            shown = [ratio for name in peers for ratio in ratios[name, phase].values()]
+            ratio_axis(axes.yaxis, (min(shown, default=1) / 1.15, 1.15 * max(shown, default=1)))
             axes.set_title(PHASE_TITLES[phase], fontsize=11)
             length_axis(axes, [row["N"] for row in rows])
-            axes.margins(x=0.1)
-            name_ends(axes, ends)
-        panels[0].set_ylabel("peer's time / ours")
-        legend_below(panels)
+        panels[0].set_ylabel("faster than the peer by")
+        legend_below(panels, columns=min(2, len(peers)))
 
 
-def name_ends(axes: Axes, ends: Sequence[tuple[float, float, str]], apart: float = 1.22) -> None:
-    """The last value of each line behind its end, on a logarithmic axis; those too near each other are moved apart."""
-    places: dict[float, float] = {}
-    for x, y, colour in sorted(ends, key=lambda end: end[1]):
-        places[x] = max(y, places[x] * apart) if x in places else y
-        text = f"{y:.2f}x" if y < 10 else f"{y:.0f}x"
-        axes.annotate(text, (x, places[x]), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9,
-                      color=colour, path_effects=[withStroke(linewidth=3, foreground="white")], zorder=5)  # fmt: skip
+def ratio_axis(axis: Axis, limits: tuple[float, float]) -> None:
+    """A logarithmic axis of ratios, at least from 0.8 to 1.25, with marks at 0.5x, 1x, 2x and so on."""
+    axes, which = axis.axes, axis.axis_name
+    low, high = min(limits[0], 0.8), max(limits[1], 1.25)
+    axes.set(**{f"{which}scale": "log", f"{which}lim": (low, high)})
+    steps = (1, 1.2, 1.5, 2, 3, 5, 7, 8, 9) if high / low < 8 else (1, 2, 5)
+    marks = [mark for mark in (step * 10.0**k for k in range(-3, 5) for step in steps) if low <= mark <= high]
+    axis.set_ticks(marks, [f"{mark:g}x" for mark in marks])
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
 
 
-def draw_memory(folder: Path) -> None:
-    rows, environment = read_results(folder / "memory.json")
-    rows = [row for row in rows if row.get("failed") is None]
-    sizes = f"d = {environment.get('width')}, {environment.get('layers')} layers" if "width" in environment else ""
-    parts = (sizes, "one text of N tokens", environment.get("dtype"), device_of(environment))
-    if not any(row["C"] for row in rows):
+def draw_overview(folder: Path, short: Path, long: Path) -> None:
+    """``overview`` in ``folder``: time and memory of a training step of few encoders, over the lengths of two result
+    files; at a length that both have, the first is drawn. Nothing where they were measured in different settings."""
+    rows, environment = read_results(short)
+    if long.exists():
+        more, other = read_results(long)
+        settings = ("width", "layers", "heads", "gpu", "cpu", "threads", "dtype")
+        if all(environment[key] == other[key] for key in settings if key in environment and key in other):
+            known = {(row["encoder"], row["phase"], row["N"]) for row in rows if row["time_ms"] is not None}
+            rows = rows + [row for row in more if (row["encoder"], row["phase"], row["N"]) not in known]
+            environment = {**other, **environment}
+    plot_overview(folder / "overview.png", rows, note_of(environment))
+
+
+def plot_overview(path: Path, rows: Rows, note: str) -> None:
+    names = [name for name in FEW if points(rows, name, "train", "time_ms")[0]]
+    if OURS not in names:
         return
-    for suffix in SUFFIXES:
-        plot_memory(folder / f"memory.{suffix}", rows, "; ".join(part for part in parts if part))
-
-
-def plot_memory(path: Path, rows: Rows, note: str) -> None:
-    """Left: peaks against N, log-log. Right: what the peak of the longest concept case is made of."""
-    with canvas(path, "Memory of a training step", note, size=(10.4, 4.9), columns=2) as (against, parts):
-        lines = list(dict.fromkeys((row["encoder"], row["C"]) for row in rows))
-        shades = dict(zip([line for line in lines if line[1]], (BLUE, GREEN, PURPLE), strict=False))
-        for line in lines:
-            kept = [row for row in rows if (row["encoder"], row["C"]) == line]
-            label = f"{line[0]}, C = {line[1]}" if line[1] else line[0]
-            for key, style, what in (("allocator_peak", "o-", "tensors"), ("resident_peak", "o:", "process")):
-                against.plot(
-                    [row["N"] for row in kept], [row[key] for row in kept], style, color=shades.get(line, ORANGE),
-                    markersize=4, label=f"{label}: {what}",
-                )  # fmt: skip
-        against.set_ylabel("peak memory")
-        against.set_title("peak of the tensors, and of the process", fontsize=11)
-        unit_axis(against, "bytes")
-        length_axis(against, [row["N"] for row in rows])
-        legend_below([against])
-        last = max((row for row in rows if row["C"]), key=lambda row: (row["N"], row["C"]))
-        held = ["parameters", "gradients", "optimizer"]
-        names = [*held, *(n for n in last if n.startswith("activations") and last[n] >= 1024), "temporary"]
-        sizes = [last[name] / 2**20 for name in names]
-        colours = [GREY if name in held else INK if name == "temporary" else BLUE for name in names]
-        parts.barh(names[::-1], sizes[::-1], color=colours[::-1], height=0.65)
-        for i, name in enumerate(names[::-1]):
-            parts.text(last[name] / 2**20, i, f" {in_units(last[name], 'bytes')}", va="center", fontsize=9)
-        parts.set(xlabel="MiB", xlim=(0, 1.2 * max(sizes)))
-        parts.set_title(f"{last['encoder']}, N = {last['N']}, C = {last['C']}", fontsize=11)
-        parts.grid(axis="y", visible=False)
+    rows = [row for row in rows if row["encoder"] in names]
+    last = {}
+    for name in names:
+        (lengths, times), (_, sizes) = (points(rows, name, "train", quantity) for quantity in QUANTITIES)
+        last[name] = f"{in_units(times[-1], 'ms')}, {in_units(sizes[-1], 'bytes')} at {in_tokens(lengths[-1])}"
+    note = f"forward and backward of the encoder; {note}\nlower is better; behind each name: its longest text that ran"
+    with canvas(path, "A training step against length", note, size=(9.6, height(len(names))), columns=2) as panels:
+        for axes, (quantity, of) in zip(panels, QUANTITIES.items(), strict=True):
+            for name in names:
+                axes.plot(*points(rows, name, "train", quantity), label=f"{title_of(name)}: {last[name]}",
+                          **line_of(name, names))  # fmt: skip
+            axes.set_title({"time": "time of a batch", "memory": "peak memory of its tensors"}[of], fontsize=11)
+            unit_axis(axes, {"time": "ms", "memory": "bytes"}[of])
+            length_axis(axes, [row["N"] for row in rows])
+        legend_below(panels, columns=1 if max(map(len, last.values())) + 30 > 70 else 2)
 
 
 def draw_kernels(folder: Path, best: Rows) -> None:
     """``best``: the table of ``suite.best_peers``."""
     rows, environment = read_results(folder / "kernels.json")
-    for suffix in SUFFIXES:
-        plot_roofline(folder / f"roofline.{suffix}", rows, environment)
-        plot_best(folder / f"speedup.{suffix}", best, environment)
+    plot_roofline(folder / "roofline.png", rows, environment)
+    plot_best(folder / "speedup.png", best, environment)
 
 
 def plot_roofline(path: Path, rows: Rows, environment: Mapping[str, Any]) -> None:
@@ -209,30 +227,33 @@ def plot_roofline(path: Path, rows: Rows, environment: Mapping[str, Any]) -> Non
     note = f"{device_of(environment)}; copy {copy:.0f} GB/s and matmul {matmul:.3g} TFLOP/s measured in this run"
     operators = list(dict.fromkeys(row["operator"] for row in ours))
     shades = dict(zip(operators, (BLUE, ORANGE, GREEN, PURPLE, GREY, INK), strict=False))
-    with canvas(path, "Operators under the roofline", note, size=(8.2, 5.4)) as (axes,):
+    with canvas(path, "Operators under the roofline", note, size=(8.2, 5.2)) as (axes,):
         intensity = [row["tflops"] * 1e3 / row["gb_s"] for row in ours]
         ridge = matmul * 1e3 / copy
-        low, high = min([*intensity, ridge]) / 3, max([*intensity, ridge]) * 3
-        axes.plot([low, ridge, high], [low * copy / 1e3, matmul, matmul], color=INK, linewidth=1.4)
+        low, high = min([*intensity, ridge]) / 1.8, max([*intensity, ridge]) * 1.8
+        axes.plot([low, ridge], [low * copy / 1e3, matmul], color=INK, linewidth=1.4, linestyle=(0, (5, 2)),
+                  label=f"ceiling: copy, {copy:.0f} GB/s")  # fmt: skip
+        axes.plot([ridge, high], [matmul, matmul], color=INK, linewidth=1.4,
+                  label=f"ceiling: matmul, {matmul:.3g} TFLOP/s")  # fmt: skip
         for operator in operators:
             for mode, marker in (("forward", "o"), ("backward", "s"), ("both", "^")):
                 kept = [(x, row["tflops"]) for x, row in zip(intensity, ours, strict=True)
                         if (row["operator"], row["mode"]) == (operator, mode)]  # fmt: skip
                 if kept:
-                    axes.plot(*zip(*kept, strict=True), marker, color=shades[operator], markersize=6, alpha=0.85)
+                    axes.plot(*zip(*kept, strict=True), marker, color=shades[operator], markersize=6.5, alpha=0.8,
+                              linestyle="none")  # fmt: skip
         for operator in operators:
             axes.plot([], [], "o", color=shades[operator], label=operator)
         for mode, marker in (("forward", "o"), ("backward", "s"), ("forward + backward", "^")):
             axes.plot([], [], marker, color="none", markeredgecolor=INK, label=mode)
-        axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="TFLOP/s")
-        axes.set_ylim(0.5 * min(row["tflops"] for row in ours), 1.7 * matmul)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            axis.set_minor_formatter(NullFormatter())
-        marks = [step * 10.0**k for k in range(-4, 5) for step in (1, 2, 5)]
-        axes.set_yticks([mark for mark in marks if axes.get_ylim()[0] <= mark <= axes.get_ylim()[1]])
-        axes.text(high, 1.06 * matmul, f"matmul, {matmul:.3g} TFLOP/s", ha="right", va="bottom", fontsize=9)
-        axes.legend(fontsize=8.5, loc="upper left", bbox_to_anchor=(-0.02, -0.14), ncols=4)
+        axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="TFLOP/s", xlim=(low, high))
+        axes.set_ylim(0.7 * min(row["tflops"] for row in ours), 1.25 * matmul)
+        for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+            marks = [step * 10.0**k for k in range(-4, 6) for step in (1, 2, 5)]
+            marks = [mark for mark in marks if limits[0] <= mark <= limits[1]]
+            axis.set_ticks(marks, [f"{mark:g}" for mark in marks])
+            axis.set_minor_locator(NullLocator())
+        legend_below([axes], columns=3)
 
 
 def plot_best(path: Path, best: Rows, environment: Mapping[str, Any]) -> None:
@@ -240,14 +261,18 @@ def plot_best(path: Path, best: Rows, environment: Mapping[str, Any]) -> None:
     table = [row for row in best if row["ours is faster by"]]
     if not table:
         return
-    note = f"forward and backward; {device_of(environment)}; right of 1 ours is faster"
-    with canvas(path, "Against the fastest accurate peer", note, size=(9.2, 1.5 + 0.38 * len(table))) as (axes,):
-        names = [f"{row['operator']}  {row['case']}" for row in table][::-1]
-        values = [row["ours is faster by"] for row in table][::-1]
-        axes.barh(names, values, color=[BLUE if value >= 1 else GREY for value in values], height=0.6)
-        for i, (value, row) in enumerate(zip(values, table[::-1], strict=True)):
-            axes.text(max(value, 1.0), i, f"  {value:.2f}x  {row['best peer']}", va="center", fontsize=8.5)
+    note = f"forward and backward; {device_of(environment)}; peer's time / ours: right of 1x ours is faster"
+    with canvas(path, "Against the fastest accurate peer", note, size=(9.6, 1.6 + 0.36 * len(table))) as (axes,):
+        values = [row["ours is faster by"] for row in table]
+        for i, (value, row) in enumerate(zip(values, table, strict=True)):
+            axes.barh(i, value - 1, left=1, color=BLUE if value >= 1 else ORANGE, height=0.6)
+            axes.text(1.015, i, f"{value:.2f}x  {row['best peer']}", va="center", fontsize=9.5,
+                      transform=axes.get_yaxis_transform())  # fmt: skip
         axes.axvline(1, color=INK, linewidth=1)
-        axes.set(xlabel="peer's time / ours", xlim=(0, max([*values, 1.0]) * 1.45))
+        widest = 1.06 * max(1.2, *(max(value, 1 / value) for value in values))
+        ratio_axis(axes.xaxis, (1 / widest, widest))
+        axes.set_yticks(range(len(table)), [f"{row['operator']}  {row['case']}" for row in table])
+        axes.set_ylim(len(table) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
-        axes.tick_params(axis="y", labelsize=8.5)
+        axes.grid(axis="x")
+        axes.tick_params(axis="y", labelsize=9.5, length=0)

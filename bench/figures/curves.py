@@ -21,25 +21,30 @@ def loss_figure(
     evals = [line for line in history if line["kind"] == "eval"]
     unseen = [(line["step"], line["nll_unseen"]) for line in evals if line.get("nll_unseen") is not None]
     seen = [(line["step"], line["nll_seen"]) for line in evals if line.get("nll_seen") is not None]
-    with plot.canvas(path, "Training", note) as (axes,):
+    with plot.canvas(path, "Training", note, size=(7.6, 4.8)) as (axes,):
+        shown: list[float] = []
         if train:
             steps, losses = (np.array(column, dtype=float) for column in zip(*train, strict=True))
+            smooth = running_median(losses)
             axes.plot(steps, losses, color=plot.GREY, linewidth=0.7, alpha=0.45)
-            axes.plot(steps, running_median(losses), color=plot.GREY, label="training loss (thin: each step)")
-        for points, color, name in ((unseen, plot.BLUE, "did not see"), (seen, plot.ORANGE, "saw")):
+            floor = f", at least {smoothing_floor:.2f} for its label smoothing" if smoothing_floor else ""
+            axes.plot(steps, smooth, color=plot.GREY, label=f"training loss (thin: each step){floor}")
+            shown += [*smooth, *np.quantile(losses, [0.01, 0.99])]
+        for points, color, marker, name in ((unseen, plot.BLUE, "o", "did not see"), (seen, plot.ORANGE, "s", "saw")):
             if points:
-                label = f"held-out text, tokens the encoder {name}"
-                axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=5, label=label)
+                label = f"held-out text, tokens the encoder {name}: {points[-1][1]:.2f}"
+                axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=5, label=label)
+                shown += [value for _, value in points]
         if unigram_entropy is not None and unseen:
             label = f"unigram entropy of the held-out text: {unigram_entropy:.2f}"
             plot.level(axes, unigram_entropy, label, plot.GREEN)
-        if smoothing_floor:
-            plot.level(axes, smoothing_floor, f"floor of the smoothed training loss: {smoothing_floor:.2f}")
+            shown.append(unigram_entropy)
         axes.set(xlabel="step", ylabel="nats per token")
-        axes.set_ylim(bottom=0)
+        if shown:
+            plot.span(axes, shown)
         axes.margins(x=0.02)
         plot.thousands(axes)
-        axes.legend(loc="best")
+        plot.legend_below([axes], columns=1)
 
 
 def running_median(values: np.ndarray) -> np.ndarray:
@@ -59,17 +64,16 @@ def nll_figure(
     points = sorted((100 * float(name.split("=")[1]), value) for name, value in by_view.items() if value is not None)
     color = plot.ORANGE if is_seen else plot.BLUE
     verb = "copied" if is_seen else "predicted"
-    with plot.canvas(path, f"How well is held-out text {verb}?", note) as (axes,):
+    with plot.canvas(path, f"How well is held-out text {verb}?", note, size=(7.6, 4.8)) as (axes,):
         shares, values = zip(*points, strict=True)
         label = "this model, copying" if is_seen else "this model"
         axes.plot(shares, values, color=color, marker="o", markersize=6, label=label)
-        top = max([*values, *levels.values()])
-        for share, value in points:
-            plot.name_point(axes, share, value, f"{value:.2f}", color, below=value > 0.15 * top)
-        for (name, value), shade in zip(levels.items(), (plot.GREEN, plot.PURPLE, plot.GREY), strict=False):
-            plot.level(axes, value, f"{name}: {value:.2f}", shade)
+        styles = ((plot.GREEN, (0, (5, 3))), (plot.PURPLE, (0, (1, 1.5))), (plot.INK, (0, (5, 1, 1, 1))))
+        for (name, value), (shade, style) in zip(levels.items(), styles, strict=False):
+            plot.level(axes, value, f"{name}: {value:.2f}", shade, style)
+        plot.span(axes, [*values, *levels.values()])
+        plot.name_points(axes, points, levels.values(), color)
         what = "asked for" if is_seen else "hidden"
         axes.set(xlabel=f"share of the text that is {what} (%)", ylabel="nats per token")
-        axes.set(xlim=(0, 1.06 * max(shares)), ylim=(0, top * 1.12))
-        if levels:
-            axes.legend(loc="best")
+        axes.set(xlim=(0, 1.06 * max(shares)))
+        plot.legend_below([axes], columns=1)

@@ -1,7 +1,12 @@
-"""One look for every figure: drawn off screen, titled at the left, few lines, units on every axis."""
+"""One look for every figure: drawn off screen, titled at the left, every line named under the axes, units on each axis.
+
+An axis spans what is drawn on it, and starts at 0 only under bars. Names stand under the axes and not in them, where
+they would lie on a line.
+"""
 
 import io
-from collections.abc import Iterable, Iterator
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,10 +17,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ...engine.files import write_bytes
+from ..measure.exponents import in_tokens
 
-BLUE, ORANGE, GREEN, PURPLE, GREY, INK = "#2364aa", "#d1632a", "#2f855a", "#7b4fa3", "#8b929c", "#22262b"
-SERIES = (BLUE, ORANGE, GREEN, PURPLE, GREY)  # told apart in print and by the colour-blind
+BLUE, ORANGE, GREEN, PURPLE, GREY, INK = "#0f4cc8", "#c9771a", "#1f7a48", "#8c2289", "#878d96", "#22262b"
+SERIES = (BLUE, ORANGE, GREEN, PURPLE, GREY, INK)  # told apart by the colour-blind: tests/bench/figures
 DIVERGING = "RdBu_r"
+SUFFIXES = ("png", "svg")  # of every figure
 
 STYLE = {
     "font.family": "DejaVu Sans",  # matplotlib brings it along
@@ -48,35 +55,64 @@ def canvas(
     path: Path, title: str, note: str = "", *, size: tuple[float, float] = (7.6, 4.3), columns: int = 1,
     widths: list[float] | None = None,
 ) -> Iterator[list[Axes]]:  # fmt: skip
-    """Axes to draw in; written to ``path`` (.png or .svg) at the end. ``note`` is a line in grey under the title."""
+    """Axes to draw in; written to ``path`` as PNG and as SVG at the end. ``note``: in grey under the title."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
-        top = 1 - (0.62 if note else 0.40) / size[1]
+        lines = [line for part in note.splitlines() for line in textwrap.wrap(part, int(12.5 * size[0]))]
+        top = 1 - (0.40 + 0.20 * len(lines)) / size[1]
         figure.get_layout_engine().set(rect=(0, 0, 1, top), w_pad=0.08, h_pad=0.06)
         axes = figure.subplots(1, columns, squeeze=False, width_ratios=widths)[0]
         yield list(axes)
         left = 0.08 / size[0]
         figure.text(left, 1 - 0.10 / size[1], title, fontsize=13, fontweight="bold", va="top")
-        figure.text(left, 1 - 0.38 / size[1], note, fontsize=9.5, color="#5b636e", va="top")
-        content = io.BytesIO()
-        metadata = {"Date": None} if path.suffix == ".svg" else {}
-        figure.savefig(content, format=path.suffix[1:], dpi=200, metadata=metadata)
-    write_bytes(path, content.getvalue())
+        said = {"fontsize": 9.5, "color": "#5b636e", "va": "top", "linespacing": 1.4}
+        figure.text(left, 1 - 0.38 / size[1], "\n".join(lines), **said)
+        for suffix in SUFFIXES:
+            content = io.BytesIO()
+            figure.savefig(content, format=suffix, dpi=200, metadata={"Date": None} if suffix == "svg" else {})
+            write_bytes(path.with_suffix(f".{suffix}"), content.getvalue())
 
 
-def level(axes: Axes, value: float, label: str, color: str = GREY) -> None:
-    """A dashed line over the whole width, named in the legend, where it collides with nothing."""
-    axes.axhline(value, color=color, linewidth=1.4, linestyle=(0, (5, 3)), zorder=1.5, label=label)
+def legend_below(panels: Sequence[Axes], columns: int | None = None) -> None:
+    """One legend for all panels, under them."""
+    found = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if found:
+        figure = panels[0].figure
+        room = 10.5 * figure.get_figwidth() / (8 + max(map(len, found)))  # columns that are as wide as the longest name
+        fitting = max(1, min(len(found), int(room)))
+        rows = -(-len(found) // fitting)
+        figure.legend(
+            found.values(), found, fontsize=9.5, loc="outside lower center", handlelength=3.4,
+            ncols=columns or -(-len(found) // rows),
+        )  # fmt: skip
 
 
-def name_point(axes: Axes, x: float, y: float, text: str, color: str = INK, *, below: bool = True) -> None:
-    """Text under or over a point, readable on top of lines."""
-    axes.annotate(
-        text, (x, y), xytext=(0, -8 if below else 8), textcoords="offset points", ha="center",
-        va="top" if below else "bottom", fontsize=9.5, color=color, zorder=5,
-        path_effects=[patheffects.withStroke(linewidth=3, foreground="white")],
-    )  # fmt: skip
+def span(axes: Axes, values: Iterable[float], least: float = 0.1) -> None:
+    """A linear y axis over these values and a margin; values that hardly differ get a span of ``least``."""
+    low, high = min(values := list(values)), max(values)
+    margin = max(0.10 * (high - low), (least - (high - low)) / 2)
+    axes.set_ylim(low - margin, high + margin)
+
+
+def level(axes: Axes, value: float, label: str, color: str = GREY, style: tuple = (0, (5, 3))) -> None:
+    """A broken line over the whole width, named in the legend."""
+    axes.axhline(value, color=color, linewidth=1.4, linestyle=style, zorder=1.5, label=label)
+
+
+def name_points(axes: Axes, points: Sequence[tuple[float, float]], levels: Iterable[float], color: str) -> None:
+    """The value of each point over it, or under it where a level line would run through the text; limits are set."""
+    low, high = axes.get_ylim()
+    text_height = 0.085 * (high - low)
+    levels = [*levels, high + 0.4 * text_height]  # nor over the edge
+    for x, y in points:
+        below = any(0 < level - y < 1.6 * text_height for level in levels)
+        below = below and not any(0 < y - level < 1.6 * text_height for level in levels)
+        axes.annotate(
+            f"{y:.2f}", (x, y), xytext=(0, -8 if below else 8), textcoords="offset points", ha="center",
+            va="top" if below else "bottom", fontsize=9.5, color=color, zorder=5,
+            path_effects=[patheffects.withStroke(linewidth=3, foreground="white")],
+        )  # fmt: skip
 
 
 def thousands(axes: Axes, axis: str = "x") -> None:
@@ -100,8 +136,8 @@ def unit_axis(axes: Axes, unit: str) -> None:
     low, high = axes.get_ylim()
     marks = [10.0**k for k in range(-4, 9)] if unit == "ms" else [4.0**k for k in range(5, 24)]
     inside = [mark for mark in marks if low <= mark <= high]
-    if unit == "ms" and len(inside) < 3:
-        marks = [step * mark for mark in marks for step in (1, 2, 5)]
+    if len(inside) < 3:
+        marks = [step * mark for mark in marks for step in ((1, 2, 5) if unit == "ms" else (1, 2))]
         inside = [mark for mark in marks if low <= mark <= high]
     axes.set_yticks(inside, [in_units(mark, unit) for mark in inside])
     axes.minorticks_off()
@@ -110,7 +146,8 @@ def unit_axis(axes: Axes, unit: str) -> None:
 def length_axis(axes: Axes, lengths: Iterable[int]) -> None:
     """A logarithmic axis of text lengths, each marked as people say it: 512, 1K, 16K."""
     marks = sorted(set(lengths))
+    marks = marks[:: -1][:: -(-len(marks) // 8)]  # more would touch; the longest is marked
     axes.set_xscale("log", base=2)
-    axes.set_xticks(marks, [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in marks])
+    axes.set_xticks(marks, [in_tokens(n) for n in marks])
     axes.minorticks_off()
     axes.set_xlabel("N, tokens of a text")

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 COLUMNS = ("operator", "case", "mode", "provider", "ms", "ms_p20", "ms_p80", "tflops", "gb_s", "share_of_floor",
-           "peak_mb", "error", "ours_is_faster_by")  # fmt: skip
+           "peak_mb", "error", "ours_is_faster_by", "status")  # fmt: skip
 BEST_COLUMNS = ["operator", "case", "ours ms", "share of floor", "best peer", "its ms", "ours is faster by"]
 
 

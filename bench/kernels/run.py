@@ -24,7 +24,7 @@ from ..measure.allocator import allocator_peak
 from ..measure.ceilings import measure_ceilings
 from ..measure.clock import device_named, num_cold_copies, own_stream
 from ..measure.environment import environment
-from ..measure.results import cell, flatten, markdown_table, rows_to_resume, write_results
+from ..measure.results import MEASURED, cell, flatten, markdown_table, rows_to_resume, write_results
 from ..measure.roofline import Ceilings, Floor, work_of
 from ..measure.timing import Refusal, Timing, compare, refusal
 from .best import COLUMNS, best_peers
@@ -262,7 +262,9 @@ def summary(rows: Sequence[dict], case: Case) -> str:
         line: dict[str, Any] = {f"{case.operator} {case.label}": name}
         for row in (row for row in mine if row["provider"] == name):
             ms = row["ms"]
-            line[f"{row['mode']} ms"] = cell(ms.median_ms) if isinstance(ms, Timing) else ms.reason
-            line["error"] = f"{row['error']:.1e}" + ("" if row["accurate"] else " FAILS") if "error" in row else "-"
+            line[f"{row['mode']} ms"] = cell(ms.median_ms) if isinstance(ms, Timing) else None
+            line["error"] = f"{row['error']:.1e}" if "error" in row else None
+            said = ms.reason if isinstance(ms, Refusal) else MEASURED if row["accurate"] else "not accurate"
+            line["status"] = said if line.get("status") in (None, MEASURED, said) else f"{line['status']}; {said}"
         lines.append(line)
     return markdown_table(lines, list(lines[0]))

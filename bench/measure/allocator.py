@@ -31,7 +31,7 @@ def observe(call: Call, device: torch.device | str) -> tuple[float, Memory]:
     if torch.device(device).type == "cuda":
         return observe_cuda(call)
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         start = time.perf_counter()
         result = call()
         seconds = time.perf_counter() - start

@@ -64,6 +64,14 @@ def points(rows: Rows, name: str, phase: str, quantity: str) -> tuple[list[int],
     return [n for n, _ in sorted(pairs)], [v for _, v in sorted(pairs)]
 
 
+def in_tokens(number: int) -> str:
+    """16384 -> 16K; 1048576 -> 1M."""
+    for size, name in ((2**20, "M"), (2**10, "K")):
+        if number % size == 0:
+            return f"{number // size}{name}"
+    return str(number)
+
+
 def encoders_of(rows: Rows) -> list[str]:
     return list(dict.fromkeys(row["encoder"] for row in rows))
 

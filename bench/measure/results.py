@@ -1,4 +1,8 @@
-"""Result files: JSON, CSV and Markdown of the same rows, each written whole or not at all."""
+"""Result files: JSON, CSV and Markdown of the same rows, each written whole or not at all.
+
+A column of numbers holds numbers or nothing; why there is nothing says the row's ``status``, which is "measured"
+otherwise.
+"""
 
 import csv
 import io
@@ -8,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ...engine.errors import InputError
-from ...engine.files import finite, is_lost, write_json, write_text
+from ...engine.files import LOST, finite, is_lost, write_json, write_text
 from .resident import Memory
 from .timing import Refusal, Timing
+
+MEASURED = "measured"
+TIMED = ("ms", "time_ms", "measured_GiB", "allocator_peak", "bytes_per_token")  # whose rows have a status
+EARLIER_NAMES = {"failed": "status", "ended": "status"}
 
 
 def write_results(
@@ -19,13 +27,13 @@ def write_results(
 ) -> Path:  # fmt: skip
     """``name``.json (environment and rows), ``name``.csv (rows) and ``name``.md (a table); returns the JSON's path.
 
-    A row maps columns to text, numbers, None (not measured), a ``Timing``, a ``Memory`` or a ``Refusal``. ``columns``
+    A row maps columns to text, numbers, None (an empty cell), a ``Timing``, a ``Memory`` or a ``Refusal``. ``columns``
     picks and orders those of the Markdown table; the other two files have all. A number that is not finite is no
-    result: its place is empty, and the row's column ``not_finite`` names it; in the table it reads "not finite".
+    result: its place is empty, and the row's column ``not_finite`` names it.
     """
-    flat = [flatten(row) for row in rows]
-    kept = [finite(row) for row in flat]
+    kept = [finite(flatten(row)) for row in rows]
     every = list(dict.fromkeys(column for row in kept for column in row))
+    shown = list(dict.fromkeys([*(columns or every), *(column for column in every if column == LOST)]))
     folder.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     writer = csv.DictWriter(text, every, restval="", lineterminator="\n")
@@ -33,7 +41,7 @@ def write_results(
     writer.writerows(kept)
     write_text(folder / f"{name}.csv", text.getvalue())
     heading = f"# {title}\n\n" if title else ""
-    table = markdown_table(flat, columns or every)
+    table = markdown_table(kept, shown)
     write_text(folder / f"{name}.md", f"{heading}{table}\n{environment_lines(environment)}")
     path = folder / f"{name}.json"
     write_json(path, {"environment": dict(environment), "rows": kept})
@@ -41,15 +49,27 @@ def write_results(
 
 
 def read_results(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """(rows, environment) of a file that ``write_results`` wrote."""
+    """(rows, environment) of a file that ``write_results`` wrote, now or in an earlier version."""
     content = json.loads(Path(path).read_text())
-    return content["rows"], content["environment"]
+    return [with_status(row) for row in content["rows"]], content["environment"]
 
 
 def read_rows(path: Path) -> list[dict]:
     """The rows of a result file; none of a JSON file of another kind."""
     content = json.loads(path.read_text())
-    return content["rows"] if isinstance(content, dict) and "rows" in content else []
+    return [with_status(row) for row in content["rows"]] if isinstance(content, dict) and "rows" in content else []
+
+
+def with_status(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as it is written now. Earlier versions put the reason into the column of the number, or named the column
+    otherwise."""
+    now = {EARLIER_NAMES.get(column, column): value for column, value in row.items()}
+    words = [column for column in TIMED if isinstance(now.get(column), str)]
+    if words:
+        now |= {"status": now[words[0]], words[0]: None}
+    elif any(column in now for column in TIMED):
+        now.setdefault("status", MEASURED)
+    return now
 
 
 SAME = ("commit", "gpu", "cpu", "threads", "torch", "triton", "dtype")  # of two results in one table
@@ -77,17 +97,18 @@ def flatten(row: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, Timing):
             flat |= {column: value.median_ms, f"{column}_p20": value.p20_ms, f"{column}_p80": value.p80_ms}
             flat |= {f"{column}_samples": value.num_samples, f"{column}_method": value.method}
+            flat.setdefault("status", MEASURED)
         elif isinstance(value, Memory):
             flat |= {column: value.peak_bytes, f"{column}_extra": value.extra_bytes}
         elif isinstance(value, Refusal):
-            flat[column] = value.reason
+            flat |= {column: None, "status": value.reason}
         else:
             flat[column] = value
     return flat
 
 
 def markdown_table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """A Markdown table, numbers to the right; a missing value or None reads "not measured"."""
+    """A Markdown table, numbers to the right; a missing value or None is an empty cell."""
     rows = list(rows)
     numeric = [all(isinstance(row.get(c), (int, float, type(None))) for row in rows) for c in columns]
     lines = ["| " + " | ".join(columns) + " |", "|" + "|".join("---:" if n else "---" for n in numeric) + "|"]
@@ -97,7 +118,7 @@ def markdown_table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) ->
 
 def cell(value: Any) -> str:
     if value is None:
-        return "not measured"
+        return ""
     if is_lost(value):
         return "not finite"
     if isinstance(value, float):

@@ -141,9 +141,18 @@ def read_files(files: Iterable[Path], column: str) -> Iterator[str]:
 
 
 def read_file(file: Path, column: str) -> Iterator[str]:
+    return (text for text, _ in read_rows(file, column))
+
+
+def read_rows(file: Path, column: str) -> Iterator[tuple[str, Any]]:
+    """The text of every row, and what it has in its column "id"; None, where there is none.
+
+    Raises:
+        InputError: the file, or this row of it, cannot be read.
+    """
     try:
         if file.name.endswith(".txt"):
-            yield read_text(file)
+            yield read_text(file), None
         elif file.name.endswith(".parquet"):
             yield from read_parquet(file, column)
         else:
@@ -174,7 +183,7 @@ def read_text(file: Path) -> str:
         ) from error
 
 
-def read_jsonl(file: Path, column: str) -> Iterator[str]:
+def read_jsonl(file: Path, column: str) -> Iterator[tuple[str, Any]]:
     with gzip.open(file) if file.name.endswith(".gz") else file.open("rb") as lines:
         try:
             for number, line in enumerate(lines, start=1):
@@ -184,7 +193,7 @@ def read_jsonl(file: Path, column: str) -> Iterator[str]:
             raise InputError(f"{file}: damaged gzip file ({error}); copy or download it again") from error
 
 
-def parse_line(where: str, line: bytes, column: str) -> str:
+def parse_line(where: str, line: bytes, column: str) -> tuple[str, Any]:
     try:
         text = line.decode("utf-8-sig")
         row = json.loads(text)
@@ -207,7 +216,7 @@ def parse_line(where: str, line: bytes, column: str) -> str:
     text = check_text(where, row[column], column)
     if not text.isprintable() and any("\ud800" <= char <= "\udfff" for char in text):
         raise InputError(f"{where}: half of a surrogate pair in column {column!r}; correct the line")
-    return text
+    return text, row.get("id")
 
 
 def check_text(where: str, text: Any, column: str) -> str:
@@ -232,7 +241,7 @@ def no_column(where: str, column: str, columns: dict[str, bool]) -> str:
     return f"{where}: {only}; set data.text_column to that of {', '.join(map(repr, texts[:SHOWN]))} which is meant"
 
 
-def read_parquet(file: Path, column: str) -> Iterator[str]:
+def read_parquet(file: Path, column: str) -> Iterator[tuple[str, Any]]:
     """The rows of a column of any type that Arrow has for text, and of bytes that are UTF-8."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -248,10 +257,13 @@ def read_parquet(file: Path, column: str) -> Iterator[str]:
         if not holds_text(kind):
             raise InputError(f"{file}: expected text in column {column!r}, got {kind}; set data.text_column")
         row = 0
-        for batch in table.iter_batches(batch_size=1024, columns=[column]):
-            for value in batch.column(column).cast(pa.large_binary()).to_pylist():
+        names = list(dict.fromkeys((column, "id"))) if schema.names.count("id") == 1 else [column]
+        for batch in table.iter_batches(batch_size=1024, columns=names):
+            values = batch.column(column).cast(pa.large_binary()).to_pylist()
+            own = batch.column("id").to_pylist() if "id" in names else [None] * len(values)
+            for value, name in zip(values, own, strict=True):
                 row += 1
-                yield "" if value is None else decode(value, f"{file}, row {row}", column)
+                yield "" if value is None else decode(value, f"{file}, row {row}", column), name
     except pa.ArrowException as error:
         raise InputError(f"{file}: not a readable parquet file ({one_line(error)})") from error
 

@@ -4,20 +4,27 @@ from typing import Any
 
 import torch
 
+from ...models import geometry
 from ...models.objectives import Mixed
 from ..data.loader import Loader
 from ..launch import World
 
+MAX_TEXTS = 64  # over all ranks, whose concepts are looked at
+
 # sums kept for each view of the grid
-LOSS, DIVISOR, NLL_SEEN, NUM_SEEN, NLL_UNSEEN, NUM_UNSEEN = range(6)
+LOSS, DIVISOR, NLL_SEEN, NUM_SEEN, NLL_UNSEEN, NUM_UNSEEN, NLL_OTHERS, NUM_OTHERS = range(8)
 
 
 @torch.no_grad()
-def evaluate(engine: Any, loader: Loader, max_tokens: int, world: World) -> dict[str, Any]:
+def evaluate(
+    engine: Any, loader: Loader, max_tokens: int, world: World, *, of_others: bool = False
+) -> dict[str, Any]:  # fmt: skip
     """Reads up to `max_tokens` held-out tokens through every view of the objective's grid. Collective.
 
     Args:
         engine: a DeepSpeed engine, or the bare model.
+        of_others: also decode each text from the concepts of its neighbour in the batch; it is encoded once for both.
+            The engine is then a bare ``ConceptForMaskedLM``.
 
     Returns nats per token, none where nothing is asked for:
         loss: the objective's own weighted loss, averaged over the grid (for MDLM weights, a bound on the NLL).
@@ -27,8 +34,13 @@ def evaluate(engine: Any, loader: Loader, max_tokens: int, world: World) -> dict
             each t counts the same, however many tokens it hides. None where there are none. For diffusion, nll_unseen
             is the bound on the NLL of the text; only it may be compared with the text's entropy.
         num_targets, num_unseen: how many tokens were asked for.
+        nll_of_others: with ``of_others``, the mean over the targets of batches of two texts or more, averaged over the
+            grid, each text decoded from the concepts of another; what it lies above the NLL of the same targets is what
+            the concepts say about their text. None when no batch has two.
         parts: of a mixture, loss, nll_seen and nll_unseen of each part by itself; the figures above are then over the
             grids of all parts, and mean little.
+        concepts: ``geometry.health`` of the concepts of 64 of the texts in the first view of the grid, and where they
+            carry next to no content ``collapse``, why; absent with fewer than two texts.
     and with a contrastive loss:
         contrastive: the loss of each text among all the others.
         retrieval: the share of texts whose other view is the most similar of all; chance is 1 / num_pairs.
@@ -38,7 +50,7 @@ def evaluate(engine: Any, loader: Loader, max_tokens: int, world: World) -> dict
     """
     was_training = engine.training
     engine.eval()
-    figures = _of_targets(engine, loader, max_tokens, world)
+    figures = _of_targets(engine, loader, max_tokens, world, of_others)
     if loader.contrastive is not None:
         figures |= _of_pairs(engine, loader, max_tokens, world)
     if loader.lessons is not None:
@@ -47,19 +59,30 @@ def evaluate(engine: Any, loader: Loader, max_tokens: int, world: World) -> dict
     return figures
 
 
-def _of_targets(engine: Any, loader: Loader, max_tokens: int, world: World) -> dict[str, Any]:
+def _of_targets(engine: Any, loader: Loader, max_tokens: int, world: World, of_others: bool) -> dict[str, Any]:
     sums: dict[str, torch.Tensor] = {}
+    concepts, wanted = [], -(-MAX_TEXTS // world.size)  # of this rank
     for views in loader.evaluation(max_tokens):
         for name, view in views.items():
             view = view.to(world.device)
-            nll = engine(view=view, return_nll=True).nll.double()
+            known = {"encoded": engine.encode(view.encoder)} if of_others else {}
+            result = engine(view=view, return_nll=True, **known)
+            nll = result.nll.double()
+            if name == next(iter(views)) and wanted > 0:
+                concepts.append(result.concepts[:wanted].float().cpu())
+                wanted -= len(concepts[-1])
             seen, weights = view.seen.double(), view.weights.double()
             parts = [(weights * nll).sum(), view.divisor.double(), (seen * nll).sum(), seen.sum(),
                      ((1 - seen) * nll).sum(), (1 - seen).sum()]  # fmt: skip
+            parts += [nll.new_zeros(())] * 2
+            if of_others and view.encoder.num_sequences > 1:
+                others = engine(view=view, return_nll=True, ablate="shuffle", **known).nll.double()
+                parts[NLL_OTHERS:] = [others.sum(), others.new_tensor(len(others))]
             sums[name] = sums.get(name, 0) + torch.stack(parts)
     if not sums:
-        return {"loss": None, "nll_seen": None, "nll_unseen": None, "nll_by_t": {}, "num_targets": 0, "num_unseen": 0}
-    table = world.sum(torch.stack(list(sums.values()))).cpu()  # [views, 6]
+        none = {"loss": None, "nll_seen": None, "nll_unseen": None, "nll_by_t": {}, "num_targets": 0, "num_unseen": 0}
+        return none | ({"nll_of_others": None} if of_others else {})
+    table = world.sum(torch.stack(list(sums.values()))).cpu()  # [views, 8]
     total = table.sum(0)
     figures = {
         **means(table),
@@ -67,10 +90,22 @@ def _of_targets(engine: Any, loader: Loader, max_tokens: int, world: World) -> d
         "num_targets": int(total[NUM_SEEN] + total[NUM_UNSEEN]),
         "num_unseen": int(total[NUM_UNSEEN]),
     }
+    if of_others:
+        figures["nll_of_others"] = over_grid(table[:, NLL_OTHERS], table[:, NUM_OTHERS])
     if isinstance(loader.objective, Mixed):
         rows = {part: [name.startswith(f"{part}/") for name in sums] for part in loader.objective.names}
         figures["parts"] = {part: means(table[rows[part]]) for part in rows}
-    return figures
+    return figures | _of_concepts(torch.cat(concepts), world)
+
+
+def _of_concepts(concepts: torch.Tensor, world: World) -> dict[str, Any]:
+    """``concepts``: [B, C, d] of this rank. The same on every rank."""
+    z = torch.cat(world.gather(concepts))
+    if len(z) < 2 or not bool(torch.isfinite(z).all()):
+        return {}
+    found = geometry.health(z)
+    reason = geometry.collapse(found, z.shape[1])
+    return {"concepts": found, **({"collapse": reason} if reason else {})}
 
 
 def _of_pairs(engine: Any, loader: Loader, max_tokens: int, world: World) -> dict[str, Any]:
@@ -91,7 +126,7 @@ def _of_lessons(engine: Any, loader: Loader, max_tokens: int, world: World) -> d
 
 
 def means(table: torch.Tensor) -> dict[str, float | None]:
-    """Of rows [views, 6] of a grid."""
+    """Of rows [views, 8] of a grid."""
     return {
         "loss": float((table[:, LOSS] / table[:, DIVISOR].clamp(min=1e-12)).mean()),
         "nll_seen": over_grid(table[:, NLL_SEEN], table[:, NUM_SEEN]),

@@ -75,7 +75,7 @@ class Job(Protocol):
         """Figures of a micro-batch, one of ``num_batches``, that only its backward pass brings."""
 
     def evaluate(self, engine: Any) -> dict[str, Any]:
-        """Figures on held-out data. Collective."""
+        """Figures on held-out data; under "collapse", in words, why the model has collapsed, if it has. Collective."""
 
     def export(self, module: nn.Module, folder: Path) -> Path:
         """Writes the finished model. Collective. Raises OSError on every rank."""

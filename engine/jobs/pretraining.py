@@ -1,7 +1,6 @@
 """Pre-training on text: the objective of a recipe, with what is added to it."""
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...models.config import ConceptConfig
-from ...models.masked_lm import ConceptForMaskedLM, smoothing_floor
+from ...models.masked_lm import smoothing_floor
 from ...models.objectives import Distillation, Mixed, View
 from ...models.pretraining import Cached, Pretraining, Totals, cache
 from ...models.recursion import draw_iterations
 from .. import compat
-from ..backbone import KEPT, checkpoint_activations, fill, open_backbone
+from ..backbone import checkpoint_activations
+from ..beginning import begin
 from ..card import About
 from ..data.cache import cache_folder
 from ..data.corpus import Corpus, open_corpus
@@ -28,7 +27,6 @@ from ..data.stages import Stages
 from ..data.teacher import Teacher
 from ..data.windows import Windows
 from ..export import export
-from ..initialize import initialize
 from ..launch import World
 from ..recipe.schema import Recipe
 from .evaluation import evaluate
@@ -107,31 +105,14 @@ class PretrainingJob:
         text = f"{millions:.2f} M tokens of training text ({self.loader.at(0).steps_per_epoch} steps an epoch)"
         return f"{text}, distilled from {self.teacher['teacher']}" if self.teacher else text
 
-    def build_config(self) -> ConceptConfig:
-        tokens, backbone = self.corpus.tokens, self.backbone
-        return self.recipe.build_config(
-            vocab_size=backbone.vocab_size(tokens) if backbone else tokens.vocab_size, mask_token_id=tokens.mask_id,
-            pad_token_id=self.corpus.tokenizer.pad_token_id, **({"backbone": backbone.described} if backbone else {}),
-        )  # fmt: skip
-
     def build(self, is_new: bool) -> Pretraining:
-        recipe, tokenizer = self.recipe, self.corpus.tokenizer
-        self.backbone = open_backbone(recipe, tokenizer, self.world, None if is_new else recipe.path / KEPT)
-        bare = ConceptForMaskedLM(self.build_config())
-        if self.backbone and self.backbone.folder:
-            self.beginning = fill(bare, self.backbone, self.corpus)
-            self.files[KEPT] = json.dumps(self.backbone.described, indent=1, allow_nan=False)
-        if recipe.init and is_new:
-            self.beginning = f"from {recipe.init.source}: {initialize(bare, recipe.init, tokenizer, self.world)}"
-        if self.beginning:
-            self.files["initialization.txt"] = self.beginning
+        recipe = self.recipe
+        bare, self.beginning, self.files = begin(recipe, self.corpus, self.world, is_new)
         if recipe.train.checkpoint_backbone:
             checkpoint_activations(bare)
         bare.encoder.keep = recipe.train.keep
         if recipe.train.recompute:
             compat.recompute_layers(bare)
-        if recipe.init and recipe.init.embeddings == "frozen":
-            bare.encoder.embed_tokens.weight.requires_grad_(False)
         distillation = None
         if self.distill:
             bare.config.distilled_from = self.teacher

@@ -36,6 +36,7 @@ from .reader import one_line
 FREE = (
     "run.name", "run.folder", "run.timeout_s", "run.join_minutes", "resume", "eval.", "checkpoint.", "profile.",
     "zero.", "batch.micro_tokens", "data.cache", "task.cache", "distill.max_gib", "train.keep", "train.recompute",
+    "train.on_collapse",
 )  # fmt: skip
 
 
@@ -92,6 +93,7 @@ class Train(Section):
     keep: Literal["keys", "states", "ids"] | None = None  # of a token, for the backward pass: `ConceptEncoder.keep`
     recompute: Switch = False  # gradient checkpointing: layers are computed once more in the backward pass
     max_bad_steps: Count = 5  # consecutive steps with a non-finite gradient after which the run stops
+    on_collapse: Literal["warn", "stop"] = "warn"  # where an evaluation finds that concepts carry next to no content
 
 
 class Zero(Section):

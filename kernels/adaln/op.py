@@ -1,10 +1,13 @@
 """The door of adaptive layer norm: contract, checks, choice of backend."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from ..backend import choose
 from ..checks import check_boundaries, check_float, check_like, check_size, check_tensor
+from ..tracing import distinct
 from .eager import torch_modulate, torch_residual_modulate
 
 MAX_WIDTH = 8192  # of the Triton backend: a row must fit a program's registers
@@ -17,7 +20,7 @@ def adaln_modulate(
     cu_seqlens: Tensor | None = None,
     *,
     eps: float = 1e-6,
-    backend: str = "auto",
+    backend: Literal["auto", "triton", "torch"] = "auto",
 ) -> Tensor:
     """Layer norm without weights, modulated by one shift and one scale vector per sequence (DiT, Peebles and Xie 2023).
 
@@ -50,7 +53,7 @@ def adaln_modulate(
         check_triton(x)
         from .library import Modulate
 
-        return Modulate.apply(x, shift, scale, cu_seqlens, float(eps), out_dtype)
+        return Modulate.apply(*distinct(x, shift, scale, cu_seqlens), float(eps), out_dtype)
     shift, scale = (modulation.to(x.dtype) for modulation in (shift, scale))
     with torch.autocast(x.device.type, enabled=False):
         return torch_modulate(x, shift, scale, cu_seqlens, eps).to(out_dtype)
@@ -65,7 +68,7 @@ def adaln_residual_modulate(
     cu_seqlens: Tensor | None = None,
     *,
     eps: float = 1e-6,
-    backend: str = "auto",
+    backend: Literal["auto", "triton", "torch"] = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The gated residual and the modulated layer norm that follows it, in one pass (AdaLN-Zero; Peebles and Xie 2023).
 
@@ -90,7 +93,8 @@ def adaln_residual_modulate(
         check_triton(x)
         from .library import ResidualModulate
 
-        return ResidualModulate.apply(x, branch, gate, shift, scale, cu_seqlens, float(eps), out_dtype)
+        tensors = distinct(x, branch, gate, shift, scale, cu_seqlens)
+        return ResidualModulate.apply(*tensors, float(eps), out_dtype)
     branch, gate, shift, scale = (other.to(x.dtype) for other in (branch, gate, shift, scale))
     with torch.autocast(x.device.type, enabled=False):
         h, y = torch_residual_modulate(x, branch, gate, shift, scale, cu_seqlens, eps)

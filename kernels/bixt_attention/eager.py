@@ -4,6 +4,8 @@ Where the sequence boundaries can be read without waiting for a device, sequence
 are so small that calls cost more than padding; elsewhere (GPU, traced graphs) they run padded, side by side.
 Holds the similarity and both weights, [B, H, N, C] each, for backward. Every product has its tokens where its gradient
 comes out as [N, C] too, so that none of these is ever transposed.
+
+float16 is computed in float32, because scores above 65504 are no float16. bfloat16 holds them.
 """
 
 import torch
@@ -24,11 +26,16 @@ def bixt_attention(
     max_seqlen: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    T = token_qk.shape[0]
+    T, dtype = token_qk.shape[0], token_qk.dtype
+    if dtype == torch.float16:
+        concept_qk, concept_v, token_qk, token_v = (x.float() for x in (concept_qk, concept_v, token_qk, token_v))
     concepts = (concept_qk * scale).transpose(1, 2), concept_v.transpose(1, 2)  # [B,H,C,D]
-    if not pays_to_pad(cu_seqlens, T, max_seqlen, concept_qk.shape[1] * concept_qk.shape[2]):
-        return one_by_one(*concepts, token_qk, token_v, cu_seqlens)
-    return side_by_side(*concepts, token_qk, token_v, cu_seqlens, min(max_seqlen, T))
+    with torch.autocast(token_qk.device.type, enabled=False):  # it would take the scores back to 16 bits
+        if pays_to_pad(cu_seqlens, T, max_seqlen, concept_qk.shape[1] * concept_qk.shape[2]):
+            outs = side_by_side(*concepts, token_qk, token_v, cu_seqlens, min(max_seqlen, T))
+        else:
+            outs = one_by_one(*concepts, token_qk, token_v, cu_seqlens)
+    return outs[0].to(dtype), outs[1].to(dtype)
 
 
 def pays_to_pad(cu_seqlens: Tensor, num_tokens: int, max_seqlen: int, weights_per_token: int) -> bool:

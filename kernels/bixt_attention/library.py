@@ -14,6 +14,7 @@ from ..concept_attention import forward as concept_forward
 from ..splits import check_supported
 from ..token_attention import backward as token_backward
 from ..token_attention import forward as token_forward
+from ..tracing import distinct
 from . import backward, forward
 
 _library = torch.library.Library("conceptron", "FRAGMENT")
@@ -114,8 +115,8 @@ def bixt_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     check_supported("concept_qk", concept_qk)
-    inputs = concept_qk, concept_v, token_qk, token_v
-    return _BixtAttention.apply(*inputs, cu_seqlens.contiguous(), max_seqlen, scale)
+    tensors = distinct(concept_qk, concept_v, token_qk, token_v, cu_seqlens.contiguous())
+    return _BixtAttention.apply(*tensors, max_seqlen, scale)
 
 
 def builds() -> list[Build]:

@@ -226,8 +226,9 @@ def backward_config(
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
     max_seqlen: int, scale: float, dropout_p: float, seed: Tensor | None, chunk: int | None = None,
+    dq_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dv), contiguous. ``chunk`` overrides the length of a chunk, in tokens (tests)."""
+    """(dq in ``dq_dtype``, by default q's, dk, dv), contiguous. ``chunk`` overrides the length of a chunk (tests)."""
     num_sequences, (num_tokens, num_kv_heads, head_dim) = cu_seqlens.shape[0] - 1, k.shape
     num_concepts, num_heads = q.shape[-3:-1]
     num_rows, is_shared = num_heads // num_kv_heads * num_concepts, q.ndim == 3
@@ -237,7 +238,7 @@ def backward(
     if chunk is None:
         chunk = choose_chunk(num_tokens, max_seqlen, num_programs, config["num_warps"], config["BLOCK_N"])
     split = Split(num_tokens, num_sequences, max_seqlen, chunk)
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dq = torch.empty(q.shape, dtype=dq_dtype or q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     is_direct = split.single and not is_shared

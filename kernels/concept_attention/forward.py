@@ -164,8 +164,9 @@ def forward_config(num_rows: int, block_d: int, units: str, dropout: bool) -> di
 def forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
     scale: float, dropout_p: float, seed: Tensor | None, chunk: int | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(out, lse). ``chunk`` overrides the length of a chunk, in tokens (tests)."""
+    """(out in ``out_dtype``, by default q's, lse). ``chunk`` overrides the length of a chunk, in tokens (tests)."""
     num_sequences, (num_tokens, num_kv_heads, head_dim) = cu_seqlens.shape[0] - 1, k.shape
     num_concepts, num_heads = q.shape[-3:-1]
     num_rows = num_heads // num_kv_heads * num_concepts
@@ -175,7 +176,7 @@ def forward(
     if chunk is None:
         chunk = choose_chunk(num_tokens, max_seqlen, num_programs, config["num_warps"], config["BLOCK_N"])
     split = Split(num_tokens, num_sequences, max_seqlen, chunk)
-    out = torch.empty(num_sequences, num_concepts, num_heads, head_dim, dtype=q.dtype, device=q.device)
+    out = torch.empty(num_sequences, num_concepts, num_heads, head_dim, dtype=out_dtype or q.dtype, device=q.device)
     lse = torch.empty(num_sequences, num_heads, num_concepts, dtype=torch.float32, device=q.device)
     part, part_lse = out, lse
     if not split.single:

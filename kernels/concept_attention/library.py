@@ -6,6 +6,7 @@ from torch.autograd.function import once_differentiable
 
 from ..build import Build
 from ..splits import check_supported
+from ..tracing import distinct
 from . import backward, forward
 
 _library = torch.library.Library("conceptron", "FRAGMENT")
@@ -79,7 +80,8 @@ def concept_attention(
     scale: float, dropout_p: float, seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     check_supported("q", q)
-    return _ConceptAttention.apply(q, k, v, cu_seqlens.contiguous(), max_seqlen, scale, dropout_p, seed)
+    tensors = distinct(q, k, v, cu_seqlens.contiguous())
+    return _ConceptAttention.apply(*tensors, max_seqlen, scale, dropout_p, seed)
 
 
 def builds() -> list[Build]:

@@ -1,6 +1,6 @@
 """The door of concept_attention: contract, checks, choice of backend."""
 
-from typing import Literal
+from typing import Literal, overload
 
 from torch import Tensor
 
@@ -10,11 +10,37 @@ from ..checks import check_cu_seqlens, check_float, check_like, check_scale, che
 from ..philox import as_seed, check_dropout
 from . import eager
 
+Backend = Literal["auto", "triton", "torch"]
+
+
+@overload
+def concept_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+    *, scale: float | None = ..., dropout_p: float = ..., seed: int | Tensor | None = ...,
+    return_lse: Literal[False] = ..., backend: Backend = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def concept_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+    *, scale: float | None = ..., dropout_p: float = ..., seed: int | Tensor | None = ...,
+    return_lse: Literal[True], backend: Backend = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def concept_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+    *, scale: float | None = ..., dropout_p: float = ..., seed: int | Tensor | None = ...,
+    return_lse: bool, backend: Backend = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+
 
 def concept_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
     *, scale: float | None = None, dropout_p: float = 0.0, seed: int | Tensor | None = None,
-    return_lse: bool = False, backend: Literal["auto", "triton", "torch"] = "auto",
+    return_lse: bool = False, backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """C concepts of every sequence read the N tokens of that sequence.
 

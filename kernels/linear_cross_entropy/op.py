@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..backend import choose
 from ..checks import check_float, check_like, check_size, check_tensor, readable
+from ..tracing import distinct
 from .library import LinearCrossEntropy
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -98,7 +99,7 @@ def linear_cross_entropy(
     elif divisor is not None:
         row_weight = (row_weight / divisor).to(exact).where(row_weight != 0, 0)  # 0/0: an empty batch has divisor 0
     return LinearCrossEntropy.apply(
-        hidden, weight, bias, targets, index, row_weight,
+        *distinct(hidden, weight, bias, targets, index, row_weight),
         float(label_smoothing), int(ignore_index), reduction == "none", torch.is_grad_enabled(), dtype, chosen,
     )  # fmt: skip
 

@@ -2,7 +2,8 @@
 
 As in bixt_attention, sequences run one after the other where that is known to be faster, else padded, side by side.
 Holds the weights [B, H, N, C] for backward, in at least float32. Results are linear in them, so they are normalised
-after the product, and a column of ones beside v makes it leave the masses as well.
+after the product, and a column of ones beside v makes it leave the masses as well. Scores of float16 are float32 too,
+because those above 65504 are no float16.
 """
 
 import torch
@@ -14,8 +15,17 @@ from ..bixt_attention.eager import pays_to_pad
 def slot_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, normalize: str, eps: float
 ) -> tuple[Tensor, Tensor]:
+    with torch.autocast(q.device.type, enabled=False):  # it would take the scores and weights back to 16 bits
+        return read(q, k, v, cu_seqlens, max_seqlen, scale, normalize, eps)
+
+
+def read(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, normalize: str, eps: float
+) -> tuple[Tensor, Tensor]:
     B, C, H, D = q.shape
     T, Hkv = k.shape[:2]
+    if q.dtype == torch.float16:
+        q, k = q.float(), k.float()
     # the heads of a group stand side by side as more concepts of the one head they share
     q = (q * scale).view(B, C, Hkv, H // Hkv, D).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B,Hkv,G*C,D]
     if not pays_to_pad(cu_seqlens, T, max_seqlen, C * H):

@@ -6,6 +6,7 @@ from torch.autograd.function import once_differentiable
 
 from ..build import Build
 from ..splits import check_supported
+from ..tracing import distinct
 from . import backward, forward
 
 _library = torch.library.Library("conceptron", "FRAGMENT")
@@ -76,7 +77,8 @@ def slot_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, normalize: str, eps: float
 ) -> tuple[Tensor, Tensor]:
     check_supported("q", q)
-    return _SlotAttention.apply(q, k, v, cu_seqlens.contiguous(), max_seqlen, scale, normalize, eps)
+    tensors = distinct(q, k, v, cu_seqlens.contiguous())
+    return _SlotAttention.apply(*tensors, max_seqlen, scale, normalize, eps)
 
 
 def builds() -> list[Build]:

@@ -8,35 +8,22 @@ from torch import Tensor
 LN2 = 0.6931471805599453
 
 
-class Embedded(NamedTuple):
-    """Token states that are made again wherever they are needed: RMSNorm(table[ids]) * norm, so that ids are all that
-    is kept of a token.
-    """
-
-    ids: Tensor  # [T] int64
-    table: Tensor  # [V, E]
-    norm: Tensor  # [E]
-    eps: float
-
-
 class Arguments(NamedTuple):
-    """Checked by the door. Everything is computed in q's dtype; x is rounded to it chunk by chunk."""
+    """Checked by the door. Everything is computed from q's dtype; x is rounded to it chunk by chunk."""
 
     q: Tensor  # [B, C, H, D] or [C, H, D]
     x: Tensor  # [T, E], or the table [V, E] where there are ids
     w_key: Tensor  # [Hkv * D, E]
     w_value: Tensor  # [Hkv * D, E]
     cu_seqlens: Tensor  # [B + 1] int32
-    key_bias: Tensor | None  # [Hkv * D]
+    key_bias: Tensor | None  # [D], of every head
     key_norm: Tensor | None  # [D]
-    cos: Tensor | None  # [T, D/2], and sin: or
-    sin: Tensor | None
     positions: Tensor | None  # [T], and frequencies [D/2]
     frequencies: Tensor | None
     ids: Tensor | None  # [T] int64
     token_norm: Tensor | None  # [E], where there are ids
     max_seqlen: int
-    temperature: float  # of the angles that positions give
+    temperature: float  # of the keys that positions turn
     token_eps: float
     eps: float
     scale: float
@@ -73,3 +60,9 @@ class Gradients(NamedTuple):
 
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
+
+
+def chunk_on_gpu(a: Arguments) -> int:
+    """Tokens whose keys and values exist at one time: so many that the queries, which every chunk reads again, weigh
+    little beside them."""
+    return a.chunk or max(1 << 14, 4 * a.num_sequences * a.num_rows)

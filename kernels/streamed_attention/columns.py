@@ -9,13 +9,12 @@ from .arguments import Arguments
 
 
 class Weights(NamedTuple):
-    """What makes tokens, keys and values, in the dtype of computation."""
+    """What makes keys and values, in the dtype of computation."""
 
     w_key: Tensor
     w_value: Tensor
     bias: Tensor | None  # [Hkv * D, 1]
     norm: Tensor | None  # [D, 1]
-    token_norm: Tensor | None  # [E]
 
 
 class Keys(NamedTuple):
@@ -30,25 +29,13 @@ class Keys(NamedTuple):
 def weights(a: Arguments, dtype: torch.dtype) -> Weights:
     return Weights(
         *(w.to(dtype, copy=True) for w in (a.w_key, a.w_value)),  # aligned: the last bit of a product depends on it
-        None if a.key_bias is None else a.key_bias.to(dtype)[:, None],
+        None if a.key_bias is None else a.key_bias.to(dtype).repeat(a.num_kv_heads)[:, None],
         None if a.key_norm is None else a.key_norm.to(dtype)[:, None],
-        None if a.token_norm is None else a.token_norm.to(dtype),
     )  # fmt: skip
-
-
-def tokens(a: Arguments, w: Weights, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """(x [n, E], and 1 / rms [n, 1] where x is made of ids)."""
-    if a.ids is None:
-        return a.x[start:stop].to(a.q.dtype).to(dtype), None
-    rows = a.x.index_select(0, a.ids[start:stop]).to(dtype)
-    inverse = (rows.square().mean(1, keepdim=True) + a.token_eps).rsqrt_()
-    return rows.mul_(inverse).mul_(w.token_norm).to(a.q.dtype).to(dtype), inverse
 
 
 def turning(a: Arguments, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
     """cos and sin [D/2, n] of tokens ``start`` to ``stop``."""
-    if a.cos is not None:
-        return tuple(part[start:stop].t().to(dtype).contiguous() for part in (a.cos, a.sin))
     if a.positions is None:
         return None
     angles = a.frequencies[:, None] * a.positions[start:stop].float()
@@ -82,16 +69,6 @@ def backward(
     if dbias is not None:
         dbias += du.sum(1, keepdim=True)
     return du
-
-
-def tokens_backward(
-    dx: Tensor, x_rows: Tensor, inverse: Tensor, w: Weights, dtoken_norm: Tensor
-) -> Tensor:
-    """The gradient of table rows [n, E] from that of the states; adds to that of the norm's weight."""
-    z = x_rows * inverse
-    dtoken_norm += (dx * z).sum(0)
-    dz = dx * w.token_norm
-    return dz.addcmul_(z, (dz * z).mean(1, keepdim=True), value=-1).mul_(inverse)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:

@@ -12,21 +12,18 @@ import math
 import torch
 from torch import Tensor
 
-from . import columns
-from .arguments import LN2, Arguments, Gradients, exact_dtype
+from . import columns, tokens
+from .arguments import LN2, Arguments, Gradients, chunk_on_gpu, exact_dtype
 from .pieces import Piece, chunks
 
-CHUNK_BYTES = 512 * 1024  # of keys and of values each
 SCORE_BYTES = 512 * 1024  # of the scores that are worked on at one time
 
 
 def chunk_size(a: Arguments) -> int:
     """Tokens whose keys and scores stay in a CPU's second-level cache; on a GPU as for its own kernels."""
-    if a.chunk is not None:
-        return a.chunk
     if a.q.is_cuda:
-        return max(1 << 14, 4 * a.num_sequences * a.num_rows)
-    return 1024 if a.w_key.shape[0] <= 256 else 512
+        return chunk_on_gpu(a)
+    return a.chunk or (1024 if a.w_key.shape[0] <= 256 else 512)
 
 
 def forward(a: Arguments) -> tuple[Tensor, Tensor]:
@@ -39,7 +36,7 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor]:
     total = rows.new_zeros(*shape[:-1], 1)
     peak = torch.full_like(total, -math.inf)
     for start, stop, pieces in chunks(a.cu_seqlens, a.num_tokens, a.max_seqlen, a.num_kv_heads, chunk_size(a)):
-        x, _ = columns.tokens(a, w, start, stop, dtype)
+        x = tokens.states(a, start, stop).to(dtype)
         keys = columns.make(x, w, columns.turning(a, start, stop, dtype), a.num_kv_heads, a.eps).keys
         values = torch.mm(w.w_value, x.t()).view_as(keys)
         for piece in pieces:
@@ -78,11 +75,12 @@ def backward(dout: Tensor, out: Tensor, lse: Tensor, a: Arguments, dx: Tensor | 
     lse = lse.reshape(*delta.shape) / LN2
     dq = torch.zeros_like(rows)
     dw_key, dw_value = torch.zeros_like(w.w_key), torch.zeros_like(w.w_value)
-    dbias, dnorm, dtoken_norm = (None if x is None else torch.zeros_like(x) for x in (w.bias, w.norm, w.token_norm))
+    dbias, dnorm = (None if x is None else torch.zeros_like(x) for x in (w.bias, w.norm))
+    dtoken_norm = None if a.token_norm is None else torch.zeros_like(a.token_norm, dtype=dtype)
     queries = rows * (a.scale / LN2)
     rows = rows * a.scale
     for start, stop, pieces in chunks(a.cu_seqlens, a.num_tokens, a.max_seqlen, a.num_kv_heads, chunk_size(a)):
-        x, inverse = columns.tokens(a, w, start, stop, dtype)
+        x = tokens.states(a, start, stop).to(dtype)
         made = columns.make(x, w, columns.turning(a, start, stop, dtype), a.num_kv_heads, a.eps)
         values = torch.mm(w.w_value, x.t()).view_as(made.keys)
         dkeys, dvalues = torch.empty_like(values), torch.empty_like(values)
@@ -99,13 +97,13 @@ def backward(dout: Tensor, out: Tensor, lse: Tensor, a: Arguments, dx: Tensor | 
         du, dvalues = columns.backward(dkeys, made, w, dbias, dnorm), dvalues.flatten(0, 1)
         dw_key.addmm_(du, x)
         dw_value.addmm_(dvalues, x)
-        if dx is not None or inverse is not None:
-            _add_tokens(a, w, dx, du, dvalues, inverse, dtoken_norm, start, stop)
+        if dx is not None or dtoken_norm is not None:
+            _add_tokens(a, w, dx, du, dvalues, dtoken_norm, start, stop)
     dq = dq.mul_(a.scale).unflatten(2, (-1, a.q.shape[-3])).permute(0, 3, 1, 2, 4).flatten(2, 3)
-    return Gradients(
-        dq.reshape(a.q.shape).to(a.q.dtype), dw_key, dw_value,
-        None if dbias is None else dbias[:, 0], None if dnorm is None else dnorm[:, 0], dtoken_norm,
-    )  # fmt: skip
+    dbias = None if dbias is None else dbias.view(a.num_kv_heads, -1).sum(0)
+    dnorm = None if dnorm is None else dnorm[:, 0]
+    dq = dq.reshape(a.q.shape).to(a.q.dtype).contiguous()
+    return Gradients(dq, dw_key, dw_value, dbias, dnorm, dtoken_norm)
 
 
 def _gradients(
@@ -132,22 +130,14 @@ def _add_queries(dq: Tensor, part: Tensor, piece: Piece) -> None:
 
 
 def _add_tokens(
-    a: Arguments, w: columns.Weights, dx: Tensor | None, du: Tensor, dvalues: Tensor,
-    inverse: Tensor | None, dtoken_norm: Tensor | None, start: int, stop: int,
+    a: Arguments, w: columns.Weights, dx: Tensor | None, du: Tensor, dvalues: Tensor, dtoken_norm: Tensor | None,
+    start: int, stop: int,
 ) -> None:  # fmt: skip
     if a.ids is None and dx.dtype == du.dtype:
         dx[start:stop].addmm_(du.t(), w.w_key).addmm_(dvalues.t(), w.w_value)
-        return
-    part = torch.mm(du.t(), w.w_key).addmm_(dvalues.t(), w.w_value)
-    if a.ids is None:
-        dx[start:stop] += part
-        return
-    ids = a.ids[start:stop]
-    part = columns.tokens_backward(part, a.x.index_select(0, ids).to(part.dtype), inverse, w, dtoken_norm)
-    if dx is not None and dx.is_cuda:  # sorts, where index_add_ would use atomics
-        torch.ops.aten._index_put_impl_(dx, [ids], part.to(dx.dtype), accumulate=True, unsafe=True)
-    elif dx is not None:
-        dx.index_add_(0, ids, part.to(dx.dtype))  # in order
+    else:
+        part = torch.mm(du.t(), w.w_key).addmm_(dvalues.t(), w.w_value)
+        tokens.add_gradient(a, dx, part, dtoken_norm, start, stop)
 
 
 def _rows(x: Tensor, a: Arguments, dtype: torch.dtype) -> Tensor:

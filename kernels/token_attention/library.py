@@ -6,6 +6,7 @@ from torch.autograd.function import once_differentiable
 
 from ..build import Build
 from ..splits import check_supported
+from ..tracing import distinct
 from . import backward, forward
 
 _library = torch.library.Library("conceptron", "FRAGMENT")
@@ -69,7 +70,8 @@ def token_attention(
     scale: float, dropout_p: float, seed: Tensor | None,
 ) -> Tensor:  # fmt: skip
     check_supported("q", q)
-    return _TokenAttention.apply(q, k, v, cu_seqlens.contiguous(), max_seqlen, scale, dropout_p, seed)
+    tensors = distinct(q, k, v, cu_seqlens.contiguous())
+    return _TokenAttention.apply(*tensors, max_seqlen, scale, dropout_p, seed)
 
 
 def builds() -> list[Build]:

@@ -75,7 +75,7 @@ def half(table, tmp_path_factory):
 
 def test_every_cell_is_measured_and_the_table_written(table, half):
     rows, environment = read_results(half / "cells.json")
-    assert [(row["row"], row["seed"], row["ended"]) for row in rows] == [
+    assert [(row["row"], row["seed"], row["status"]) for row in rows] == [
         ("first", 0, "measured"), ("second", 0, "measured"), ("first", 1, "measured"), ("second", 1, "measured"),
     ]  # fmt: skip
     assert environment["torch"] and environment["command"]
@@ -106,7 +106,7 @@ def test_a_half_finished_table_goes_on_where_it_stopped(table, half, monkeypatch
 def test_no_cell_starts_after_its_time(table, tmp_path, capsys):
     assert perform(["bench", "ablation", str(table), "--workers", "0", "--minutes", "0", "--out", str(tmp_path)]) == 1
     rows, _ = read_results(tmp_path / "cells.json")
-    assert {row["ended"] for row in rows} == {"not started"}
+    assert {row["status"] for row in rows} == {"not started"}
 
 
 def test_one_failing_cell_is_told_and_the_others_run(table, tmp_path, monkeypatch, capsys):
@@ -180,7 +180,7 @@ def test_a_difference_is_marked_when_it_is_beyond_the_spread():
 
 
 def cells(row, against, nll, accuracy):
-    made = {"row": row, "against": against, "change": "something", "ended": "measured", "num_parameters": 2e6}
+    made = {"row": row, "against": against, "change": "something", "status": "measured", "num_parameters": 2e6}
     return [{**made, "seed": i, "heldout_nll": nll + x, "accuracy_kept": accuracy}
             for i, x in enumerate((-0.1, 0.0, 0.1))]  # fmt: skip
 

@@ -74,7 +74,10 @@ def make_run(folder, *, objective="{name: mlm}", smoothing=0.0, uniform=True):
         {"kind": "train", "step": i, "loss": 6 - i / 20, "tokens": 100 * i, "tokens_per_s": 50.0, "elapsed_s": 2.0 * i}
         for i in range(1, 31)
     ]
-    history += [{"kind": "eval", "step": i, "nll_unseen": 6 - i / 25, "nll_seen": None} for i in (15, 30)]
+    seen = {"num_texts": 64, "rank_dynamic": 4.0, "static_fraction": 0.3, "similarity_mean": 0.2}
+    history += [
+        {"kind": "eval", "step": i, "nll_unseen": 6 - i / 25, "nll_seen": None, "concepts": seen} for i in (15, 30)
+    ]
     history.append({
         "kind": "end", "step": 30, "train_seconds": 61.5, "tokens": 3000, "tokens_per_s": 49.0,
         "peak_memory_bytes": 3 * 2**20,
@@ -111,10 +114,17 @@ def test_report_of_a_run(run, capsys):
     assert summary["train_seconds"] == 61.5
     assert set(summary["losses"]["nll_by_view"]) == {"mask=0.15", "mask=0.30", "mask=0.50"}
     assert summary["losses"]["num_unseen"] == summary["losses"]["num_targets"] > 0
-    assert {gate["verdict"] for gate in summary["gates"]} >= {"PASS", "FAIL", "not measured"}
-    assert all(is_figure(folder / f"{name}.png") for name in ("loss", "nll", "similarity", "spectrum"))
+    assert {gate["verdict"] for gate in summary["gates"]} == {"PASS", "FAIL", "UNKNOWN"}
+    assert list(summary["does"]["nll"].values()) == pytest.approx([math.log(vocab_size)] * 4)
+    assert summary["figures"]["used_slots"] == 0  # nothing depends on the concepts
+    assert len(summary["reads"]["slots"]) == len(summary["does"]["slots"]) == 8
+    probes = [probe["name"] for probe in summary["probes"]]
+    assert probes == ["words", "length", "words here", "words elsewhere", "place"]
+    assert all(is_figure(folder / f"{name}.png") for name in report.FIGURES)
     text = (folder / "report.md").read_text()
-    for name in ("loss", "nll", "similarity", "spectrum"):
+    for name in report.FIGURES:
+        if name in ("clusters", "health"):
+            continue  # on the page only
         assert f"]({name}.png)" in text
     assert "| **training time**, s | 61.5 | 30 steps, 3,000 tokens |" in text
     assert "unigram entropy" in text
@@ -209,6 +219,7 @@ def test_encoder_without_decoder_has_concepts_only(run, tmp_path):
         (lambda run: (run / "metrics.jsonl").write_text('{"kind": "tr'), "metrics.jsonl: not a file of JSON lines"),
         (lambda run: (run / "report").write_text(""), "report: cannot be made"),
         (lambda run: (run / "model" / "model.safetensors").write_bytes(b"0123456789"), r"safetensors: damaged \(10"),
+        (lambda run: one_concept(run), "two concepts or more, got one"),
         (lambda run: edit(run, "num_hidden_layers", 2), "weights are missing, encoder.layers.1"),
         (lambda run: edit(run, "num_concepts", 9), r"has shape \[8, 32\], the model \[9, 32\]"),
         (lambda run: edit(run, "model_type", "bert"), "expected model_type 'conceptron', got 'bert'"),
@@ -225,6 +236,11 @@ def test_bad_input_is_one_line(run, tmp_path, break_it, message):
 def edit(run, field, value):
     path = run / "model" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+
+
+def one_concept(run):
+    model = ConceptForMaskedLM.from_pretrained(run / "model")
+    ConceptForMaskedLM(ConceptConfig(**{**model.config.to_dict(), "num_concepts": 1})).save_pretrained(run / "model")
 
 
 def test_foreign_tokenizer_is_refused(run, tmp_path):

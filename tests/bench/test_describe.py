@@ -102,7 +102,7 @@ def test_what_is_kept_of_a_token():
         return (kept_bytes(configure(), 2048, "fp32", keep) - kept_bytes(configure(), 1024, "fp32", keep)) / 1024
 
     states, keys, ids = map(of_a_token, (None, "keys", "ids"))
-    assert ids == 0 and states == 4 * 32 + 8 and keys > 2 * 2 * 4 * 32  # of ids only, the batch's own
+    assert ids == 8 + 8 and states == 4 * 32 + 8 + 8 and keys > 2 * 2 * 4 * 32  # the id, the position, both the batch's
     assert kept_bytes(configure(layer_kind="slot"), 64, "fp32", "ids") is None
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conceptron.__main__ import perform
-from conceptron.bench.figures import charts
+from conceptron.bench.figures import plot
 from conceptron.bench.kernels import run
 from conceptron.bench.kernels.cases import OPERATORS, make_inputs
 from conceptron.bench.kernels.matrix import MATRICES
@@ -103,7 +103,7 @@ def test_every_row_that_is_shown_has_a_provider_that_answers_or_explains(operato
 
 def test_a_comparison_goes_on_where_it_was_cut(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "measure_ceilings", lambda device, dtype: Ceilings(10.0, 0.1))
-    monkeypatch.setattr(charts, "SUFFIXES", ("png",))
+    monkeypatch.setattr(plot, "SUFFIXES", ("png",))
     options = ["--matrix", "small", "--device", "cpu", "--seconds", "0.001", "--out", str(tmp_path), "--resume",
                "--providers", "conceptron (torch)", "eager"]  # fmt: skip
     perform(["bench", "kernels", "adaln", *options])

@@ -91,9 +91,9 @@ def test_a_case_that_fails_says_why_and_is_not_predicted_from(monkeypatch):
     rows = [memory.run_case(OURS, TINY, n, 16, "cuda") for n in (512, 1024, 2048)]
     assert rows[0]["temporary"] == 50 + 512 - 45 and rows[0]["resident_peak"] == 7 and rows[0]["throttled"] == "no"
     assert rows[2] == {"encoder": OURS, "N": 2048, "C": 16,
-                       "failed": "RuntimeError: conceptron.bench.memory:training_case: exit code -9"}  # fmt: skip
+                       "status": "RuntimeError: conceptron.bench.memory:training_case: exit code -9"}  # fmt: skip
     check = memory.check_prediction(rows, TINY, 16, 1.0, "cuda")
     assert check["predicted N"] == 2**30 - 50 and check["predicted from N"] == 1024
-    assert check["measured_GiB"].endswith("exit code -9") and check["error_percent"] is None
+    assert check["status"].endswith("exit code -9") and check["measured_GiB"] is check["error_percent"] is None
     check = memory.check_prediction(rows[1:], TINY, 16, 1.0, "cuda")
-    assert check["measured_GiB"].startswith("not run: rows: expected at least two lengths")
+    assert check["measured_GiB"] is None and check["status"].startswith("not run: rows: expected at least two lengths")

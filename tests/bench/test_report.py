@@ -5,8 +5,9 @@ import pytest
 
 from conceptron.bench.compare import compare_folders, slower
 from conceptron.bench.documents.paste import BLOCK, fill
-from conceptron.bench.figures import charts
+from conceptron.bench.figures import plot
 from conceptron.bench.kernels.best import best_peers
+from conceptron.bench.measure.exponents import write_tables
 from conceptron.bench.measure.results import read_results, write_results
 from conceptron.bench.measure.timing import Timing
 from conceptron.bench.report import report
@@ -34,6 +35,23 @@ def test_fill_writes_the_columns_that_the_marker_names(tmp_path):
         fill(text.replace("of_time", "nonsense"), tmp_path)
     missing = fill(text.replace("x.json", "y.json"), tmp_path)
     assert "\nNot measured.\n" in missing and "stale" not in missing
+
+
+def test_words_in_a_sentence_are_written_from_the_rows(tmp_path):
+    rows = [{"encoder": "a", "phase": "train", "N": n, "time_ms": ms, "peak_bytes": b, "status": status}
+            for n, ms, b, status in ((512, 1.0, 8, "measured"), (1024, 2.0, 32, "measured"),
+                                     (2048, None, None, "not run"))]  # fmt: skip
+    write_results(tmp_path, "x", rows, {})
+    write_tables(tmp_path, rows, {})
+    text = "From <!-- words: x.json lengths -->stale<!-- end -->.\n"
+    text += "<!-- words: exponents.json exponents --><!-- end -->\n"
+    filled = fill(text, tmp_path)
+    assert "-->512 to 1K tokens<!-- end -->." in filled and "stale" not in filled, "what did not run does not count"
+    assert "-->a (up to 1K) time N^1.00, memory N^2.00<!-- end -->" in filled
+    assert fill(filled, tmp_path) == filled
+    assert "-->not measured<!-- end -->" in fill(text.replace("x.json", "y.json"), tmp_path)
+    with pytest.raises(ValueError, match="expected words of lengths, exponents, got 'nonsense'"):
+        fill(text.replace("lengths", "nonsense"), tmp_path)
 
 
 def measured(ms: float, spread: float, provider: str = "conceptron") -> dict:
@@ -110,13 +128,13 @@ def test_every_committed_result_says_where_it_comes_from(path):
 
 def test_a_report_of_what_a_time_limit_left(tmp_path, monkeypatch):
     """One row of each, or only rows that say why nothing was measured."""
-    monkeypatch.setattr(charts, "SUFFIXES", ("png",))
+    monkeypatch.setattr(plot, "SUFFIXES", ("png",))
     case = {"encoder": "concept", "phase": "forward", "N": 512, "C": 128}
     memory = {"parameters": 4, "gradients": 4, "optimizer": 8, "activations: encoder": 2048, "temporary": 1,
               "allocator_peak": 2**20, "resident_peak": 2**21}  # fmt: skip
     ran = {"scaling": [{**case, "time_ms": 3.0, "peak_bytes": 2**20}], "memory": [{**case, **memory}]}
-    not_run = {"scaling": [{**case, "time_ms": "not run: why", "peak_bytes": None}],
-               "memory": [{**case, "failed": "RuntimeError: why"}]}  # fmt: skip
+    not_run = {"scaling": [{**case, "time_ms": None, "peak_bytes": None, "status": "not run: why"}],
+               "memory": [{**case, "status": "RuntimeError: why"}]}  # fmt: skip
     for folder, results in (("ran", ran), ("not run", not_run)):
         for name, rows in results.items():
             write_results(tmp_path / folder / name, name, rows, {"gpu": "some gpu"})

@@ -62,8 +62,8 @@ def test_measure_skips_what_would_take_too_long():
     rows = measure(TINY, [32, 64, 128], CPU, [OURS], **QUICK | {"limit_s": 1e-9})
     first, second, third = (row for row in rows if row["phase"] == "train")
     assert first["time_ms"] > 0 and first["time_ms_samples"] >= 3 and first["peak_bytes"] > 0
-    assert second["time_ms"].startswith("not run: expected about") and second["peak_bytes"] is None
-    assert third["time_ms"] == second["time_ms"], "what was skipped once stays skipped, for the same reason"
+    assert second["status"].startswith("not run: expected about") and second["time_ms"] is second["peak_bytes"] is None
+    assert third["status"] == second["status"], "what was skipped once stays skipped, for the same reason"
 
 
 def test_measure_goes_on_where_it_was_cut():
@@ -113,7 +113,7 @@ def test_what_does_not_fit_in_memory_is_not_run(monkeypatch):
     rows = [row | {"time_ms": 1.0} for row in grown([2**30, 2**32], "peak_bytes")]
     assert too_much(rows, OURS, "train", 60.0, CPU) == "not run: expected about 16.0 GiB, 8.0 GiB free"
     assert too_much(rows[:1], OURS, "train", 60.0, CPU) is None
-    failed = [row | {"time_ms": "OutOfMemoryError: no room"} for row in rows]
+    failed = [row | {"time_ms": None, "status": "OutOfMemoryError: no room"} for row in rows]
     assert too_much(failed, OURS, "train", 60.0, CPU) == "not run: N = 1024 ended with OutOfMemoryError: no room"
 
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from conceptron.__main__ import perform
 from conceptron.bench import step
 from conceptron.engine.errors import InputError
 from conceptron.engine.recipe.load import load_recipe
@@ -32,6 +33,7 @@ def test_a_step_tells_speed_parts_loading_and_padding(monkeypatch):
     assert row["tokens_per_step"] == 512 and row["tokens_per_s"] == pytest.approx(512 / row["step_ms"] * 1e3)
     assert row["mfu"] == pytest.approx(row["tflops"]) and row["tflops"] > 0  # the ceiling is 1 TFLOP/s here
     assert row["data_alone_tokens_per_s"] == pytest.approx(512 / row["data_alone_ms"] * 1e3)
+    assert (row["vocabulary"], row["text"]) == (256, "random tokens")
     assert row["padding_avoided"] == 0, "synthetic windows are all of full length"
     for part in ("encoder", "decoder", "head"):
         assert row[f"{part}_forward_ms"] > 0 and row[f"{part}_backward_ms"] > 0
@@ -59,6 +61,29 @@ def test_synthetic_text_has_the_words_of_the_recipe(tmp_path):
     with pytest.raises(InputError, match="--vocabulary"):
         step.synthetic(recipe, None, 16)
     assert step.synthetic(recipe, 300, 16).train[0].max() < 300
+
+
+@pytest.mark.parametrize(("words", "size"), [
+    (["demo.yaml"], 4096), (["demo.yaml", "data.vocab_size=512"], 512), (["demo.yaml", "--vocabulary", "300"], 300),
+    (["seeds-mlm-l2"], step.SEEDS_VOCABULARY), (["seeds-mlm-l2", "data.tokenizer=pydocs", "data.vocab_size=600"], 600),
+])  # fmt: skip
+def test_the_vocabulary_is_the_recipes(monkeypatch, tmp_path, words, size):
+    """Also that of a preset whose tokenizer is changed."""
+    seen = []
+
+    def run(recipe, steps, warm_up, use_synthetic, vocabulary):
+        seen.append(step.synthetic(recipe, vocabulary, 16).tokens.vocab_size)
+        return {"vocabulary": seen[-1]}
+
+    monkeypatch.setattr(step, "run", run)
+    assert perform(["bench", "step", *words, "--synthetic", "--out", str(tmp_path)]) == 0
+    assert seen == [size]
+
+
+def test_a_vocabulary_without_synthetic_text_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(step, "run", lambda *given: pytest.fail("measured"))
+    with pytest.raises(InputError, match=r"--vocabulary: .*add --synthetic"):
+        perform(["bench", "step", "demo.yaml", "--vocabulary", "300", "--out", str(tmp_path)])
 
 
 def test_what_is_timed_is_the_trainers_update(monkeypatch):

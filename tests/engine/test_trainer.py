@@ -23,6 +23,7 @@ from conceptron.engine.data.loader import Loader
 from conceptron.engine.errors import InputError
 from conceptron.engine.telemetry import Telemetry
 from conceptron.engine.trainer import train
+from conceptron.models import geometry
 from conceptron.models.config import ConceptConfig
 from conceptron.models.masked_lm import ConceptForMaskedLM
 from conceptron.models.pretraining import Pretraining
@@ -271,6 +272,22 @@ def test_too_many_of_them_end_the_run(recipe, monkeypatch):
     assert "3 steps in a row had a gradient that is not finite, stopped at step 8" in message
     folder = recipe.parent / "runs" / "tiny"
     assert checkpoint.list_checkpoints(folder / "checkpoints")[0].name == "step-00000004"
+
+
+def test_collapsed_concepts_are_told_or_end_the_run(recipe, monkeypatch, capfd):
+    monkeypatch.setattr(geometry, "STATIC", -1.0)  # any share is too much
+    monkeypatch.setattr(geometry, "MIN_TEXTS", 2)
+    often = ["eval.every=1", "checkpoint.every=0"]
+    message = refusal(recipe, [*often, "train.on_collapse=stop"])  # step 1 lies in the first tenth
+    assert "stopped at step 2, the concepts have collapsed: " in message and "train.on_collapse=warn" in message
+    folder = next(path.parent for path in recipe.parent.rglob("metrics.jsonl"))
+    (told,) = lines(folder, "collapse")
+    assert "is the same for every text" in told["reason"]
+    assert set(lines(folder, "eval")[0]["concepts"]) >= {"static_fraction", "rank_dynamic", "dead_slots"}
+    capfd.readouterr()
+    assert train(recipe, [*often, "resume=auto", "train.on_collapse=warn"]) == folder
+    assert "warning: step 3: the concepts have collapsed" in capfd.readouterr().err
+    assert (folder / "model" / "config.json").is_file()
 
 
 def fill_disk(at_steps: set[int], monkeypatch) -> None:

@@ -1,5 +1,7 @@
 """concept_attention: both backends against the float64 oracle, the promises of its door, and every refusal."""
 
+import typing
+
 import pytest
 import torch
 
@@ -21,6 +23,7 @@ CASES = {
 }
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 SEED = 1234567890123
+OVERLOADS = typing.get_overloads(concept_attention)
 
 
 def boundaries(lengths, device) -> torch.Tensor:
@@ -276,6 +279,18 @@ def test_registration(shared, device):
     rest = q, k, v, out, lse, cu_seqlens, 20, 0.3, 0.0, None
     torch.library.opcheck(ops.concept_attention_backward.default, (dout, dlse, *rest))
     torch.library.opcheck(ops.concept_attention_backward.default, (dout, None, *rest))
+
+
+def test_types_say_what_return_lse_does():
+    """What a type checker reads; mypy and pyright agree with it where they are run."""
+    found = {typing.get_type_hints(f)["return_lse"]: typing.get_type_hints(f)["return"] for f in OVERLOADS}
+    pair = tuple[torch.Tensor, torch.Tensor]
+    assert found == {
+        typing.Literal[False]: torch.Tensor, typing.Literal[True]: pair, bool: torch.Tensor | pair,
+    }  # fmt: skip
+    q, k = torch.zeros(1, 2, 1, 4), torch.zeros(3, 1, 4)
+    for wanted, kind in ((False, torch.Tensor), (True, tuple)):
+        assert type(concept_attention(q, k, k, boundaries([3], "cpu"), 3, return_lse=wanted)) is kind
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])

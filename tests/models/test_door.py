@@ -115,6 +115,19 @@ def test_a_padded_batch_is_one_graph():
     assert torch.allclose(traced(**batch).logits, built(**batch).logits, atol=1e-5)
 
 
+def test_a_padded_batch_trains_in_one_graph():
+    """The caller says how long texts are at most; the gradients are those of the call that looks."""
+    built, batch = model(ConceptForMaskedLM), padded()
+    batch["labels"] = torch.where(batch["attention_mask"] != 0, batch["input_ids"], -100)
+    torch._dynamo.reset()
+    traced, found = torch.compile(built, fullgraph=True, backend="aot_eager"), []
+    for call, lengths in ((built, {}), (traced, {"max_length_q": 14})):
+        loss = call(**batch, **lengths).loss
+        found.append([loss.detach(), *torch.autograd.grad(loss, list(built.parameters()), allow_unused=True)])
+    for want, got in zip(*found, strict=True):
+        assert (want is None and got is None) or torch.allclose(want, got, atol=1e-10)
+
+
 @pytest.mark.parametrize("kind, name", [
     (ConceptEncoder, "pooler_output"), (ConceptForMaskedLM, "logits"), (ConceptForSequenceClassification, "logits"),
 ])  # fmt: skip

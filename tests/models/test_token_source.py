@@ -95,9 +95,9 @@ def test_autocast_within_rounding(keep):
         assert (a - true).norm() <= 1.5 * (b - true).norm() + 0.02 * true.norm()
 
 
-def kept_bytes(model: ConceptEncoder, packed, keep: str) -> int:
-    """What autograd saves of one forward pass, each storage once."""
-    seen, model.keep = {}, keep
+def kept_bytes(call, packed, model: ConceptEncoder) -> tuple[torch.Tensor, int]:
+    """The concepts, and the bytes that autograd saves of one forward pass, each storage once."""
+    seen = {}
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
 
     def save(x):
@@ -105,16 +105,15 @@ def kept_bytes(model: ConceptEncoder, packed, keep: str) -> int:
         return x
 
     with saved_tensors_hooks(save, lambda x: x):
-        out = model(packed=packed)
-    del out
-    return sum(size for storage, size in seen.items() if storage not in own)
+        out = call(packed=packed).last_hidden_state
+    return out, sum(size for storage, size in seen.items() if storage not in own)
 
 
 def test_bytes_of_a_token():
-    model = encoder(torch.float32)
-    short, long = batch(1000), batch(3000)
-    slopes = {keep: (kept_bytes(model, long, keep) - kept_bytes(model, short, keep)) / 2000
-              for keep in ("keys", "states", "ids")}  # fmt: skip
+    model, slopes = encoder(torch.float32), {}
+    for model.keep in ("keys", "states", "ids"):
+        short, long = (kept_bytes(model, batch(length), model)[1] for length in (1000, 3000))
+        slopes[model.keep] = (long - short) / 2000
     assert slopes["ids"] <= 16 and slopes["states"] <= 4 * 32 + 32 and slopes["keys"] > 10 * slopes["states"]
 
 
@@ -182,9 +181,45 @@ def test_a_hook_on_the_embeddings_is_called():
 
 
 def test_compiled_it_is_the_plain_form(monkeypatch):
-    """Of which test_combinations.py compiles every kind."""
+    """Of which test_combinations.py compiles every kind; what is asked for by name is done."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert encoder().kept_of_tokens() == "keys"
+    model = encoder()
+    assert model.kept_of_tokens() == "keys"
+    model.keep = "ids"
+    assert model.kept_of_tokens() == "ids"
+
+
+@pytest.mark.parametrize(("options", "keep"), [
+    ({"num_hidden_layers": 1}, "states"), ({"tie_layers": True, "num_iterations": 2}, "ids"),
+])  # fmt: skip
+def test_compiled_and_asked_for_it_is_kept(options, keep):
+    """The same results, and of a token a state at most."""
+    torch._dynamo.reset()
+    model, packed = encoder(**options), batch(1200, 800)
+    expected = results(model, packed, "keys")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
+    model.keep = keep
+    model.zero_grad()
+    out, size = kept_bytes(compiled, packed, model)
+    slope = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(2))
+    (out * slope).sum().backward()
+    assert_same([out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)], expected)
+    assert size < 2000 * (8 * 32 + 32)
+
+
+@pytest.mark.parametrize("keep", ["states", "ids"])
+def test_what_wrapped_layers_cannot_keep_is_refused(keep):
+    for wrap in (
+        lambda read: setattr(read, "value", nn.Sequential(read.value)),  # an adapter
+        lambda read: read.key.project.register_forward_hook(lambda *args: None),
+        lambda read: setattr(read.value.weight, "ds_id", 1),  # as ZeRO-3 marks what it has cut
+    ):
+        model = encoder()
+        wrap(model.layers[1].read)
+        assert model.kept_of_tokens() == "keys"
+        model.keep = keep
+        with pytest.raises(ValueError, match=f"keep: expected keys or None, got '{keep}': projections of keys"):
+            model(packed=batch(4))
 
 
 CHECKPOINTED = {

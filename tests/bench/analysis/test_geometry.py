@@ -1,11 +1,12 @@
-"""Concept metrics on matrices whose values are known, and the gates' table."""
+"""Concept metrics on matrices whose values are known."""
 
 import math
 
 import pytest
 import torch
 
-from conceptron.bench.analysis.geometry import gates, metrics
+from conceptron.bench.analysis import gates
+from conceptron.bench.analysis.geometry import metrics
 
 
 def equicosine(num_concepts: int, cosine: float, width: int) -> torch.Tensor:
@@ -64,9 +65,9 @@ def test_frozen_prototypes_are_diverse_but_empty():
     empty = metrics.geometry(frozen(torch.eye(32, 64, dtype=torch.float64), 0.01))
     assert empty["effective_rank"] > 31
     assert empty["static_fraction"] > 0.95
-    verdict = next(v for v in gates.judge(empty, 32) if v.gate.key == "static_fraction")
+    verdict = next(v for v in gates.judge(empty, 32, gates.read_gates()) if v.gate.metric == "static_fraction")
     assert verdict.verdict == "FAIL"
-    assert "diverse but empty" in verdict.reason
+    assert "no content" in verdict.source
     full = metrics.geometry(frozen(torch.eye(32, 64, dtype=torch.float64), 1.0))
     assert full["static_fraction"] < 0.1
     assert full["rank_dynamic"] > 25
@@ -112,9 +113,10 @@ def test_isotropy_is_zero_after_a_layer_norm():
     normed = torch.nn.functional.layer_norm(z, (32,))
     out = metrics.geometry(normed)
     assert out["isotropy"] < 1e-7
-    verdicts = {v.verdict for v in gates.judge(out, 8) if v.gate.key == "isotropy"}
-    assert verdicts == {"VOID"}
-    assert {v.verdict for v in gates.judge(metrics.geometry(z), 8) if v.gate.key == "isotropy"} == {"PASS"}
+    gate = next(gate for gate in gates.read_gates() if gate.metric == "isotropy")
+    void = gates.judge_one(gate, out["isotropy"], 8)
+    assert void.verdict == gates.UNKNOWN and "by construction" in void.reason
+    assert gates.judge_one(gate, metrics.geometry(z)["isotropy"], 8).passed == (True, True)
 
 
 @pytest.mark.parametrize("method", ["fit", "mle"])
@@ -144,26 +146,25 @@ def test_bad_concepts_are_named():
         metrics.geometry(torch.full((3, 4, 8), math.nan))
 
 
-def test_gates_scale_with_the_number_of_concepts():
-    roadmap = next(g for g in gates.GATES if g.source == "roadmap gate 1" and g.key == "effective_rank")
-    assert gates.judge_one(roadmap, 17.0, 32)[1:4] == (16.0, 17.0, "PASS")
-    failed = gates.judge_one(roadmap, 17.0, 128)
-    assert (failed.threshold, failed.verdict, failed.reason) == (64.0, "FAIL", roadmap.remedy)
-    assert gates.judge_one(roadmap, None, 128).verdict == "not measured"
-    assert gates.judge_one(roadmap, math.nan, 128).verdict == "not measured"
+def test_twonn_unrolls_a_swiss_roll():
+    """A sheet rolled up in three dimensions has two: distances along it, not through it, are what neighbours tell."""
+    generator = torch.Generator().manual_seed(0)
+    u, height = torch.rand(2, 4000, generator=generator, dtype=torch.float64)
+    turn = 1.5 * math.pi * (1 + 2 * u)
+    roll = torch.stack((turn * turn.cos(), 21 * height, turn * turn.sin()), dim=1)
+    assert metrics.twonn(roll) == pytest.approx(2, abs=0.15)
+    in_40 = torch.nn.functional.pad(roll, (0, 37)) @ torch.linalg.qr(
+        torch.randn(40, 40, generator=generator, dtype=torch.float64)
+    ).Q
+    assert metrics.twonn(in_40) == pytest.approx(2, abs=0.15)
 
 
-def test_every_geometry_gate_is_measured():
-    # a renamed metric must not turn its gate into "not measured"
-    out = metrics.geometry(frozen(torch.eye(16, 32, dtype=torch.float64), 0.5))
-    unmeasured = {v.gate.key for v in gates.judge(out, 16) if v.verdict == "not measured"}
-    assert unmeasured == {
-        "mlm_loss", "suffix_loss", "stsb_pearson", "stsb_zero_shot", "qqp_f1", "mnli_matched_accuracy", "mrpc_f1",
-    }  # fmt: skip
-    assert all(gate.remedy and gate.sense in "<>" for gate in gates.GATES)
-
-
-def test_contradictions_carry_figures():
-    first = gates.contradictions(128)[0]
-    assert "rank 18.0" in first
-    assert "0.0234" in first
+def test_low_rank_mixtures_have_the_rank_of_their_parts():
+    """32 concepts that mix 4 directions, in other amounts for each text."""
+    generator = torch.Generator().manual_seed(0)
+    parts = torch.linalg.qr(torch.randn(64, 4, generator=generator, dtype=torch.float64)).Q.T
+    out = metrics.geometry(torch.randn(200, 32, 4, generator=generator, dtype=torch.float64) @ parts)
+    assert 3 < out["rank_dynamic"] < 4.01
+    assert 3 < out["rank_text"] < 4.01
+    assert out["participation_ratio"] == pytest.approx(4, rel=0.05)
+    assert out["static_fraction"] < 0.02

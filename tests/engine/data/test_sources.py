@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from conceptron.engine.data.sources import Documents, open_source, read_text
+from conceptron.engine.data.sources import Documents, find, open_source, read_text
 from conceptron.engine.errors import InputError
 from conceptron.engine.recipe.data import DataRecipe, Source
 
@@ -237,7 +237,9 @@ def test_links_to_nothing_and_names_of_nothing(tmp_path):
     (tmp_path / "b.txt").symlink_to(tmp_path / "moved.txt")
     found = f"{tmp_path}/b.txt: a link to {tmp_path}/moved.txt, which is not there"
     assert refusal(tmp_path).startswith(found) and found in refusal(tmp_path / "b.txt")
-    assert "not a path" in refusal("~nobody-at-all/x.txt") and "not a path" in refusal("x" * 5000)
+    with pytest.raises(InputError, match="not a path"):
+        find("~nobody-at-all/x.txt")
+    assert "not a path" in refusal("x" * 5000)
 
 
 def test_a_folder_of_every_kind_of_file(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from conceptron.engine.data.loader import Loader
 from conceptron.engine.data.windows import Part, Windows
 from conceptron.engine.jobs.evaluation import evaluate
+from conceptron.models import geometry
 from conceptron.models.objectives import OBJECTIVES
 
 
@@ -67,7 +68,47 @@ def test_figures_are_plain_means(build, world, tokens, windows, name, options, m
     assert figures["loss"] == pytest.approx(math.fsum(weighted) / len(weighted), rel=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["diffusion", "mlm", "tsdae"])
+@pytest.mark.parametrize("has_others", [True, False])
+def test_another_texts_concepts_cost_no_other_figure(build, world, tokens, windows, name, has_others, monkeypatch):
+    """The figure is that of a pass by itself, the others are those without it, and each view is encoded once."""
+    model = build().module.eval()
+    if not has_others:  # one text has no neighbour
+        windows = Windows([Part(windows[4].astype(np.uint16), np.array([0]), np.array([40], dtype=np.int32))])
+    loader = Loader(windows, OBJECTIVES[name](), tokens, seed=0, tokens_per_step=500, micro_tokens=500)
+    plain = evaluate(model, loader, 1000, world)
+    sums = {}
+    for views in loader.evaluation(1000):
+        for key, view in views.items():
+            if view.encoder.num_sequences > 1:
+                nll = model(view=view, ablate="shuffle", return_nll=True).nll.double()
+                sums[key] = [*sums.get(key, []), *nll.tolist()]
+    means = [math.fsum(values) / len(values) for values in sums.values() if values]
+
+    encoded, num_views = [], sum(len(views) for views in loader.evaluation(1000))
+    forward = model.encoder.forward
+    monkeypatch.setattr(model.encoder, "forward", lambda *given, **named: encoded.append(1) or forward(*given, **named))
+    figures = evaluate(model, loader, 1000, world, of_others=True)
+    others = figures.pop("nll_of_others")
+    assert figures == plain and len(encoded) == num_views
+    assert others == (pytest.approx(math.fsum(means) / len(means), rel=1e-6) if has_others else None)
+    assert bool(means) == has_others
+
+
 def test_repeating_an_evaluation_repeats_its_figures(build, world, tokens, windows):
     engine = build()  # with dropout, which must be off
     loader = Loader(windows, OBJECTIVES["diffusion"](), tokens, seed=0, tokens_per_step=99, micro_tokens=50)
     assert evaluate(engine, loader, 60, world) == evaluate(engine, loader, 60, world)
+
+
+@torch.no_grad()
+def test_concepts_are_looked_at_in_passing(build, world, tokens, windows):
+    """Those of the first view of the grid, whatever the size of the batches; and why they say nothing, if they do."""
+    engine, objective = build(), OBJECTIVES["diffusion"]()
+    loader = Loader(windows, objective, tokens, seed=0, tokens_per_step=500, micro_tokens=500)
+    figures = evaluate(engine, loader, 1000, world)
+    (views,) = loader.evaluation(1000)
+    z = engine.module.eval().encoder(packed=next(iter(views.values())).encoder).last_hidden_state
+    assert figures["concepts"] == pytest.approx(geometry.health(z), rel=1e-4)
+    assert figures["concepts"]["num_texts"] == 6 and "collapse" not in figures  # of so few texts nobody can tell

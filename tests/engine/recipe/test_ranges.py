@@ -76,7 +76,7 @@ def attempt(path, field: str, objective: str, value: str) -> str:
 
 # what a field may hold, of what looks wrong elsewhere
 FINE = {
-    "1e-320": """optim.weight_decay optim.min_lr_ratio train.label_smoothing model.dropout model.anchor_bias
+    "1e-320": """optim.weight_decay optim.min_lr_ratio optim.decay train.label_smoothing model.dropout model.anchor_bias
         model.condition_dropout model.label_offset contrastive.start distill.whole distill.similarity distill.stretch
         objective.random@mlm objective.unchanged@mlm objective.kept_weight@tsdae""",  # acts as 0, which is allowed
     "18446744073709551616": """data.source.0.weight optim.lr optim.eps optim.weight_decay optim.clip
@@ -89,7 +89,7 @@ FINE = {
         model.asked_reading
         model.tie_word_embeddings contrastive.across_ranks contrastive.learnable_temperature regularization.dynamic""",
     "[]": "train.stages",
-    "{}": "run model data contrastive regularization optim batch zero eval checkpoint",
+    "{}": "run model data contrastive regularization optim batch zero eval checkpoint profile",
     '""': "run.name",  # the file's
 }
 TEXTS = """run.name run.folder data.source data.source.0.path data.source.0.text_column data.source.0.split
