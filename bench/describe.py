@@ -7,7 +7,8 @@ the backward pass: it is run on tensors that have sizes but no content, with the
 saves is counted, so that it is what a GPU would hold. FLOPs and activations are per token of text, in the recipe's own
 precision, over one micro-batch of windows of full length; the last table is of the encoder alone, on one text, by what
 is kept of a token (``ConceptEncoder.keep``): its state, its keys and values in every layer, its id. While a backward
-pass runs, states have a gradient as large as they are.
+pass runs, states have a gradient as large as they are. Of a backbone, states are counted, which is all that is kept of
+a frozen one; not what its own layers keep where they are trained.
 
 B sequences, N tokens of one sequence, C concepts, d model width.
 """
@@ -27,14 +28,17 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..engine.backbone import describe_backbone
 from ..engine.data import pydocs, tokenizer
+from ..engine.data.loader import reads
 from ..engine.errors import InputError
 from ..engine.recipe.load import load_recipe
 from ..engine.recipe.schema import Recipe
+from ..models.backbone_config import inner_config
 from ..models.config import ConceptConfig
 from ..models.encoder import ConceptEncoder
 from ..models.masked_lm import ConceptForMaskedLM
-from ..models.objectives import Mixed
+from ..models.objectives import Lesson, Mixed
 from ..models.objectives.view import OPENS_WORD, SampleKey, SpecialTokens, View
 from ..models.packing import Packed, pack
 from .measure.environment import environment
@@ -85,11 +89,25 @@ def activation_bytes(config: ConceptConfig, view: View, precision: str = "fp32")
         with saved_by_part(model, PARTS, own) as saved:
             kept = []
             if view.num_targets:
-                kept.append(model(view=strip(replace(view, pair=None))))
-            if view.pair is not None:
-                kept.append(model.encoder(packed=strip(view.pair.texts)))
+                task = replace(view, pair=None, lesson=None, encoder=known(config, view.encoder))
+                kept.append(model(view=strip(task)))
+            for texts in other_texts(view):
+                kept.append(model.encoder(packed=strip(known(config, texts))))
         del kept
     return saved
+
+
+def known(config: ConceptConfig, texts: Packed) -> Packed:
+    """With states of a backbone, which reads what it reads on the host; a frozen one keeps nothing else."""
+    return texts if config.backbone is None else texts._replace(states=torch.zeros(texts.num_tokens, config.token_dim))
+
+
+def other_texts(view: View) -> list[Packed]:
+    """What the encoder reads beside the task's text: of a pair, and of a teacher."""
+    taught = [] if view.lesson is None else [view.lesson.texts or view.encoder]
+    if view.num_targets and view.lesson is not None and view.lesson.texts is None:
+        taught = []  # the concepts that the task is answered from
+    return [*taught, *([] if view.pair is None else [view.pair.texts])]
 
 
 def kept_bytes(config: ConceptConfig, num_tokens: int, precision: str, keep: str | None) -> int | None:
@@ -115,7 +133,7 @@ def encoder_activation_bytes(build: Callable[[], nn.Module], num_tokens: int, pr
         encoder = build().train()
         with saved_by_part(encoder, {}) as saved:
             if isinstance(encoder, ConceptEncoder):
-                kept = encoder(packed=strip(pack([ids])))
+                kept = encoder(packed=strip(known(encoder.config, pack([ids]))))
             else:
                 kept = encoder(strip(torch.from_numpy(ids)[None]))
         del kept
@@ -125,15 +143,16 @@ def encoder_activation_bytes(build: Callable[[], nn.Module], num_tokens: int, pr
 # --- the tables -------------------------------------------------------------------------------------------------------
 
 
-def example_views(recipe: Recipe, tokens: SpecialTokens) -> list[tuple[float, View]]:
+def example_views(recipe: Recipe, tokens: SpecialTokens, config: ConceptConfig) -> list[tuple[float, View]]:
     """(share of the steps, one of their micro-batches) of each objective, over random text in windows of full length.
 
-    With a contrastive loss as it is once that has begun.
+    With a contrastive loss as it is once that has begun, and a teacher whose vectors are known.
     """
     length = recipe.data.window
     count = max(1, recipe.batch.micro_tokens // length)
     generator = np.random.default_rng(0)
     batch = pack([generator.integers(8, tokens.vocab_size, length) for _ in range(count)])
+    batch = known(config, batch) if recipe.data.states_gb else batch
     keys = [SampleKey(0, 0, i) for i in range(count)]
     objective, contrastive = countable(recipe).build_objective(), recipe.build_contrastive()
     mixed = isinstance(objective, Mixed)
@@ -142,6 +161,9 @@ def example_views(recipe: Recipe, tokens: SpecialTokens) -> list[tuple[float, Vi
     if contrastive is not None:
         views = [replace(view, pair=contrastive.pair(batch, keys, tokens, range(count), part))
                  for part, view in zip(parts, views, strict=True)]  # fmt: skip
+    if recipe.distill is not None:
+        said = torch.zeros(count, 1), torch.zeros(count, 0, 1)
+        views = [replace(view, lesson=Lesson(*said, None if reads(view.encoder, batch) else batch)) for view in views]
     return [(weight / sum(weights), view) for weight, view in zip(weights, views, strict=True)]
 
 
@@ -160,12 +182,12 @@ def countable(recipe: Recipe) -> Recipe:
 
 
 def view_flops(count: Callable[[ConceptConfig, Sizes], dict[str, int]], config: ConceptConfig, view: View) -> Counter:
-    """``forward_flops`` or ``training_flops`` of a view, the texts of its pair included."""
+    """``forward_flops`` or ``training_flops`` of a view, the texts of its pair and of its teacher included."""
     total = Counter(count(config, Sizes.of(view)) if view.num_targets else {})
-    if view.pair is not None:
-        texts = view.pair.texts
-        pair = count(config, Sizes(texts.num_sequences, texts.num_tokens, 0, 0, texts.max_seqlen, 0))
-        total.update({part: pair[part] for part in encoder_flops(config, Sizes.of(view))})
+    for texts in other_texts(view):
+        stored = texts.states is not None
+        other = count(config, Sizes(texts.num_sequences, texts.num_tokens, 0, 0, texts.max_seqlen, 0, stored))
+        total.update({part: other[part] for part in encoder_flops(config, Sizes.of(view))})
     return total
 
 
@@ -239,7 +261,8 @@ def screen(recipe: Recipe, config: ConceptConfig, parts: Sequence[dict], lengths
 
 def trained_on(recipe: Recipe) -> str:
     names = [part["name"] for _, part in recipe.parts() if recipe.has_task]
-    return " + ".join([*names, *["contrastive"] * (recipe.contrastive is not None)])
+    names += [name for name in ("contrastive", "distill") if getattr(recipe, name) is not None]
+    return " + ".join(names)
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -275,15 +298,27 @@ def special_tokens(recipe: Recipe, vocabulary: int | None) -> SpecialTokens:
     return SpecialTokens(mask_id=1, special_ids=frozenset(range(8)), vocab_size=size, word_edges=words)
 
 
+def config_of(recipe: Recipe, tokens: SpecialTokens) -> ConceptConfig:
+    found, size = describe_backbone(recipe), tokens.vocab_size
+    if found is None:
+        return recipe.build_config(vocab_size=size, mask_token_id=tokens.mask_id)
+    inner, fields = inner_config(found.described), {"backbone": found.described}
+    count = recipe.model.get("backbone_layers")
+    if isinstance(count, int) and 1 < count < inner.num_hidden_layers:  # training chooses which; they cost the same
+        fields["backbone_layers"] = [*range(count - 1), inner.num_hidden_layers - 1]
+    size = max(size, inner.vocab_size)
+    return recipe.build_config(vocab_size=size, mask_token_id=tokens.mask_id, **fields)
+
+
 def main(options: argparse.Namespace) -> int:
     """The command line."""
     recipe = load_recipe(options.recipe, options.overrides)
     if recipe.train.precision == "auto":
         recipe = recipe.with_precision("bf16")  # what a GPU takes
     tokens = special_tokens(recipe, options.vocabulary)
-    config = recipe.build_config(vocab_size=tokens.vocab_size, mask_token_id=tokens.mask_id)
+    config = config_of(recipe, tokens)
     config.iteration_sampling = "fixed"  # the average is described
-    views = example_views(recipe, tokens)
+    views = example_views(recipe, tokens, config)
     num_tokens = recipe.data.window * views[0][1].encoder.num_sequences
     parts = by_part(config, views, num_tokens, recipe.train.precision)
     doubling = [SHORTEST * 2**i for i in range(32) if SHORTEST * 2**i <= options.max_tokens]

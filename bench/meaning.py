@@ -6,9 +6,10 @@ MODEL is a folder of this package (or a finished run), or any sentence encoder, 
 holds the data: ``glue/stsb``, ``sick``, ``openstax_books``, each with parquet files named after its splits.
 
     sts       Pearson and Spearman of the cosine of two sentences: STS-B dev and test, SICK test; no label is used
-    chapters  100 chapters of 4 to 8 thousand words, two sentences of each as questions: the chapter found by its best
-              part, by its one vector, and the part of it that holds the sentence; with the sentences left in, and taken
-              out; beside BM25, where `bm25s` is installed
+    chapters  100 beginnings of chapters, 4 to 7 thousand words, two sentences of each as questions: the chapter found
+              by its best part, by its one vector, and the part of it that holds the middle of the sentence, or the
+              place where it stood; with the sentences left in, and taken out; beside BM25 where `bm25s` is installed,
+              the windows of a backbone, and the first 512 tokens
     geometry  of 128 windows of 512 tokens out of these chapters
     content   words of 128-token texts written again from the concepts alone, against concepts set to zero and those of
               another text
@@ -16,8 +17,9 @@ holds the data: ``glue/stsb``, ``sick``, ``openstax_books``, each with parquet f
 """
 
 import argparse
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from ..models.ablation import ablated
 from ..models.objectives import Diffusion, SampleKey
 from ..models.packing import pack
 from .analysis import chapters
-from .analysis.embedding import ConceptEmbedder, SentenceEmbedder, open_embedder
+from .analysis.embedding import ConceptEmbedder, Parts, SentenceEmbedder, directions, first_tokens, open_embedder
 from .analysis.geometry import metrics
 from .measure.environment import environment
 from .measure.results import markdown_table, write_results
@@ -48,9 +50,10 @@ GEOMETRY = {  # of ``metrics.geometry``
     "static_fraction": "share of the energy that texts have in common", "rank_dynamic": "rank of what the text changes",
     "dead_slots": "dead concepts",
 }  # fmt: skip
-NUM_CHAPTERS, MIN_WORDS, MAX_WORDS, PER_CHAPTER = 100, 4000, 8000, 2
+NUM_CHAPTERS, MIN_WORDS, MAX_WORDS, PER_CHAPTER = 100, 4000, 7000, 2
 WINDOW, NUM_WINDOWS = 512, 128
 READ_TOKENS, NUM_READ = 128, 64
+FIRST = 512  # tokens, of the floor that reads no further
 LONG, ROUNDS, BACKBONE_WINDOW = 8192, 3, 512
 
 Embedder = ConceptEmbedder | SentenceEmbedder
@@ -92,39 +95,71 @@ def sts(model: Embedder, data: Path, limit: int | None) -> list[dict[str, Any]]:
 
 
 def read_chapters(data: Path, count: int) -> list[str]:
-    """The first chapters of the right length, in a fixed shuffle of all splits."""
+    """The beginnings of chapters, MIN_WORDS to MAX_WORDS long, in a fixed shuffle of all splits.
+
+    Raises:
+        InputError: there are not as many chapters of that length.
+    """
     texts = []
     for split in ("test", "validation", "train"):
         texts += columns(data / "openstax_books" / f"{split}.parquet", "text")[0]
-    fitting = [text for text in texts if MIN_WORDS <= len(text.split()) <= MAX_WORDS]
-    if len(fitting) < 2:
-        raise InputError(f"{data}/openstax_books: expected chapters of {MIN_WORDS} to {MAX_WORDS} words, found none")
-    return [fitting[i] for i in np.random.default_rng(0).permutation(len(fitting))[:count]]
+    generator, found = np.random.default_rng(0), []
+    for i in generator.permutation(len(texts)):
+        beginning = beginning_of(texts[i], int(generator.integers(MIN_WORDS, MAX_WORDS)))
+        if len(beginning.split()) >= MIN_WORDS:
+            found.append(beginning)
+    if len(found) < max(2, count):
+        raise InputError(
+            f"--chapters: {data}/openstax_books has {len(found)} chapters of {MIN_WORDS} words, expected "
+            f"{max(2, count)}; ask for fewer"
+        )
+    return found[:count]
 
 
-def retrieval(model: Embedder, texts: Sequence[str], asks: Embedder, parts: int) -> list[dict[str, Any]]:
-    """``asks`` embeds the questions. ``parts``: of a chapter, for BM25."""
+def beginning_of(text: str, num_words: int) -> str:
+    """Up to the end of the sentence in which word ``num_words`` stands."""
+    words = list(re.finditer(r"\S+", text))
+    if len(words) <= num_words:
+        return text
+    end = next((word.end() for word in words[num_words:] if word[0].endswith((".", "!", "?"))), len(text))
+    return text[:end]
+
+
+def retrieval(model: Embedder, texts: Sequence[str], asks: Embedder, parts: int) -> Iterator[list[dict[str, Any]]]:
+    """Rows of the chapters without their sentences, then of those with them. ``asks`` embeds the questions.
+
+    ``parts``: of a chapter, for BM25.
+    """
     drawn = chapters.draw(texts, PER_CHAPTER)
-    queries, rows = asks.embed([question.text for question in drawn.questions]), []
-    for state, documents in (("kept", drawn.kept), ("removed", drawn.removed)):
+    queries = asks.embed([question.text for question in drawn.questions])
+    for state, documents in (("removed", drawn.removed), ("kept", drawn.kept)):
         is_removed = state == "removed"
         found = model.parts(documents)
         ways = {"best part": chapters.search(queries, found, drawn.questions, is_removed)}
-        if model.num_parts and len(found) > 1:
-            ways["best part, centred"] = chapters.search(
-                queries, chapters.centred(found), drawn.questions, is_removed
-            )
-            vectors = np.stack([each.vectors.mean(0) for each in found])
-            vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        if model.num_parts:
+            ways["one vector"] = chapters.whole(queries, mean_of(found), drawn.questions)
+            if len(found) > 1:
+                of_rest = chapters.centred(found)
+                ways["best part, centred"] = chapters.search(queries, of_rest, drawn.questions, is_removed)
         else:
-            vectors = model.embed(documents)
-        ways["one vector"] = chapters.whole(queries, vectors, drawn.questions)
+            ways["one vector"] = chapters.whole(queries, model.embed(documents), drawn.questions)
+        if found[0].windows is not None:
+            windows = [each.windows for each in found]
+            ways["windows of the backbone"] = chapters.search(queries, windows, drawn.questions, is_removed)
+        beginnings = model.embed([first_tokens(model, text, FIRST) for text in documents])
+        ways[f"first {FIRST} tokens"] = chapters.whole(queries, beginnings, drawn.questions)
         words = chapters.bm25(documents, drawn.questions, parts, is_removed)
         if words:
             ways["BM25"] = words
-        for way, shares in ways.items():
-            rows += [row("chapters", f"{name}, sentence {state}, {way}", *values) for name, values in shares.items()]
-    return rows
+        yield [
+            row("chapters", f"{name}, sentence {state}, {way}", *values)
+            for way, shares in ways.items() for name, values in shares.items()
+        ]  # fmt: skip
+
+
+def mean_of(found: Sequence[Parts]) -> np.ndarray:
+    """[n, e] of norm 1."""
+    return directions(np.stack([each.vectors.mean(0) for each in found]))
 
 
 def geometry(model: ConceptEmbedder, texts: Sequence[str]) -> list[dict[str, Any]]:
@@ -206,34 +241,39 @@ def windows_of(teacher: Teacher, texts: Sequence[str]) -> Callable[[], Any]:
     return call
 
 
-def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], Any]:
-    """The rows, and what the model says of its teacher."""
-    model, wanted = open_embedder(options.model), [part for part in PARTS if part not in options.skip]
+def measure(options: argparse.Namespace, model: Embedder) -> Iterator[list[dict[str, Any]]]:
+    """The rows, part by part."""
+    wanted = [part for part in PARTS if part not in options.skip]
     asks = open_embedder(options.queries) if options.queries else model
     is_ours = isinstance(model, ConceptEmbedder)
-    rows = sts(model, options.data, options.limit) if "sts" in wanted else []
+    if "sts" in wanted:
+        yield sts(model, options.data, options.limit)
     if set(wanted) <= {"sts"}:
-        return rows, model.distilled_from
+        return
     texts = read_chapters(options.data, options.chapters)
-    if "chapters" in wanted:
-        rows += retrieval(model, texts, asks, model.num_parts or 128)
     if "geometry" in wanted and is_ours:
-        rows += geometry(model, texts)
+        yield geometry(model, texts)
     if "content" in wanted and is_ours and hasattr(model.model, "decode_view"):
-        rows += content(model, texts)
+        yield content(model, texts)
     if "speed" in wanted:
-        rows += speed(model, options.backbone, texts)
-    return rows, model.distilled_from
+        yield speed(model, options.backbone, texts)
+    if "chapters" in wanted:
+        yield from retrieval(model, texts, asks, model.num_parts or 128)
 
 
 def main(options: argparse.Namespace) -> int:
     """The command line."""
+    if set(options.skip) >= set(PARTS):
+        raise InputError("--skip: expected to leave at least one part, got all of them")
     stamp = environment()
-    rows, distilled_from = measure(options)
+    model, rows = open_embedder(options.model), []
     folder = Path(options.model).expanduser().resolve()
     name = options.name or (folder.parent.name if folder.name == "model" else folder.name)
-    stamp["distilled_from"] = distilled_from
-    write_results(options.out, name, rows, stamp, title=f"What it means: {name}")
+    stamp["distilled_from"], stamp["backbone"] = model.distilled_from, model.backbone
+    title = f"{name}, distilled from {model.distilled_from['teacher']}" if model.distilled_from else name
+    for found in measure(options, model):
+        rows += found
+        write_results(options.out, name, rows, stamp, title=f"What it means: {title}")  # what is there is kept
     print(markdown_table(rows, ["part", "what", "value", "standard_error", "count"]))
     print(f"written to {options.out / name}.json")
     return 0

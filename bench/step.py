@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from ..engine import launch, zero
+from ..engine.data import tokenizer
 from ..engine.data.corpus import Corpus
 from ..engine.data.stages import Stages
 from ..engine.data.windows import Part, Windows, cut
@@ -49,7 +50,9 @@ from .measure.flops import Sizes, step_flops
 from .measure.nvml import monitor_of
 from .measure.results import markdown_table, write_results
 
-PARTS = {"encoder": "encoder", "decoder": "decoder", "head": "lm_head"}  # part -> module of ConceptForMaskedLM
+PARTS = {  # part -> module of ConceptForMaskedLM
+    "backbone": "encoder.backbone", "encoder": "encoder", "decoder": "decoder", "head": "lm_head",
+}  # fmt: skip
 SEEDS_TOKENIZER = "answerdotai/ModernBERT-base"
 SEEDS_VOCABULARY = 50368  # its ids, so that it need not be fetched
 AS_THE_SEEDS = ("objective.encoder_view=clean", "objective.weighting=selfnorm", "train.label_smoothing=0.1")
@@ -63,11 +66,17 @@ PRESETS: dict[str, tuple[str, ...]] = {  # name -> recipe and what the seeds' ru
 
 
 def synthetic(recipe: Recipe, vocabulary: int | None, window: int) -> Corpus:
-    """A million random tokens in windows of full length; as many ids as the recipe's tokenizer has."""
+    """A million random tokens in windows of full length; as many ids as the recipe's tokenizer has.
+
+    The tokenizer itself is opened only where a backbone is checked against it or a teacher reads text.
+    """
     special = special_tokens(recipe, vocabulary)
     tokens = np.random.default_rng(0).integers(8, special.vocab_size, 1 << 20).astype(np.uint32)
     windows = Windows([Part(tokens, *cut(np.array([0, len(tokens)]), np.array([0]), window))])
-    return Corpus(windows, windows, SimpleNamespace(pad_token_id=None), special, {})
+    words: Any = SimpleNamespace(pad_token_id=None)
+    if recipe.model.get("backbone") is not None or recipe.distill is not None:
+        words = tokenizer.with_mask(tokenizer.load(recipe.data.tokenizer))
+    return Corpus(windows, windows, words, special, {"tokenizer": {"id": recipe.data.tokenizer}})
 
 
 def part_times(
@@ -92,7 +101,9 @@ def part_times(
 
     handles = []
     for part, attribute in PARTS.items():
-        module = getattr(model, attribute)
+        if part == "backbone" and getattr(model.encoder, "backbone", None) is None:
+            continue
+        module = model.get_submodule(attribute)
         handles.append(module.register_forward_pre_hook(lambda m, i: lap()))
         handles.append(module.register_forward_hook(lambda m, i, o, part=part: lap(f"{part} forward")))
     arrived = {"decoder": "head backward", "encoder": "decoder backward"}

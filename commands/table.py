@@ -189,6 +189,25 @@ COMMANDS = (
         ),
     ),
     Command(
+        "gate", "is a run worth going on with? PASS, FAIL, UNKNOWN a metric, and what to do next",
+        "conceptron gate runs/demo --strict", "bench.gate:main",
+        (
+            Option("run", Place("folder"), "runs/NAME, trained and analysed"),
+            Option("--strict", None, "exit code 1 where a gate fails"),
+            Option("--seeds", None, "also the thresholds of the planning documents"),
+            Option("--file", Place("file"), "gates of your own instead of bench/gates.yaml"),
+        ),
+    ),
+    Command(
+        "compare", "runs side by side: training, held-out figures, concepts, gates",
+        "conceptron compare runs/demo runs/other", "bench.compare:runs",
+        (
+            Option("runs", Place("folder"), "two or more, trained and analysed", (), "+", "RUN"),
+            Option("--seeds", None, "also the planning documents' published values, marked"),
+            Option("--out", Place("new folder"), "also write the table there: page, JSON, CSV, Markdown"),
+        ),
+    ),
+    Command(
         "evaluate", "a model on SCROLLS, LongBench, GLUE, retrieval, synthetic tasks, beside its floors",
         "conceptron evaluate --task scrolls/contract_nli,similarity --model runs/read/model data=DATA",
         "bench.evaluate:main",
@@ -212,25 +231,6 @@ COMMANDS = (
             Option("task", Text("a task"), "its name; scrolls: the whole benchmark, {task: {id: prediction}}"),
             Option("--predictions", Place("file"), "JSON: {id: prediction}", required=True),
             Option("--references", Place("file"), "JSON: {id: reference or [references]}", required=True),
-        ),
-    ),
-    Command(
-        "gate", "is a run worth going on with? PASS, FAIL, UNKNOWN a metric, and what to do next",
-        "conceptron gate runs/demo --strict", "bench.gate:main",
-        (
-            Option("run", Place("folder"), "runs/NAME, trained and analysed"),
-            Option("--strict", None, "exit code 1 where a gate fails"),
-            Option("--seeds", None, "also the thresholds of the planning documents"),
-            Option("--file", Place("file"), "gates of your own instead of bench/gates.yaml"),
-        ),
-    ),
-    Command(
-        "compare", "runs side by side: training, held-out figures, concepts, gates",
-        "conceptron compare runs/demo runs/other", "bench.compare:runs",
-        (
-            Option("runs", Place("folder"), "two or more, trained and analysed", (), "+", "RUN"),
-            Option("--seeds", None, "also the planning documents' published values, marked"),
-            Option("--out", Place("new folder"), "also write the table there: page, JSON, CSV, Markdown"),
         ),
     ),
     Command(

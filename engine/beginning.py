@@ -1,10 +1,9 @@
 """The model of a recipe before its first step: drawn, or with first weights from elsewhere."""
 
-import json
 from typing import NamedTuple
 
 from ..models.masked_lm import ConceptForMaskedLM
-from .backbone import KEPT, fill, open_backbone
+from .backbone import KEPT, fill, open_backbone, with_layers
 from .data.corpus import Corpus
 from .initialize import initialize
 from .launch import World
@@ -27,14 +26,19 @@ def begin(recipe: Recipe, corpus: Corpus, world: World, is_new: bool = True) -> 
         InputError: the backbone or the source of `init` cannot be used, or does not fit.
     """
     tokens, tokenizer, origin, files = corpus.tokens, corpus.tokenizer, "", {}
-    backbone = open_backbone(recipe, tokenizer, world, None if is_new else recipe.path / KEPT)
+    backbone, of_backbone = open_backbone(recipe, tokenizer, world, None if is_new else recipe.path / KEPT), {}
+    if backbone:
+        backbone = with_layers(backbone, recipe, corpus)
+        of_backbone = {"backbone": backbone.described}
+        if backbone.layers:
+            of_backbone["backbone_layers"] = backbone.layers
     model = ConceptForMaskedLM(recipe.build_config(
         vocab_size=backbone.vocab_size(tokens) if backbone else tokens.vocab_size, mask_token_id=tokens.mask_id,
-        pad_token_id=tokenizer.pad_token_id, **({"backbone": backbone.described} if backbone else {}),
+        pad_token_id=tokenizer.pad_token_id, **of_backbone,
     ))  # fmt: skip
     if backbone and backbone.folder:
         origin = fill(model, backbone, corpus)
-        files[KEPT] = json.dumps(backbone.described, indent=1, allow_nan=False)
+        files[KEPT] = backbone.kept
     if recipe.init and is_new:
         origin = f"from {recipe.init.source}: {initialize(model, recipe.init, tokenizer, world)}"
     if origin:

@@ -34,7 +34,7 @@ def build(recipe: Recipe, folder: Path) -> str:
     with launch.world() as world:
         corpus = open_corpus(recipe.data)
         torch.manual_seed(recipe.run.seed)  # as a run does
-        model, origin, _ = begin(recipe, corpus, world)
+        model, origin, *_ = begin(recipe, corpus, world)
         about = About(recipe.run.name, recipe.data.window, recipe.resolved(), is_trained=False)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from .files import as_json, in_words, is_lost
 from .launch import World
 
+ERRORS = ("state_error", "state_error_without")
 UNCOUNTED_STEPS = 3  # of each start: allocation, compilation and caches
 
 
@@ -107,8 +108,10 @@ class Telemetry:
             f"{name.replace('_', ' ')} {in_words(figures[name], '.4f')}"
             for name in ("alignment", "alignment_of_stretches") if figures.get(name) is not None
         ]  # fmt: skip
+        read = [f"{name.replace('_', ' ')} {figures[name]:.4f}" for name in ERRORS if name in figures]
         texts = [f"nats per token: {', '.join(nll)}"] * bool(nll) + [f"pairs: {', '.join(found)}"] * bool(found)
         texts += [f"teacher: {', '.join(taught)}"] * bool(taught)
+        texts += [f"states: {', '.join(read)}"] * bool(read)
         if not texts:  # of another job
             texts = [f"{name} {in_words(value, '.4f')}" for name, value in figures.items() if isinstance(value, float)]
         self.say(f"step {step}: held out, {'; '.join(texts)}")

@@ -68,7 +68,8 @@ class Backbone(nn.Module):
     A text is cut into windows of ``backbone_window`` tokens, the special tokens that the module's tokenizer adds to a
     text included; each window is a text of its own to the module, and the states of special tokens are dropped. Tokens
     that were deleted leave no gap. With ``backbone_layers`` the module has these of its layers only (0: none, its bare
-    embeddings), and what follows its last layer.
+    embeddings), and what follows its last layer. With ``backbone_bridges`` a linear map stands where layers were left
+    out between others (``bridges.fit_bridges``).
 
     What is not trained (``backbone_train``) stays in evaluation mode; a module of which nothing is trained also builds
     no graph. Cost O(T * backbone_window). Windows are cut on the host: ``cu_seqlens`` is read back once.
@@ -82,7 +83,8 @@ class Backbone(nn.Module):
         described = config.backbone
         inner = inner_config(described)
         inner.vocab_size = max(inner.vocab_size, config.vocab_size)  # a mask token may have been added
-        self.model = keep_layers(AutoModel.from_config(inner), layer_numbers(inner, config.backbone_layers))
+        numbers = layer_numbers(inner, config.backbone_layers)
+        self.model = keep_layers(AutoModel.from_config(inner), numbers)
         self.prefix, self.suffix = tuple(described.get("prefix", ())), tuple(described.get("suffix", ()))
         self.capacity = config.backbone_window - len(self.prefix) - len(self.suffix)
         self.overlap, self.trained = config.backbone_overlap, config.backbone_train
@@ -91,9 +93,14 @@ class Backbone(nn.Module):
         if inner.model_type in CAUSAL:
             self.options = {"use_cache": False} | ({"is_causal": False} if config.backbone_two_sided else {})
         width = inner.hidden_size
+        if config.backbone_bridges:
+            for i, layer in enumerate(self.layers):
+                if numbers[i] != (numbers[i - 1] + 1 if i else 0):
+                    add_bridge(layer, width)
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("scale", torch.ones(()))
         self.freeze()
+        self.train()  # a new module has dropout everywhere
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -176,7 +183,9 @@ class Backbone(nn.Module):
         """
         if packed.num_tokens == 0:
             raise ValueError("packed: expected texts with at least one token to measure states on, got none")
-        states = self.forward(packed).double()
+        was_training = self.training
+        states = self.eval().forward(packed).double()
+        self.train(was_training)
         mean = states.mean(0)
         self.mean.copy_(mean)
         self.scale.copy_((states - mean).square().mean().sqrt())
@@ -192,6 +201,21 @@ class Backbone(nn.Module):
 
 def owned(windows: Windows, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return windows.first[part], windows.end[part]
+
+
+def add_bridge(layer: nn.Module, width: int) -> None:
+    """x + bridge(x) comes into the layer instead of x."""
+    layer.bridge = nn.Linear(width, width)
+    nn.init.zeros_(layer.bridge.weight)
+    nn.init.zeros_(layer.bridge.bias)
+    layer.register_forward_pre_hook(crossed, with_kwargs=True)
+
+
+def crossed(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    if args:
+        return (args[0] + layer.bridge(args[0]), *args[1:]), kwargs
+    states = kwargs["hidden_states"]
+    return args, {**kwargs, "hidden_states": states + layer.bridge(states)}
 
 
 def keep_layers(model: nn.Module, numbers: list[int]) -> nn.Module:

@@ -47,7 +47,7 @@ def describe(folder: str | Path, tokenizer: Any = None, name: str | None = None)
 
 @torch.no_grad()
 def load(backbone: Backbone, folder: str | Path, layers: int | list[int] | None) -> None:
-    """Fills a backbone with the weights of its folder, all of them, value by value.
+    """Fills a backbone with the weights of its folder, all of them, value by value; bridges stay as they are.
 
     Rows of the embeddings behind the folder's own (of a mask token that was added) start as the mean of the others.
 
@@ -64,6 +64,7 @@ def load(backbone: Backbone, folder: str | Path, layers: int | list[int] | None)
     num_new = backbone.embeddings.num_embeddings - len(state[table])
     if num_new > 0:
         state[table] = torch.cat((state[table], state[table].mean(0, keepdim=True).expand(num_new, -1)))
+    state |= {name: value for name, value in backbone.model.state_dict().items() if ".bridge." in name}
     backbone.model.load_state_dict(state)
 
 

@@ -1,6 +1,7 @@
 """ConceptConfig: the five decisions of ``decisions.py`` in one flat description, checked when it is made."""
 
 from dataclasses import fields
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PretrainedConfig
@@ -194,6 +195,9 @@ class ConceptConfig(PretrainedConfig):
             "backbone_train", f"none, all, or last 1 to last {kept}",
             lambda x: x in ("none", "all") or x in [f"last {n}" for n in range(1, kept + 1)],
         )  # fmt: skip
+        expected = "false where no layer is left out between others"
+        gaps = [b - a for a, b in pairwise([-1, *layer_numbers(inner, self.backbone_layers)])]
+        self._expect("backbone_bridges", expected, lambda x: not x or max(gaps, default=1) > 1)
         self._expect(
             "backbone_two_sided", f"false with {inner.model_type}, which has no causal mask",
             lambda x: not x or inner.model_type in CAUSAL,

@@ -70,6 +70,7 @@ class Tokens:
     # what backbone_source.describe says; in a recipe a folder or hub id
     backbone: dict | None = field(default=None, metadata=DESCRIBED)
     backbone_layers: int | list[int] | None = field(default=None, metadata=LAYERS)  # the first so many, or a list
+    backbone_bridges: bool = switch()  # linear maps where layers of it were left out between others
     backbone_window: int = count(256)  # tokens that it sees at once, special ones included
     backbone_overlap: int = count(0, least=0)  # tokens that two windows share
     backbone_train: str = given("none", TRAINED)  # none, last N (of its layers), or all

@@ -3,15 +3,12 @@
 B sequences, T packed tokens, C concepts, d model width.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from ..kernels.autocast import lower_precision
@@ -22,24 +19,17 @@ from .config import ConceptConfig
 from .door import open_door
 from .encoder_layers import ConceptAngles, Tokens, build_layers
 from .layers import (
-    ConstantHeads,
-    HeadBias,
-    HeadNorm,
-    LanguageModelHead,
-    ResidualLinear,
     RowNorm,
-    ZeroLinear,
     is_plain,
     widening,
 )
-from .mixing import CopeMixing
 from .packing import Packed
 from .positions import TokenPositions, anchors
-from .queries import ConceptQueries, NullConcepts, orthogonal_rows, with_asked
+from .pretrained import ConceptPreTrainedModel
+from .queries import ConceptQueries
 from .recursion import apply_layers
-from .start.resize import LoadsOtherSizes
-from .token_layers import Places, TokenLayers, TokenResidualLinear, WindowConv
-from .token_source import Embedded, TokenReader, Where, check_keep
+from .token_layers import Places, TokenLayers
+from .token_source import Embedded, TokenReader, Where, what_is_kept
 
 
 @dataclass
@@ -50,132 +40,6 @@ class ConceptEncoderOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None  # the concepts before each layer, and the last of all
     convergence: Tensor | None = None  # [K, B] float32, |c_k+1 - c_k| / |c_k| of each layer or iteration
     attentions: tuple[Tensor, ...] | None = None  # on request, of each layer: [B, H, C, N], or [H, C, T]
-
-
-class ConceptPreTrainedModel(LoadsOtherSizes, PreTrainedModel):
-    """What every model here shares: the configuration, and one place that initialises all weights."""
-
-    config_class = ConceptConfig
-    base_model_prefix = "encoder"
-    supports_gradient_checkpointing = True  # of layers of the encoder, of tokens and of the decoder
-    hands_attentions_on = False  # whether a call can give the weights with which concepts read tokens
-
-    def __init__(self, config: ConceptConfig):
-        config.check()  # again: from_pretrained(folder, field=other) sets fields one by one
-        config.check_tokens()
-        super().__init__(config)
-
-    def post_init(self) -> None:
-        super().post_init()  # it adds what the parts ignore when they are loaded by themselves
-        self._keys_to_ignore_on_load_unexpected = set(type(self)._keys_to_ignore_on_load_unexpected or ())
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
-        """As in transformers for a class of somebody else's module. The models of this package are registered when it
-        is imported, and a folder holds no copy of their code: it is loaded with the package installed."""
-        if cls.__module__.partition(".")[0] != __name__.partition(".")[0]:
-            super().register_for_auto_class(auto_class)
-
-    def wants(
-        self, output_attentions: bool | None, output_hidden_states: bool | None, return_dict: bool | None
-    ) -> tuple[bool, bool]:
-        """Whether a call gives hidden states, and whether named: as it says, or else the configuration.
-
-        Raises:
-            ValueError: attention weights were asked for of a model that does not hand them on.
-        """
-        config = self.config
-        if self.wants_attentions(output_attentions) and not self.hands_attentions_on:
-            raise ValueError(
-                "output_attentions: expected False, got True: only the encoder gives them, "
-                "model.encoder(..., output_attentions=True)"
-            )
-        with_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        return bool(with_states), bool(config.return_dict if return_dict is None else return_dict)
-
-    def wants_attentions(self, output_attentions: bool | None) -> bool:
-        return bool(self.config.output_attentions if output_attentions is None else output_attentions)
-
-    def _set_gradient_checkpointing(self, *args, **kwargs):
-        options = getattr(kwargs.get("gradient_checkpointing_func"), "keywords", {})
-        if options.get("use_reentrant"):
-            raise ValueError(
-                "use_reentrant: expected False, got True: reentrant checkpoints run the backward pass in pieces, and "
-                "the tokens that all layers read have one gradient"
-            )
-        super()._set_gradient_checkpointing(*args, **kwargs)
-
-    def enable_input_require_grads(self) -> None:
-        """Nothing: only reentrant checkpoints need inputs with gradients, and its hook would hide the embeddings."""
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Everything starts here, by kind of module:
-
-        - what the layers of concepts that start as the identity write: zero;
-        - a matrix: normal(1 / sqrt(fan in)), so that rows of norm sqrt(d) keep it; where it writes into a residual
-          stream, divided by sqrt(2L), L of the deepest part, iterations counted, so that depth does not grow the
-          stream; and into the stream of tokens, times the size at which that stream starts;
-        - taps of a convolution: normal(1 / sqrt(their number));
-        - embeddings and the head: normal(initializer_range);
-        - modulations of AdaLN-Zero: zero, whatever the framework did before;
-        - concepts, and the null concepts: orthogonal rows of norm sqrt(d), as large as a normalised token, so that no
-          two start alike; their learned places: as embeddings; with init_queries = state less their mean and row_scale
-          as large;
-        - heads that no row decides: normal(1), as those of a normalised row;
-        - the vector on queries and keys: anchor_bias on the half that RoPE reads as angle zero (nothing, where there
-          are no places to be near in), and their norms: anchor_sharpness;
-        - the table of contextual positions: zero.
-        """
-        config = self.config
-        if isinstance(module, ZeroLinear) or getattr(module, "starts_at_zero", False):
-            init.zeros_(module.weight)
-        elif isinstance(module, ResidualLinear):
-            depth = max(config.iterations, config.num_decoder_layers, config.num_token_layers)
-            is_small = isinstance(module, TokenResidualLinear) and not config.normalize_tokens
-            scale = config.initializer_range if is_small else 1.0
-            init.normal_(module.weight, std=scale / math.sqrt(2 * depth * module.in_features))
-        elif isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
-        elif isinstance(module, nn.Embedding | LanguageModelHead):
-            init.normal_(module.weight, std=config.initializer_range)
-        elif isinstance(module, WindowConv):
-            init.normal_(module.weight, std=1 / math.sqrt(module.weight.shape[0]))
-        elif isinstance(module, CopeMixing):
-            init.zeros_(module.places)
-        elif isinstance(module, ConceptQueries):
-            if config.init_queries == "state":
-                rows = orthogonal_rows(*module.weight.shape)
-                init.copy_(module.weight, config.row_scale * (rows - rows.mean(0)))
-            elif config.init_queries == "embedding":
-                init.normal_(module.weight, std=config.initializer_range)
-            elif module.weight is not None:
-                init.copy_(module.weight, orthogonal_rows(*module.weight.shape))
-            if module.places is not None:
-                init.normal_(module.places, std=config.initializer_range)
-        elif isinstance(module, NullConcepts):
-            init.copy_(module.weight, orthogonal_rows(*module.weight.shape))
-        elif isinstance(module, ConstantHeads):
-            init.normal_(module.weight, std=1.0)
-        elif isinstance(module, HeadBias):
-            half = module.bias.shape[0] // 2
-            strength = float(config.anchor_bias) if module.is_placed else 0.0
-            init.copy_(module.bias, torch.cat((torch.full((half,), strength), torch.zeros(half))))
-        elif isinstance(module, HeadNorm):
-            init.constant_(module.weight, config.anchor_sharpness)
-        elif isinstance(module, nn.RMSNorm | nn.LayerNorm) and module.weight is not None:
-            init.ones_(module.weight)
-        if isinstance(module, nn.Linear | LanguageModelHead) and module.bias is not None:
-            init.zeros_(module.bias)
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """As in transformers, which gives every parameter a gradient: those of a frozen backbone lose it again."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        for module in (loaded[0] if isinstance(loaded, tuple) else loaded).modules():
-            if isinstance(module, Backbone):
-                module.freeze()
-        return loaded
 
 
 def plain_norm(config: ConceptConfig, width: int) -> nn.RMSNorm:
@@ -297,16 +161,16 @@ class ConceptEncoder(ConceptPreTrainedModel):
         maps = None
         if self.wants_attentions(output_attentions):
             if asked is not None:
-                raise ValueError("output_attentions: expected False with asked, whose rows have no weights to show")
+                raise ValueError("output_attentions: expected False with asked, whose rows have no maps")
             maps = attention_maps.Rows(self.config, packed, num_iterations, num_concepts, self.group is not None)
         watch = None if maps is None else maps.watch
         states, changes = self.encode(
             packed, num_iterations, tolerance, output_convergence, num_concepts, watch, asked
-        )
+        )  # fmt: skip
         result = ConceptEncoderOutput(
             last_hidden_state=states[-1],
             pooler_output=self.pooled(states[-1] if asked is None else states[-1][:, : -asked.shape[1]]),
-            anchors=self.anchors(packed, num_concepts, asked),
+            anchors=self.all_anchors(packed, num_concepts, asked),
             hidden_states=tuple(states) if with_states else None,
             convergence=torch.stack(changes) if output_convergence else None,
         )
@@ -324,7 +188,7 @@ class ConceptEncoder(ConceptPreTrainedModel):
         ``watch`` is given before each layer is as in ``attention_maps``, with whole tokens."""
         config, B = self.config, packed.num_sequences
         tokens = self.read_tokens(packed) if watch is None else self.whole_tokens(packed)
-        anchors_BC = self.anchors(tokens.packed, num_concepts, asked)
+        anchors_BC = self.all_anchors(tokens.packed, num_concepts, asked)
         angles = self.concept_angles(anchors_BC)
         K = config.iterations if num_iterations is None else num_iterations
         num_frozen = 0
@@ -333,7 +197,9 @@ class ConceptEncoder(ConceptPreTrainedModel):
         read = tokens.states if tokens.source is None else tokens.source
         beginning = read if tokens.raw is None else tokens.raw
         start_BCd = self.concepts(beginning, tokens.packed, num_concepts, self.group)
-        start_BCd = start_BCd if asked is None else with_asked(start_BCd, asked, B)
+        if asked is not None:
+            self.check_asked(asked, B, start_BCd.shape[0])
+            start_BCd = torch.cat((start_BCd, asked.to(start_BCd.dtype)), dim=1)
         states, changes = apply_layers(
             [self.layers[0]] * K if config.tie_layers else list(self.layers), start_BCd, angles, tokens,
             num_texts=B, num_frozen=num_frozen, tolerance=tolerance, with_changes=with_changes, watch=watch,
@@ -379,29 +245,10 @@ class ConceptEncoder(ConceptPreTrainedModel):
             raise ValueError(f"inputs_embeds: expected shape {expected}, got a width of {embeds_Te.shape[1]}")
 
     def kept_of_tokens(self) -> str:
-        """What is kept of a token in this call, see ``keep``.
-
-        Raises:
-            ValueError: ``keep`` says what layers of this kind, or as they are now, cannot; it begins with "keep".
-        """
-        check_keep(self.config, self.keep)
-        config = self.config
-        if config.layer_kind != "cross" or self.keep == "keys":
-            return "keys"
-        is_plain = all(layer.read.is_plain for layer in self.layers)
-        if self.keep is None:
-            is_made_once = config.tie_layers or config.share_kv > 1
-            is_small = not is_made_once and self.token_norm.weight.device.type == "cpu"
-            is_here = self.group is None and not torch.compiler.is_compiling()
-            return "states" if is_small and is_plain and is_here else "keys"
-        if self.group is not None:
-            raise ValueError(f"keep: expected keys or None for a text over several devices, got {self.keep!r}")
-        if not is_plain:
-            raise ValueError(
-                f"keep: expected keys or None, got {self.keep!r}: projections of keys and values are wrapped, hooked, "
-                "quantised, sharded, or cut by ZeRO-3, and cannot be taken out of their modules"
-            )
-        return self.keep
+        """What is kept of a token in this call, see ``keep``; or a ValueError that begins with "keep"."""
+        is_plain = self.config.layer_kind != "cross" or all(layer.read.is_plain for layer in self.layers)
+        is_on_cpu = self.token_norm.weight.device.type == "cpu"
+        return what_is_kept(self.config, self.keep, is_plain, self.group is not None, is_on_cpu)
 
     @property
     def has_plain_embeddings(self) -> bool:
@@ -454,6 +301,11 @@ class ConceptEncoder(ConceptPreTrainedModel):
         if self.config.init_queries != "state":
             raise ValueError(f"init_queries: expected state, got {self.config.init_queries!r}: concepts are no states")
         return self.backbone.restored(concepts_BCd - self.concepts.rows(concepts_BCd.shape[1]).to(concepts_BCd.dtype))
+
+    def meanings(self, concepts_BCd: Tensor) -> Tensor:
+        """[B, C, d] what is compared with vectors of other texts: concepts as they are, or ``as_states`` where they
+        start from states. Their mean over C is ``pooled``."""
+        return self.as_states(concepts_BCd) if self.config.init_queries == "state" else concepts_BCd
 
     def check_iterations(self, num_iterations: int | None, tolerance: float | None) -> None:
         for name, value in (("num_iterations", num_iterations), ("tolerance", tolerance)):
@@ -510,10 +362,19 @@ class ConceptEncoder(ConceptPreTrainedModel):
             keep = keep if rows is None else keep & rows
         return keep
 
-    def anchors(self, packed: Packed, num_concepts: int | None = None, asked: Tensor | None = None) -> Tensor:
-        """[B, C], or with what is asked [B, C + Q]."""
-        if asked is not None:
-            return torch.cat((self.anchors(packed, num_concepts), self.anchors(packed, asked.shape[1])), dim=1)
+    def check_asked(self, asked: Tensor, num_texts: int, num_rows: int) -> None:
+        d = self.config.hidden_size
+        if asked.ndim != 3 or asked.shape[0] != num_texts or asked.shape[2] != d:
+            raise ValueError(f"asked: expected shape [{num_texts}, Q, {d}], got {list(asked.shape)}")
+        if num_rows != num_texts:
+            raise ValueError("asked: expected nothing with a funnel, which reads one more text than there are")
+
+    def all_anchors(self, packed: Packed, num_concepts: int | None, asked: Tensor | None) -> Tensor:
+        """[B, C + Q]: those of the concepts, then of what is asked."""
+        mine = self.anchors(packed, num_concepts)
+        return mine if asked is None else torch.cat((mine, self.anchors(packed, asked.shape[1])), dim=1)
+
+    def anchors(self, packed: Packed, num_concepts: int | None = None) -> Tensor:
         num_positions_B, C = packed.num_positions(), self.config.num_concepts if num_concepts is None else num_concepts
         if self.config.concept_positions != "rope":
             return num_positions_B.new_zeros((packed.num_sequences, C), dtype=torch.float32)

@@ -15,11 +15,12 @@ from .ablation import ablated
 from .config import ConceptConfig
 from .decoder import ConceptDecoder
 from .door import open_door
-from .encoder import ConceptEncoder, ConceptEncoderOutput, ConceptPreTrainedModel
+from .encoder import ConceptEncoder, ConceptEncoderOutput
 from .exposure import Exposure
 from .layers import LanguageModelHead
 from .objectives.view import View
 from .packing import Packed
+from .pretrained import ConceptPreTrainedModel
 
 IGNORE = -100  # the label that transformers gives to rows without a target
 
@@ -31,7 +32,7 @@ class ConceptMaskedLMOutput(ModelOutput):
     concepts: Tensor | None = None  # [B, C, d]
     nll: Tensor | None = None  # [M] float32, one a target, smoothed if the loss is
     hidden_states: tuple[Tensor, ...] | None = None  # of the concepts, as the encoder gives them
-    token_states: Tensor | None = None  # [B, N, d] the decoder's row at every token, zero at padding
+    token_states: Tensor | None = None  # [B, N, d] the decoder's row at every token, zero at padding; of a view [M, d]
     attentions: tuple[Tensor, ...] | None = None  # with which concepts read tokens, as the encoder gives them
 
 
@@ -95,7 +96,7 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
                 all, and in training what the configuration leaves it.
             num_items_in_batch: with labels, what their sum is divided by; by default their number.
             ablate: None, "zero" or "shuffle": what the loss is without the concepts of the text (``ablation.ablated``).
-            output_token_states: also the decoder's row at every token, where logits are made.
+            output_token_states: also the decoder's row at every token, where logits are made; of a view [M, d].
             output_hidden_states, output_attentions, return_dict: as in transformers; None: what the configuration says.
                 Hidden states and attentions are the encoder's; of a view, or of what is encoded, there are none.
 
@@ -117,6 +118,7 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
         if view is not None:
             encoded = self.encode(view.encoder, num_iterations) if encoded is None else encoded
             result = self._of_view(view, ablated(encoded, ablate), smoothing, return_nll, num_concepts)
+            result.token_states = result.token_states if output_token_states else None
             return result if as_dict else result.to_tuple()
         door = open_door(
             input_ids, attention_mask, inputs_embeds=inputs_embeds, position_ids=position_ids,
@@ -156,7 +158,7 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
         divisor = torch.where(view.divisor > 0, view.divisor, 1.0)  # a batch without text has loss 0
         hidden_Md = self.decode_view(self.expose(encoded, num_concepts), view)
         loss, nll = self.loss(hidden_Md, view.targets, view.weights, divisor, smoothing, return_nll)
-        return ConceptMaskedLMOutput(loss=loss, concepts=encoded.last_hidden_state, nll=nll)
+        return ConceptMaskedLMOutput(loss=loss, concepts=encoded.last_hidden_state, nll=nll, token_states=hidden_Md)
 
     def encode(self, packed: Packed, num_iterations: int | None = None) -> ConceptEncoderOutput:
         """With what a training step needs to log: how far iterations still move the concepts."""

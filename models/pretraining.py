@@ -10,9 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .ablation import ablated
 from .masked_lm import ConceptForMaskedLM, ConceptMaskedLMOutput
 from .objectives.contrastive import Contrastive, Temperature
 from .objectives.distill import Distillation, Lesson, num_heard
+from .objectives.read_back import StateReader
 from .objectives.view import Pair, View, check_option
 from .packing import Packed
 from .ranges import one_of, positive, share, switch
@@ -106,9 +108,10 @@ class Pretraining(nn.Module):
     def __init__(
         self, model: ConceptForMaskedLM, contrastive: ContrastiveTerm | None = None,
         regularization: Regularization | None = None, has_task: bool = True, distillation: Distillation | None = None,
+        state_reader: StateReader | None = None,
     ):  # fmt: skip
         super().__init__()
-        self.distillation = distillation
+        self.distillation, self.state_reader = distillation, state_reader
         self.model, self.contrastive, self.has_task = model, contrastive, has_task
         learns = contrastive is not None and contrastive.learnable_temperature
         self.temperature = Temperature(contrastive.temperature, contrastive.temperature_floor) if learns else None
@@ -122,6 +125,7 @@ class Pretraining(nn.Module):
         self, view: View | None = None, *, totals: Totals | None = None, step: int = 0, smoothing: float = 0.0,
         num_iterations: int | None = None, cached: Cached | None = None, pair: Pair | None = None,
         encoder: Packed | None = None, return_nll: bool = False, lesson: Lesson | None = None,
+        return_states: bool = False,
     ) -> PretrainingOutput | ConceptMaskedLMOutput | Compared | Tensor:  # fmt: skip
         """
         Args:
@@ -129,20 +133,25 @@ class Pretraining(nn.Module):
             num_iterations: of a tied encoder, the same on every rank and for all micro-batches of a step.
             cached: where negatives come from the whole step and that has several micro-batches.
             return_nll: instead, the loss of each target of the view, for evaluation.
+            return_states: instead, how well the backbone's states of its targets are read, see ``states_read``.
             pair: instead of a view, what is to be compared, with the ``encoder`` batch that it may share. The random
                 numbers that dropout draws for it are those that a pass with the view draws from the same state.
             lesson: instead of a view, how far the concepts of its texts agree with it, see ``Distillation.agreement``.
         """
         if return_nll:
             return self.model(view=view, return_nll=True)
+        if return_states:
+            return self.states_read(view)
         if pair is not None:
             texts_BCd = self.encode(pair.texts, num_iterations)
             first_BCd = self.encode(encoder, num_iterations) if pair.shares_encoder else None
             return self.compared(pair, texts_BCd, first_BCd)
         if lesson is not None:
-            return self.distillation.agreement(self.encode(lesson.texts, num_iterations), lesson)
+            return self.distillation.agreement(self.meanings(self.encode(lesson.texts, num_iterations)), lesson)
         totals = Totals.of([view]) if totals is None else totals
         pair, figures, loss = view.pair, {}, 0.0
+        if self.state_reader is not None:
+            view = self.with_states(view)
         texts_BCd = None if pair is None else self.encode(pair.texts, num_iterations)  # first, see ``pair`` above
         encoded = self.model.encode(view.encoder, num_iterations) if self.has_task else None
         if self.has_task:
@@ -154,8 +163,14 @@ class Pretraining(nn.Module):
         if self.has_task:
             encoded.last_hidden_state = z_BCd
             of_step = replace(view, divisor=totals.divisor)
-            loss = self.model(view=of_step, encoded=encoded, smoothing=smoothing).loss
+            reads = self.state_reader is not None
+            task = self.model(view=of_step, encoded=encoded, smoothing=smoothing, output_token_states=reads)
+            loss = task.loss
             figures["task"] = loss.detach()
+            if reads:
+                error = self.state_reader(task.token_states, view, self.centred(view), totals.divisor)
+                loss = loss + self.state_reader.options.states * error
+                figures["state_error"] = error.detach()
             if encoded.convergence is not None:  # of the last iteration, averaged over texts
                 figures["convergence"] = encoded.convergence[-1].sum() / totals.num_texts
         if pair is not None:
@@ -167,7 +182,7 @@ class Pretraining(nn.Module):
             figures |= {"contrastive": contrast.detach(), "temperature": share * compared.temperature.detach()}
         if view.lesson is not None:
             texts = view.lesson.texts
-            taught_BCd = z_BCd if texts is None else self.encode(texts, num_iterations)
+            taught_BCd = self.meanings(z_BCd if texts is None else self.encode(texts, num_iterations))
             distill, parts = self.distillation(taught_BCd, view.lesson, totals.num_texts, totals.num_stretches)
             loss = loss + self.distillation.options.weight * distill
             figures |= {"distill/loss": distill.detach(), **parts}
@@ -182,6 +197,32 @@ class Pretraining(nn.Module):
     def encode(self, packed: Packed, num_iterations: int | None) -> Tensor:
         """[B, C, d]"""
         return self.model.encoder(packed=packed, num_iterations=num_iterations).last_hidden_state
+
+    def with_states(self, view: View) -> View:
+        """With the backbone's states of what the encoder reads: stored, or computed here and only here."""
+        encoder = view.encoder
+        if encoder.states is not None:
+            return view
+        return replace(view, encoder=encoder._replace(states=self.model.encoder.backbone(encoder)))
+
+    def centred(self, view: View) -> Tensor:
+        return self.model.encoder.backbone.centred(view.encoder.states)
+
+    def states_read(self, view: View) -> Tensor:
+        """[3] float64: squared errors of the states of a view's targets read from its concepts, the same from concepts
+        that are zero, both as sums, and the number of targets."""
+        view = self.with_states(view)
+        encoded = self.model.encode(view.encoder)
+        sums = [
+            self.state_reader.errors(
+                self.model.decode_view(ablated(encoded, ablate), view), view, self.centred(view)
+            ).double().sum()
+            for ablate in (None, "zero")
+        ]  # fmt: skip
+        return torch.stack([*sums, sums[0].new_tensor(view.num_targets)])
+
+    def meanings(self, concepts_BCd: Tensor) -> Tensor:
+        return self.model.encoder.meanings(concepts_BCd)
 
     def compared(self, pair: Pair, texts_BCd: Tensor, first_BCd: Tensor | None) -> Compared:
         """``first_BCd``: concepts of the first views, where they are not those of ``texts_BCd``."""

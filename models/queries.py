@@ -129,20 +129,6 @@ class ConceptQueries(nn.Module):
         return rows_Cd + means_BCd.to(rows_Cd.dtype)
 
 
-def with_asked(rows_BCd: Tensor, asked: Tensor, num_texts: int) -> Tensor:
-    """[B, C + Q, d]: the concepts of a text before they have read, and those of a question about it.
-
-    Raises:
-        ValueError: a shape does not fit, or a funnel has added a text that nothing is asked about.
-    """
-    d = rows_BCd.shape[-1]
-    if asked.ndim != 3 or asked.shape[0] != num_texts or asked.shape[2] != d:
-        raise ValueError(f"asked: expected shape [{num_texts}, Q, {d}], got {list(asked.shape)}")
-    if rows_BCd.shape[0] != num_texts:
-        raise ValueError("asked: expected nothing with a funnel, which reads one more text than there are")
-    return torch.cat((rows_BCd, asked.to(rows_BCd.dtype)), dim=1)
-
-
 class NullConcepts(nn.Module):
     """What the decoder is given where the concepts of a text are withheld: C learned vectors, in their place."""
 

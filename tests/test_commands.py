@@ -57,8 +57,7 @@ def line(command: Command, option: Option, value: str, tmp_path) -> list[str]:
 
 def given(option: Option, tmp_path) -> list[str]:
     if isinstance(option.kind, Place):
-        name = {"file": "given", "new file": "new.txt"}.get(option.kind.holds)
-        place = tmp_path / name if name else tmp_path
+        place = tmp_path / {"file": "given", "new file": "new.txt"}.get(option.kind.holds, "")
         if option.kind.holds == "file":
             place.touch()
         value = str(place)

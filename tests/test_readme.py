@@ -21,7 +21,7 @@ TEXT = "Return a new array of given shape and type."
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory) -> Path:
-    """A fresh folder with runs/demo/model."""
+    """A fresh folder with runs/demo/model and reader."""
     folder, tokenizer = tmp_path_factory.mktemp("fresh"), tokenizers.train([TEXT] * 9, 300)
     torch.manual_seed(0)
     model = ConceptForMaskedLM(ConceptConfig(
@@ -30,7 +30,8 @@ def fresh(tmp_path_factory) -> Path:
     ))  # fmt: skip
     (folder / "runs" / "demo").mkdir(parents=True)
     with launch.world() as world:
-        export(world, model, tokenizer, folder / "runs" / "demo" / "model", About("demo", 64))
+        for place in (folder / "runs" / "demo" / "model", folder / "reader"):
+            export(world, model, tokenizer, place, About("demo", 64))
     return folder
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from ...engine.data.teacher import Teacher, read_json
 from ...engine.errors import InputError
 from ...engine.saved_model import load_model, load_vocabulary
+from ...models.backbone import cut
 from ...models.config import ConceptConfig
 from ...models.objectives.distill import stretch_bounds
 from ...models.packing import pack
@@ -26,6 +27,7 @@ class Parts(NamedTuple):
 
     vectors: np.ndarray  # [P, e] float32
     spans: np.ndarray  # [P, 2] int64: the characters that each stands for
+    windows: "Parts | None" = None  # of a model on a backbone: what that makes of each of its windows, averaged
 
 
 class ConceptEmbedder:
@@ -37,34 +39,54 @@ class ConceptEmbedder:
         self.config = self.model.config
         self.vocabulary = load_vocabulary(folder, self.config)
         self.distilled_from = getattr(self.config, "distilled_from", None)
+        self.backbone = (self.config.backbone or {}).get("name")
         self.num_parts = self.config.num_concepts
+        self.device = next(self.encoder.parameters()).device
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """[n, e] float32 of norm 1."""
-        concepts = self.concepts(self.vocabulary.encode(list(texts)))
+        concepts = self.concepts(self.vocabulary.encode(list(texts)), as_meanings=True)
         return directions(concepts.mean(1))
 
     def parts(self, texts: Sequence[str]) -> list[Parts]:
-        found = []
-        for text in texts:  # one at a time: they are long
-            encoding = self.vocabulary.plain.encode(text, add_special_tokens=False)
-            (vectors,) = self.concepts([encoding.ids])
-            spans = [span_of(encoding.offsets, *bounds) for bounds in stretch_bounds(len(encoding.ids), len(vectors))]
-            found.append(Parts(vectors, np.array(spans)))
-        return found
+        return [self.parts_of(text) for text in texts]  # one at a time: they are long
 
     @torch.inference_mode()
-    def concepts(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
-        """[n, C, e] float32 of token ids."""
-        device = next(self.encoder.parameters()).device
+    def parts_of(self, text: str) -> Parts:
+        ids, offsets = self.tokens(text)
+        batch, windows = pack([np.array(ids, dtype=np.int64)]).to(self.device), None
+        if self.encoder.backbone is not None:
+            batch = batch._replace(states=self.encoder.backbone(batch))
+            windows = self.windows_of(batch.states, offsets)
+        concepts = self.encoder(packed=batch).last_hidden_state
+        (vectors,) = self.encoder.meanings(concepts).float().cpu().numpy()
+        spans = [span_of(offsets, *bounds) for bounds in stretch_bounds(len(ids), len(vectors))]
+        return Parts(vectors, np.array(spans), windows)
+
+    def windows_of(self, states: torch.Tensor, offsets: Sequence[tuple[int, int]]) -> Parts:
+        backbone = self.encoder.backbone
+        edges = cut(np.array([len(states)]), backbone.capacity, backbone.overlap)
+        bounds = list(zip(edges.first.tolist(), edges.end.tolist(), strict=True))
+        vectors = [states[begin:end].mean(0).float().cpu().numpy() for begin, end in bounds]
+        return Parts(np.stack(vectors), np.array([span_of(offsets, *each) for each in bounds]))
+
+    def tokens(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and the characters of each."""
+        encoding = self.vocabulary.plain.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    @torch.inference_mode()
+    def concepts(self, texts: Sequence[Sequence[int]], as_meanings: bool = False) -> np.ndarray:
+        """[n, C, e] float32 of token ids; ``as_meanings``: as they compare with vectors of other texts."""
         order = np.argsort([len(ids) for ids in texts], kind="stable")
         batch_of = np.cumsum([len(texts[i]) for i in order]) // BATCH_TOKENS
         made: list[Any] = [None] * len(texts)
         for number in np.unique(batch_of):
             members = order[batch_of == number]
-            batch = pack([np.array(texts[i], dtype=np.int64) for i in members]).to(device)
-            found = self.encoder(packed=batch).last_hidden_state.float().cpu().numpy()
-            for i, concepts in zip(members, found, strict=True):
+            batch = pack([np.array(texts[i], dtype=np.int64) for i in members]).to(self.device)
+            found = self.encoder(packed=batch).last_hidden_state
+            found = self.encoder.meanings(found) if as_meanings else found
+            for i, concepts in zip(members, found.float().cpu().numpy(), strict=True):
                 made[i] = concepts
         return np.stack(made)
 
@@ -72,7 +94,7 @@ class ConceptEmbedder:
 class SentenceEmbedder:
     """A sentence encoder: a text's own vector, and one for each window that it reads at once."""
 
-    distilled_from = None
+    distilled_from = backbone = None
 
     def __init__(self, place: str) -> None:
         self.teacher = Teacher(place)
@@ -84,14 +106,24 @@ class SentenceEmbedder:
     def parts(self, texts: Sequence[str]) -> list[Parts]:
         found = []
         for text in texts:
-            offsets = self.teacher.tokenizer(
-                text, add_special_tokens=False, truncation=False, padding=False, return_offsets_mapping=True,
-                verbose=False,
-            ).offset_mapping  # fmt: skip
+            _, offsets = self.tokens(text)
             count = max(1, -(-len(offsets) // self.teacher.max_tokens))
             spans = [span_of(offsets, *bounds) for bounds in stretch_bounds(len(offsets), count)]
             found.append(Parts(self.teacher.embed([text[begin:end] for begin, end in spans]), np.array(spans)))
         return found
+
+    def tokens(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and the characters of each."""
+        encoding = self.teacher.tokenizer(
+            text, add_special_tokens=False, truncation=False, padding=False, return_offsets_mapping=True, verbose=False
+        )  # fmt: skip
+        return encoding.input_ids, encoding.offset_mapping
+
+
+def first_tokens(model: ConceptEmbedder | SentenceEmbedder, text: str, count: int) -> str:
+    """The text up to the end of so many tokens."""
+    _, offsets = model.tokens(text)
+    return text[: offsets[count - 1][1]] if len(offsets) >= count else text
 
 
 def open_embedder(place: str) -> ConceptEmbedder | SentenceEmbedder:

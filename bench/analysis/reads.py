@@ -193,6 +193,19 @@ def class_of(piece: str) -> int:
     return CLASSES.index("name" if word[0].isupper() else "word")
 
 
+def pieces_of(tokenizer: Any, ids: Sequence[int]) -> dict[int, str]:
+    """The text of each token as it stands in a text: with the blank before it that opens a word.
+
+    WordPiece marks what goes on with a word, and not what opens one.
+    """
+    pieces = {i: tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids}
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if type(model).__name__ != "WordPiece":
+        return pieces
+    mark = model.continuing_subword_prefix
+    return {i: piece.removeprefix(mark) if piece.startswith(mark) else f" {piece}" for i, piece in pieces.items()}
+
+
 def reads(encoder: nn.Module, loader: Loader, tokenizer: Any) -> Reads | None:
     """Over the first whole held-out windows, as many tokens each as there are concepts, or more where there are such.
 
@@ -202,7 +215,7 @@ def reads(encoder: nn.Module, loader: Loader, tokenizer: Any) -> Reads | None:
         return None
     texts = chosen_texts(loader, encoder.config.num_concepts)
     ids = np.unique(np.concatenate(texts))
-    pieces = {int(i): tokenizer.decode([int(i)], clean_up_tokenization_spaces=False) for i in ids}
+    pieces = pieces_of(tokenizer, ids.tolist())
     class_of_id = torch.zeros(encoder.config.vocab_size, dtype=torch.int64)
     class_of_id[torch.from_numpy(ids)] = torch.tensor([class_of(pieces[int(i)]) for i in ids])
     seen = torch.bincount(torch.from_numpy(np.concatenate(texts)), minlength=encoder.config.vocab_size)

@@ -20,7 +20,8 @@ def environment(seed: int | None = None) -> dict[str, Any]:
     """What a number depends on besides the code measured: commit, hardware, driver, versions, threads, date, command.
 
     What a run records about itself (``engine.environment``) is part of it; None is unknown or not there. The
-    command leaves out where results go (``--out``), which changes no number.
+    command leaves out where results go (``--out``), which changes no number, and shortens absolute paths to their last
+    part, which say nothing elsewhere.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = of_run.environment(World(rank=0, local_rank=0, size=1, device=device))
@@ -32,7 +33,7 @@ def environment(seed: int | None = None) -> dict[str, Any]:
         "dirty": run.pop("dirty"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": seed,
-        "command": " ".join([Path(program).name, *rest]),
+        "command": " ".join([Path(program).name, *(Path(x).name if x.startswith("/") else x for x in rest)]),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "driver": first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
         "cudnn": torch.backends.cudnn.version(),

@@ -17,6 +17,7 @@ from ...models.mixing import CopeMixing
 from ...models.objectives.view import View
 from ...models.queries import AnchorFeatures
 from ...models.token_layers import CONV_RADIUS
+from .backbone import backbone_flops
 
 BACKWARD = 2  # times the forward pass
 
@@ -31,13 +32,14 @@ class Sizes:
     num_rows: int  # Q
     longest: int  # tokens of the longest sequence
     longest_rows: int  # rows of the decoder of the longest sequence
+    are_stored: bool = False  # the states of a backbone, which then computes nothing
 
     @classmethod
     def of(cls, view: View) -> "Sizes":
         encoder = view.encoder
         return cls(
             encoder.num_sequences, encoder.num_tokens, view.num_targets, len(view.decoder_position_ids),
-            encoder.max_seqlen, view.decoder_max_seqlen,
+            encoder.max_seqlen, view.decoder_max_seqlen, encoder.states is not None,
         )  # fmt: skip
 
     @classmethod
@@ -54,6 +56,7 @@ def forward_flops(config: ConceptConfig, sizes: Sizes) -> dict[str, int]:
 def encoder_flops(config: ConceptConfig, sizes: Sizes) -> dict[str, int]:
     """Those of the encoder alone."""
     return {
+        "backbone": 0 if sizes.are_stored else backbone_flops(config, sizes.num_sequences, sizes.num_tokens),
         "embedding": embedding(config, sizes),
         "tokens": token_layers(config, sizes) + token_updates(config, sizes),
         "concepts": queries(config),
@@ -64,12 +67,15 @@ def encoder_flops(config: ConceptConfig, sizes: Sizes) -> dict[str, int]:
 
 
 def training_flops(config: ConceptConfig, sizes: Sizes) -> dict[str, int]:
-    """FLOPs of forward and backward together, by part; iterations that pass no gradient have no backward."""
+    """FLOPs of forward and backward together, by part; iterations that pass no gradient have no backward, nor have
+    layers of a backbone that are not trained."""
     forward = forward_flops(config, sizes)
     through = forward
     if config.backprop_iterations is not None and config.iterations > config.backprop_iterations:
         short = {"num_iterations": config.backprop_iterations, "backprop_iterations": None}
         through = {**forward, **encoder_flops(ConceptConfig(**{**config.to_dict(), **short}), sizes)}
+    trained = backbone_flops(config, sizes.num_sequences, sizes.num_tokens, trained_only=True)
+    through = {**through, "backbone": trained}
     return {part: flops + BACKWARD * through[part] for part, flops in forward.items()}
 
 

@@ -10,8 +10,10 @@ from ...models.layers import TimestepEmbedding
 from ...models.mixing import CopeMixing
 from ...models.queries import AnchorFeatures
 from ...models.token_layers import CONV_RADIUS
+from .backbone import counted
 
 PARTS = {  # part -> weights of ConceptForMaskedLM, the first that fits
+    "backbone": r"encoder\.backbone",
     "embedding": r"encoder\.(embed_tokens|positions|widen_tokens|token_norm|token_reader)",
     "tokens": r"encoder\.(token_start|token_layers|layers\.\d+\.token_)",
     "concepts": r"encoder\.(concepts|out_norm)|exposure",
@@ -36,7 +38,8 @@ def parameters(config: ConceptConfig) -> dict[str, int]:
     thin = e * d if e != d else 0
     places = (2 * CopeMixing.MAX_PLACES + 1) * config.head_dim if config.concept_positions == "cope" else 0
     return {
-        "embedding": V * e + thin + d + positions(config, e),
+        "backbone": counted(config).parameters if config.backbone else 0,
+        "embedding": (0 if config.backbone else V * e) + thin + d + positions(config, e),
         "tokens": config.num_token_layers * token_layer(config) + token_updates(config),
         "concepts": concepts(config),
         "read": num_layers * (d + closing) + reads(config, num_layers),
@@ -54,7 +57,7 @@ def positions(config: ConceptConfig, width: int) -> int:
 def concepts(config: ConceptConfig) -> int:
     """Rows, or the network that makes them of anchors; learned places; what stands for withheld ones."""
     C, d, features = config.num_concepts, config.hidden_size, AnchorFeatures.NUM_FEATURES
-    rows = features * d + d + d * d + d if config.init_queries == "anchor" else C * d
+    rows = {"anchor": features * d + d + d * d + d, "state": 0}.get(config.init_queries, C * d)
     return rows + C * d * (config.concept_positions == "learned") + C * d * (config.condition_dropout > 0)
 
 

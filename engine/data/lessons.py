@@ -8,7 +8,6 @@ that a run will read are computed; those that are there already, of another run 
 computed again.
 """
 
-import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,14 +60,8 @@ class Lessons:
 
 def key(windows: Windows, tokenizer: str, teacher: str, options: Distill) -> str:
     """The fingerprint of a store."""
-    digest = hashlib.sha256()
-    for part in windows.parts:
-        digest.update(np.ascontiguousarray(part.starts).tobytes())
-        digest.update(np.ascontiguousarray(part.lengths).tobytes())
-        for begin in range(0, len(part.tokens), 1 << 24):
-            digest.update(np.ascontiguousarray(part.tokens[begin : begin + (1 << 24)]).tobytes())
     cut = [options.num_stretches, options.shortest] if options.num_stretches else [0]
-    return fingerprint([FORMAT, digest.hexdigest(), tokenizer, teacher, *cut])
+    return fingerprint([FORMAT, windows.fingerprint, tokenizer, teacher, *cut])
 
 
 def learn(

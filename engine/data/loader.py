@@ -19,6 +19,7 @@ from ..errors import InputError
 from .lessons import Lessons
 from .mixture import Schedule
 from .order import Samples, Stream, deal, fewest_bins, raw
+from .states import StateStore
 from .windows import Windows
 
 EVALUATION_SEED = 0
@@ -133,7 +134,7 @@ class Loader(Batches):
 
     def __init__(
         self, windows: Windows, objective: Any, tokens: SpecialTokens, *, contrastive: Contrastive | None = None,
-        contrastive_from: int = 0, lessons: Lessons | None = None, **order: Any,
+        contrastive_from: int = 0, lessons: Lessons | None = None, states: StateStore | None = None, **order: Any,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -142,14 +143,16 @@ class Loader(Batches):
             tokens: the special tokens of the windows' tokenizer.
             contrastive: adds a pair to each view, from step `contrastive_from` on.
             lessons: adds to each view what a teacher says of its texts.
+            states: adds to the texts what a frozen backbone makes of them, where they are read whole.
             order: what `Batches` asks for.
         """
         super().__init__(windows, **order)
         self.objective, self.tokens = objective, tokens
-        self.contrastive, self.contrastive_from, self.lessons = contrastive, contrastive_from, lessons
+        self.contrastive, self.contrastive_from = contrastive, contrastive_from
+        self.lessons, self.states = lessons, states
 
     def batch(self, step: int, samples: Samples) -> View:
-        batch = pack([self.windows[index] for index in samples.windows])
+        batch = self.texts(samples.windows)
         places = zip(samples.epochs.tolist(), samples.places.tolist(), strict=True)
         keys = [SampleKey(self.seed, *place) for place in places]
         objective = self.objective.at(step) if isinstance(self.objective, Mixed) else self.objective
@@ -161,6 +164,11 @@ class Loader(Batches):
             return view
         documents = self.windows.documents(samples.windows)
         return replace(view, pair=self.contrastive.pair(batch, keys, self.tokens, documents, objective))
+
+    def texts(self, rows: np.ndarray) -> Packed:
+        """These windows, whole. An objective that hides tokens makes a batch of its own, without states."""
+        batch = pack([self.windows[row] for row in rows])
+        return batch if self.states is None or not len(rows) else self.states.attach(batch, rows)
 
     def evaluation(self, max_tokens: int) -> Iterator[dict[str, View]]:
         """This rank's evaluation views of ``evaluation_rows(max_tokens)``, as many on every rank."""
@@ -182,7 +190,7 @@ class Loader(Batches):
     def _evaluation_batches(self, max_tokens: int) -> Iterator[tuple[Packed, list[SampleKey], np.ndarray]]:
         """This rank's batches, their keys and the numbers of their windows; as many batches on every rank."""
         for members, rows in self.evaluation_bins(max_tokens):
-            batch = pack([self.windows[row] for row in rows])
+            batch = self.texts(rows)
             yield batch, [SampleKey(EVALUATION_SEED, 0, i) for i in members.tolist()], rows
 
 

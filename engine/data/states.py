@@ -1,13 +1,14 @@
-"""What a frozen backbone makes of every window, computed once and mapped into memory.
+"""What a frozen backbone makes of windows of text, computed once and mapped into memory.
 
-A folder of the cache, named after text, windows, tokenizer and backbone, holds 16-bit states [T, e] window by window.
-It is written from front to back and says how far it has come, so that a process that was stopped is gone on with.
+    CACHE/states-FINGERPRINT/states.bin   [T, e] float16: the states of all windows end to end; sparse
+                            /done.bin     [n] uint8: 1 where those of a window are written
 
-T tokens of all windows, e width of a state.
+The fingerprint is that of the text, its tokenizer and the backbone, so a store is never out of date. Only windows that
+a run will read are computed, and each of them once: those of another run, or of one that was stopped, are there.
+
+T tokens of all windows, n windows, e width of a state.
 """
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +22,42 @@ from ..errors import InputError
 from .cache import UNUSABLE, fingerprint, locked, say
 from .windows import Windows
 
-STATES, PROGRESS = "states.bin", "progress.json"
-AT_ONCE = 65536  # tokens between two notes of the progress
+FORMAT = 2
+STATES, DONE = "states.bin", "done.bin"
+AT_ONCE = 65536  # tokens between two marks of what is done
 GB = 1e9
 
 
 class StateStore:
     """The states of windows, read by their numbers."""
 
-    def __init__(self, file: Path, windows: Windows, width: int) -> None:
+    def __init__(self, folder: Path, windows: Windows, width: int) -> None:
+        self.folder, self.windows, self.width = folder, windows, width
         self.offsets = np.concatenate([[0], np.cumsum(windows.lengths, dtype=np.int64)])
-        shape = int(self.offsets[-1]), width
-        self.states = np.memmap(file, dtype=np.float16, mode="r", shape=shape) if shape[0] else np.zeros(shape)
+        self.states: np.ndarray | None = None  # mapped at the first read
+
+    def open(self, mode: str = "r") -> tuple[np.ndarray, np.ndarray]:
+        shape = max(1, int(self.offsets[-1])), self.width  # an empty file cannot be mapped
+        states = np.memmap(self.folder / STATES, np.float16, mode, shape=shape)
+        return states, np.memmap(self.folder / DONE, np.uint8, mode, shape=(len(self.windows),))
+
+    def missing(self, rows: np.ndarray) -> np.ndarray:
+        rows = np.unique(rows)
+        if not (self.folder / DONE).is_file():
+            return rows
+        _, done = self.open()
+        return rows[done[rows] == 0]
 
     def __getitem__(self, index: int) -> Tensor:
-        """[N, e] float16 of one window."""
+        """[N, e] float16 of one window.
+
+        Raises:
+            RuntimeError: it was never computed.
+        """
+        if self.states is None:
+            self.states, self.done = self.open()
+        if not self.done[index]:
+            raise RuntimeError(f"{self.folder}: holds no states of window {index}")
         return torch.from_numpy(np.array(self.states[self.offsets[index] : self.offsets[index + 1]]))
 
     def attach(self, batch: Packed, rows: np.ndarray) -> Packed:
@@ -44,32 +66,44 @@ class StateStore:
 
 
 def open_states(
-    cache: Path, windows: Windows, backbone: Backbone, key: dict[str, Any], limit_gb: float, batch_tokens: int = 8192
-) -> StateStore:
-    """Opens the store of these windows; what of it is missing is computed first. One process writes, others wait.
+    cache: Path, windows: Windows, rows: np.ndarray, backbone: Backbone | None, width: int, key: Any, limit_gb: float,
+    batch_tokens: int = 8192,
+) -> StateStore:  # fmt: skip
+    """The store of these windows, in which all of ``rows`` are there: what is missing is computed first. One process
+    writes, others wait.
 
     Args:
-        backbone: frozen, on the device where it is to be computed.
-        key: what else decides the states: ids of text and tokenizer, and the backbone's description.
-        limit_gb: of 1e9 bytes, that the file may take.
+        backbone: frozen, on the device where it is to be computed; None: nothing can be computed.
+        key: JSON, what else decides the states: the tokenizer's id and the backbone's description.
+        limit_gb: of 1e9 bytes, that the states of ``rows`` may take.
 
     Raises:
-        InputError: it would be larger than the limit (before anything is written), or the disk is full.
+        InputError: they would take more (before anything is written), the disk is full, a state does not fit into 16
+            bits, or some are missing and there is no backbone.
     """
-    width, total = backbone.mean.shape[0], windows.num_tokens
-    size = 2 * total * width
+    num_tokens = int(windows.lengths[np.unique(rows)].sum(dtype=np.int64))
+    size = 2 * num_tokens * width
     if size > limit_gb * GB:
         raise InputError(
-            f"data.states_gb: {total} tokens of {width} 16-bit numbers take {size / GB:.2f} GB, the limit is "
+            f"data.states_gb: {num_tokens:,} tokens of {width} 16-bit numbers take {size / GB:.2f} GB, the limit is "
             f"{limit_gb:g}; raise it, or leave it out to compute states in every step"
         )
-    cuts = [backbone.capacity, backbone.overlap, len(backbone.prefix), len(backbone.suffix)]
-    name = fingerprint([key, cuts, int(total), fingerprint(windows.lengths.tolist())])
-    folder = cache / f"states-{name}"
+    folder = cache / f"states-{fingerprint([FORMAT, windows.fingerprint, key])}"
+    store = StateStore(folder, windows, width)
+    missing = store.missing(rows)
+    if not len(missing):
+        return store
+    if backbone is None:
+        raise InputError(
+            f"data.states_gb: {folder}: the states of {len(missing)} windows are not there, and a run that goes on "
+            "does not compute them; leave data.states_gb out, or set data.cache to where they are"
+        )
+    left = int(windows.lengths[missing].sum(dtype=np.int64))
+    say(f"states of {left:,} tokens: {2 * left * width / GB:.2f} GB into {folder}, once")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / ".lock"):
-            write(folder, windows, backbone, size, batch_tokens)
+            write(store, store.missing(rows), backbone, batch_tokens)
     except OSError as error:
         if error.errno not in UNUSABLE:
             raise
@@ -77,53 +111,25 @@ def open_states(
             f"{error.filename or folder}: cannot write stored states ({error.strerror}); make room, set data.cache to "
             "another folder, or leave data.states_gb out"
         ) from error
-    return StateStore(folder / STATES, windows, width)
+    return store
 
 
-def write(folder: Path, windows: Windows, backbone: Backbone, size: int, batch_tokens: int) -> None:
-    """Goes on from the last window that is noted as written."""
-    done, num_bytes = read_progress(folder)
-    if done == len(windows):
-        return
-    part = f", {done} of {len(windows)} windows are there" if done else ""
-    say(f"computing the states of {windows.num_tokens} tokens: {size / GB:.2f} GB in {folder}{part}")
-    device = backbone.mean.device
-    with (folder / STATES).open("r+b" if done else "wb") as file:
-        file.truncate(num_bytes)
-        file.seek(num_bytes)
-        since = 0
-        while done < len(windows):
-            until, tokens = done + 1, int(windows.lengths[done])
-            while until < len(windows) and tokens + windows.lengths[until] <= batch_tokens:
-                tokens += int(windows.lengths[until])
-                until += 1
-            with torch.no_grad():
-                states = backbone(pack([windows[row] for row in range(done, until)]).to(device))
-            if not states.isfinite().all() or states.abs().max() > torch.finfo(torch.float16).max:
-                raise InputError("data.states_gb: a state of the backbone does not fit into 16 bits; leave it out")
-            file.write(states.to(torch.float16).cpu().numpy().tobytes())
-            done, since = until, since + tokens
-            if since >= AT_ONCE or done == len(windows):
-                file.flush()
-                os.fsync(file.fileno())
-                note_progress(folder, done, file.tell())
-                since = 0
-
-
-def read_progress(folder: Path) -> tuple[int, int]:
-    """Windows and bytes that are surely there."""
-    note, file = folder / PROGRESS, folder / STATES
-    if not note.exists() or not file.exists():
-        return 0, 0
-    try:
-        entry = json.loads(note.read_text())
-        windows, num_bytes = int(entry["windows"]), int(entry["bytes"])
-    except (ValueError, KeyError, TypeError, RecursionError):  # damaged: they are computed again
-        return 0, 0
-    return (windows, num_bytes) if file.stat().st_size >= num_bytes else (0, 0)
-
-
-def note_progress(folder: Path, windows: int, num_bytes: int) -> None:
-    unfinished = folder / f".{PROGRESS}"
-    unfinished.write_text(json.dumps({"windows": windows, "bytes": num_bytes}, allow_nan=False))
-    unfinished.replace(folder / PROGRESS)
+def write(store: StateStore, missing: np.ndarray, backbone: Backbone, batch_tokens: int) -> None:
+    states, done = store.open("r+" if (store.folder / DONE).is_file() else "w+")
+    device, windows, begin, unmarked = backbone.mean.device, store.windows, 0, []
+    while begin < len(missing):
+        ends = np.cumsum(windows.lengths[missing[begin:]], dtype=np.int64)
+        rows = missing[begin : begin + max(1, int(np.searchsorted(ends, batch_tokens, side="right")))]
+        with torch.no_grad():
+            made = backbone(pack([windows[int(row)] for row in rows]).to(device))
+        if not made.isfinite().all() or (made.numel() and made.abs().max() > torch.finfo(torch.float16).max):
+            raise InputError("data.states_gb: a state of the backbone does not fit into 16 bits; leave it out")
+        parts = made.to(torch.float16).cpu().split(windows.lengths[rows].tolist())
+        for row, part in zip(rows, parts, strict=True):
+            states[store.offsets[row] : store.offsets[row + 1]] = part.numpy()
+        begin, unmarked = begin + len(rows), [*unmarked, *rows]
+        if windows.lengths[unmarked].sum() >= AT_ONCE or begin == len(missing):
+            states.flush()
+            done[unmarked] = 1  # only now: a run that is stopped before computes these again
+            done.flush()
+            unmarked = []

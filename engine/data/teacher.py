@@ -61,7 +61,9 @@ class Teacher:
         longest = getattr(config, "max_position_embeddings", None) or 512
         self.max_tokens = min(limit or longest, longest) - len(own)
         self.fingerprint = fingerprint_of(folder)
-        self.record = {"teacher": place, "architecture": config.model_type, "width": self.width,
+        is_here = Path(place).expanduser().exists()
+        name = folder.resolve().name if is_here else place  # a path of this machine is no name
+        self.record = {"teacher": name, "architecture": config.model_type, "width": self.width,
                        "pooling": self.pooling, "fingerprint": self.fingerprint}  # fmt: skip
 
     @torch.inference_mode()

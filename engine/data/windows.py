@@ -1,7 +1,9 @@
 """Windows: sequences of at most `window` tokens, cut from documents without a gap and read on demand."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -46,6 +48,17 @@ class Windows:
     @property
     def num_tokens(self) -> int:
         return int(self.lengths.sum(dtype=np.int64))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the text and of how it is cut. Reads all of it."""
+        digest = hashlib.sha256()
+        for part in self.parts:
+            digest.update(np.ascontiguousarray(part.starts).tobytes())
+            digest.update(np.ascontiguousarray(part.lengths).tobytes())
+            for begin in range(0, len(part.tokens), 1 << 24):
+                digest.update(np.ascontiguousarray(part.tokens[begin : begin + (1 << 24)]).tobytes())
+        return digest.hexdigest()
 
     def documents(self, rows: np.ndarray) -> list[int] | None:
         """A number for the document of each of these windows, other ones in every source; None if not known."""

@@ -125,6 +125,21 @@ def _of_lessons(engine: Any, loader: Loader, max_tokens: int, world: World) -> d
     return {"alignment": whole / max(num_texts, 1), "alignment_of_stretches": of_stretches}
 
 
+@torch.no_grad()
+def of_states(engine: Any, loader: Loader, max_tokens: int, world: World) -> dict[str, float]:
+    """How well the states of a backbone are read back from concepts, over the same text. Collective.
+
+    Returns the mean squared error of states that are centred and of mean square 1 (state_error), and the same by the
+    same decoder from concepts that are zero (state_error_without).
+    """
+    was_training = engine.training
+    engine.eval()
+    views = (view.to(world.device) for views in loader.evaluation(max_tokens) for view in views.values())
+    error, without, count = world.sum(sum(engine(view=view, return_states=True) for view in views)).tolist()
+    engine.train(was_training)
+    return {"state_error": error / max(count, 1), "state_error_without": without / max(count, 1)}
+
+
 def means(table: torch.Tensor) -> dict[str, float | None]:
     """Of rows [views, 8] of a grid."""
     return {

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...models.masked_lm import smoothing_floor
-from ...models.objectives import Distillation, Mixed, View
+from ...models.masked_lm import ConceptForMaskedLM, smoothing_floor
+from ...models.objectives import Distillation, Mixed, ReadBack, StateReader, View
 from ...models.pretraining import Cached, Pretraining, Totals, cache
 from ...models.recursion import draw_iterations
 from .. import compat
-from ..backbone import checkpoint_activations
+from ..backbone import KEPT, checkpoint_activations, identity
 from ..beginning import begin
 from ..card import About
 from ..data.cache import cache_folder
@@ -24,12 +24,13 @@ from ..data.lessons import learn
 from ..data.loader import Loader
 from ..data.phrases import open_phrases
 from ..data.stages import Stages
+from ..data.states import open_states
 from ..data.teacher import Teacher
 from ..data.windows import Windows
 from ..export import export
 from ..launch import World
 from ..recipe.schema import Recipe
-from .evaluation import evaluate
+from .evaluation import evaluate, of_states
 from .job import Loss
 
 
@@ -79,20 +80,40 @@ class PretrainingJob:
         recipe, world, tokenizer = self.recipe, self.world, self.corpus.tokenizer
         tokenizer_id, cache = self.corpus.description["tokenizer"]["id"], cache_folder(recipe.data.cache)
         teacher = world.first_then_others(lambda: Teacher(self.distill.teacher, world.device))
-        wanted: dict[int, list[np.ndarray]] = {}
-        for step in range(recipe.train.steps):
-            loader = self.loader.at(step)
-            wanted.setdefault(loader.first_step, []).append(loader.samples(step).windows)
-        for loader in (*self.loader.loaders, self.held_out):
-            rows = self.held_out.evaluation_rows(recipe.eval.tokens)
-            if loader is not self.held_out:
-                rows = np.concatenate(wanted[loader.first_step])
+        for loader, rows in self.wanted():
             loader.lessons = world.first_then_others(
                 lambda windows=loader.windows, rows=rows: learn(
                     windows, rows, teacher, tokenizer, tokenizer_id, self.distill, cache
                 )
             )
         return teacher.record
+
+    def take_states(self, network: ConceptForMaskedLM, is_filled: bool) -> None:
+        """Gives every loader the backbone's states of what it will read, computed where they are missing. Collective.
+
+        ``is_filled``: the backbone has its weights; a run that goes on has them only after its module is built, and
+        finds what it stored when it began.
+        """
+        recipe, world, cache = self.recipe, self.world, cache_folder(self.recipe.data.cache)
+        backbone = network.encoder.backbone.to(world.device)
+        key = [self.corpus.description["tokenizer"]["id"], identity(network.config)]
+        for loader, rows in self.wanted():
+            loader.states = world.first_then_others(
+                lambda windows=loader.windows, rows=rows: open_states(
+                    cache, windows, rows, backbone if is_filled else None, len(backbone.mean), key,
+                    recipe.data.states_gb,
+                )
+            )
+
+    def wanted(self) -> Iterator[tuple[Loader, np.ndarray]]:
+        """Every loader with the windows that the run will read of it."""
+        of_steps: dict[int, list[np.ndarray]] = {}
+        for step in range(self.recipe.train.steps):
+            loader = self.loader.at(step)
+            of_steps.setdefault(loader.first_step, []).append(loader.samples(step).windows)
+        for loader in self.loader.loaders:
+            yield loader, np.concatenate(of_steps[loader.first_step])
+        yield self.held_out, self.held_out.evaluation_rows(self.recipe.eval.tokens)
 
     def identity(self) -> dict[str, dict[str, Any]]:
         num_micro_batches = self.held_out.num_micro_batches * self.world.size
@@ -108,6 +129,8 @@ class PretrainingJob:
     def build(self, is_new: bool) -> Pretraining:
         recipe = self.recipe
         bare, self.beginning, self.files = begin(recipe, self.corpus, self.world, is_new)
+        if recipe.data.states_gb:
+            self.take_states(bare, KEPT in self.files)
         if recipe.train.checkpoint_backbone:
             checkpoint_activations(bare)
         bare.encoder.keep = recipe.train.keep
@@ -116,8 +139,19 @@ class PretrainingJob:
         distillation = None
         if self.distill:
             bare.config.distilled_from = self.teacher
-            distillation = Distillation(self.distill, bare.config.hidden_size, self.teacher["width"])
-        return Pretraining(bare, self.contrastive, recipe.build_regularization(), recipe.has_task, distillation)
+            are_bare = bare.config.init_queries == "state"
+            distillation = Distillation(self.distill, bare.config.hidden_size, self.teacher["width"], are_bare)
+        reader = None
+        if self.reads_states:
+            reader = StateReader(self.objective, bare.config.hidden_size, bare.config.token_dim)
+        return Pretraining(
+            bare, self.contrastive, recipe.build_regularization(), recipe.has_task, distillation, reader
+        )  # fmt: skip
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether states of a backbone are read back."""
+        return isinstance(self.objective, ReadBack) and self.objective.states > 0
 
     def batches(self, start: int, stop: int) -> Iterator[list[View]]:
         return self.loader.prefetch(start, stop)
@@ -149,7 +183,10 @@ class PretrainingJob:
         return {} if scale is None else {"cap_scale": scale / num_batches}
 
     def evaluate(self, engine: Any) -> dict[str, Any]:
-        self.figures = evaluate(engine, self.held_out, self.recipe.eval.tokens, self.world)
+        given = engine, self.held_out, self.recipe.eval.tokens, self.world
+        self.figures = evaluate(*given)
+        if self.reads_states:
+            self.figures |= of_states(*given)
         return self.figures
 
     def export(self, module: nn.Module, folder: Path) -> Path:

@@ -9,6 +9,7 @@ from ..errors import InputError
 from .schema import Recipe
 
 SHORTEST_SPAN = 3  # tokens, of the uniform ones
+WHOLE = ("read_back",)  # objectives whose encoder reads the text as it is
 TIMED = ("diffusion", "prefix_diffusion")  # objectives that have a time
 
 
@@ -19,6 +20,7 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield from of_distill(recipe)
     yield from of_regularization(recipe)
     yield from of_stages(recipe)
+    yield from of_states(recipe)
     yield from of_profile(recipe)
     yield from of_model(recipe)
 
@@ -43,6 +45,11 @@ def of_objective(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield "model.hidden_tokens", problem
         if model.get("timestep_conditioning") and name not in TIMED:
             yield "model.timestep_conditioning", f"objective {name} has no timesteps; set it to false"
+        if part.get("states"):
+            if len(parts) > 1:
+                yield f"{field}.states", "expected 0 in a mixture: only a read_back by itself reads states"
+            elif model.get("backbone") is None or model.get("backbone_train", "none") != "none":
+                yield f"{field}.states", "expected 0 without a frozen model.backbone, whose states are read back"
         if part.get("context", mixing != "none") != (mixing != "none"):
             expected, why = "true", "what is known must take part in training as it does in use"
             if mixing == "none":
@@ -71,8 +78,19 @@ def of_distill(recipe: Recipe) -> Iterator[tuple[str, str]]:
     num_concepts = recipe.model.get("num_concepts", ConceptConfig().num_concepts)
     if options.num_stretches and num_concepts % options.num_stretches:
         yield "distill.stretches", f"expected a divisor of model.num_concepts = {num_concepts}, got {options.stretches}"
-    if options.similarity > 0:
-        yield from room_for_two(recipe, "batch.micro_tokens", "distill.similarity, which compares texts")
+    for name in ("similarity", "contrast"):
+        if getattr(options, name) > 0:
+            yield from room_for_two(recipe, "batch.micro_tokens", f"distill.{name}, which compares texts")
+
+
+def of_states(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    if recipe.data.states_gb is None:
+        return
+    if recipe.model.get("backbone") is None or recipe.model.get("backbone_train", "none") != "none":
+        yield "data.states_gb", "expected nothing without a frozen model.backbone: states change as it is trained"
+    elif recipe.distill is None and not any(part["name"] in WHOLE for _, part in recipe.parts()):
+        name = recipe.objective["name"]
+        yield "data.states_gb", f"expected nothing with objective {name}, which never reads a window whole"
 
 
 def of_regularization(recipe: Recipe) -> Iterator[tuple[str, str]]:

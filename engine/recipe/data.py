@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from ...models.ranges import LEAST, PLACE, Allowed, below, or_nothing, whole
+from ...models.ranges import LEAST, PLACE, Allowed, below, number, or_nothing, whole
 from .kinds import Path, PathOrNothing, Positive, Text, TextOrNothing, kind
 
 SHARE = below(1, LEAST)
@@ -58,6 +58,9 @@ class DataRecipe(BaseModel):
     tokenizer: Path = "pydocs"  # `pydocs`, `pydocs-small` (byte-level BPE trained on these), a folder, or a hub id
     vocab_size: kind(int, whole(300, 65536)) = 8192  # of the two `pydocs` tokenizers only
     window: Window = 512  # longest sequence in tokens; a longer document goes on in the next one
+    # states of a frozen model.backbone are computed once for each window and stored, 16 bits a number, up to so many
+    # 1e9 bytes; left out: computed in every step
+    states_gb: kind(float | None, or_nothing(number(LEAST))) = None
     cache: PathOrNothing = None  # folder; left out: $XDG_CACHE_HOME/conceptron, else ~/.cache/conceptron
 
     @field_validator("source", mode="before")

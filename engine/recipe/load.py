@@ -74,7 +74,9 @@ def load_any(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | Finetu
         return checker.check(Finetune, tree)
     model, data = tree.get("model"), tree.get("data")
     if isinstance(model, dict) and isinstance(data, dict) and PLACE.holds(model.get("backbone")):
-        data.setdefault("tokenizer", model["backbone"])  # no other tokenizer would do
+        asked = "tokenizer" in (tiny.get("data") or {}) or any(text.startswith("data.tokenizer=") for text in overrides)
+        if "tokenizer" not in data or (size == "tiny" and not asked):
+            data["tokenizer"] = model["backbone"]  # no other tokenizer would do
     recipe = checker.check(Recipe, tree)
     sections = {"objective": checker.check_objective(recipe.objective), "model": checker.check_model(recipe.model)}
     for name, options in (

@@ -35,8 +35,8 @@ from .reader import one_line
 # What may change between an interruption and its resumption: it moves no data and no weight, or only by rounding.
 FREE = (
     "run.name", "run.folder", "run.timeout_s", "run.join_minutes", "resume", "eval.", "checkpoint.", "profile.",
-    "zero.", "batch.micro_tokens", "data.cache", "task.cache", "distill.max_gib", "train.keep", "train.recompute",
-    "train.on_collapse",
+    "zero.", "batch.micro_tokens", "data.cache", "data.states_gb", "task.cache", "distill.max_gib", "train.keep",
+    "train.recompute", "train.on_collapse",
 )  # fmt: skip
 
 
@@ -237,7 +237,7 @@ class Recipe(Training):
         """
         contrastive, regularization = self.build_contrastive(), self.build_regularization()
         is_whole = contrastive is not None and (contrastive.negatives == "micro_batch" or not contrastive.across_ranks)
-        is_whole |= self.distill is not None and self.distill["similarity"] > 0
+        is_whole |= self.distill is not None and self.distill["similarity"] + self.distill["contrast"] > 0
         is_whole |= regularization is not None and regularization.depends_on_batch
         return {"micro-batches of a step": num_micro_batches} if is_whole else {}
 

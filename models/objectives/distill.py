@@ -41,11 +41,14 @@ class Distill:
 
         loss = weight * ( whole * mean over texts of 1 - cos(mean of the concepts, teacher of the text)
                         + similarity * mean over pairs of texts of (cos of the student - cos of the teacher)^2
-                        + stretch * mean over stretches of 1 - cos(mean of the stretch's concepts, teacher of it) )
+                        + stretch * mean over stretches of 1 - cos(mean of the stretch's concepts, teacher of it)
+                        + contrast * mean over stretches of -ln softmax over all stretches t of
+                                     cos(mean of the stretch's concepts, teacher of t) / temperature, at its own )
 
     A student of another width than the teacher is first projected. Concepts of a stretch are those whose anchors lie in
     it. They pass one more linear map, the identity at the start, with a vector for each place added, so that what
-    concepts have in common there need not mean anything.
+    concepts have in common there need not mean anything; concepts that start from a backbone's states come without
+    their rows already (``ConceptEncoder.meanings``) and pass nothing.
 
     Source: Hinton et al. 2015 (distillation), arXiv:1503.02531; Reimers & Gurevych 2020 (of sentence vectors),
     arXiv:2004.09813; Tung & Mori 2019 (similarity matching), arXiv:1907.09682.
@@ -56,6 +59,8 @@ class Distill:
     whole: float = at_least(0, 1.0)
     similarity: float = at_least(0, 10.0)  # its population is the micro-batch
     stretch: float = at_least(0, 0.0)  # 0: stretches are not asked for
+    contrast: float = at_least(0, 0.0)  # its population too; of the texts themselves where stretches are not asked for
+    temperature: float = positive(0.05)
     stretches: int = count(8)  # S, a divisor of the number of concepts
     shortest: int = count(8)  # tokens of a stretch that still means something
     max_gib: float = positive(4.0)  # of stored vectors, above which a run does not begin
@@ -63,8 +68,8 @@ class Distill:
     def __post_init__(self):
         check_option("teacher", self.teacher, "a folder or a hub id", self.teacher != "")
         check(self)
-        check_option("whole", self.whole, "a number above 0 where similarity and stretch are 0",
-                     max(self.whole, self.similarity, self.stretch) >= LEAST)  # fmt: skip
+        check_option("whole", self.whole, "a number above 0 where similarity, stretch and contrast are 0",
+                     max(self.whole, self.similarity, self.stretch, self.contrast) >= LEAST)  # fmt: skip
 
     @property
     def num_stretches(self) -> int:
@@ -75,12 +80,13 @@ class Distill:
 class Distillation(nn.Module):
     """The loss of ``Distill``, and the maps that belong to it; they stay behind when training is over."""
 
-    def __init__(self, options: Distill, width: int, teacher_width: int):
+    def __init__(self, options: Distill, width: int, teacher_width: int, are_bare: bool = False):
+        """``are_bare``: concepts come without what says their place only."""
         super().__init__()
         self.options = options
         self.project = nn.Identity() if width == teacher_width else nn.Linear(width, teacher_width, bias=False)
         self.of_stretch, self.places = None, None
-        if options.num_stretches:
+        if options.num_stretches and not are_bare:
             self.of_stretch = nn.Linear(teacher_width, teacher_width, bias=False)
             nn.init.eye_(self.of_stretch.weight)
             self.places = nn.Parameter(torch.zeros(options.num_stretches, teacher_width))
@@ -99,8 +105,8 @@ class Distillation(nn.Module):
         S = self.options.num_stretches
         if C % S:
             raise ValueError(f"concepts: expected a multiple of the S = {S} stretches, got C = {C}")
-        means_BSd = wide(concepts_BCd).view(B, S, C // S, d).mean(2)
-        return unit(self.of_stretch(self.project(means_BSd)) + self.places)
+        means_BSe = self.project(wide(concepts_BCd).view(B, S, C // S, d).mean(2))
+        return unit(means_BSe if self.of_stretch is None else self.of_stretch(means_BSe) + self.places)
 
     def forward(
         self, concepts_BCd: Tensor, lesson: Lesson, num_texts: Tensor | float, num_stretches: Tensor | float
@@ -117,9 +123,15 @@ class Distillation(nn.Module):
             others = ~torch.eye(B, dtype=torch.bool, device=a_Be.device)
             gaps = (product(a_Be, a_Be.T) - product(b_Be, b_Be.T)).square() * others
             parts["similarity"] = gaps.sum() / max(B - 1, 1) / num_texts
+        compared, taught, count = a_Be, b_Be, num_texts
         if options.num_stretches:
-            cosines_BS = (self.stretches(concepts_BCd) * unit(lesson.stretches)).sum(-1)
-            parts["stretch"] = ((1 - cosines_BS) * lesson.is_heard).sum() / num_stretches
+            a_BSe, b_BSe = self.stretches(concepts_BCd), unit(lesson.stretches)
+            parts["stretch"] = ((1 - (a_BSe * b_BSe).sum(-1)) * lesson.is_heard).sum() / num_stretches
+            compared, taught, count = a_BSe[lesson.is_heard], b_BSe[lesson.is_heard], num_stretches
+        if options.contrast > 0:
+            scores = product(compared, taught.T) / options.temperature
+            own = torch.arange(len(scores), device=scores.device)
+            parts["contrast"] = torch.nn.functional.cross_entropy(scores, own, reduction="sum") / count
         loss = sum(getattr(options, name) * part for name, part in parts.items())
         return loss, {f"distill/{name}": part.detach() for name, part in parts.items()}
 

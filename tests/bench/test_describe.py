@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from transformers import AutoConfig, AutoModel
 
 from conceptron.__main__ import perform
 from conceptron.bench.describe import (
@@ -131,11 +132,50 @@ def test_the_command_prints_every_kind_on_one_screen(options, tmp_path, capsys):
     assert content["environment"]["torch"] == torch.__version__
 
 
+@pytest.fixture(scope="module")
+def bert_folder(tmp_path_factory) -> Path:
+    """A module of transformers, as wide as tiny models."""
+    folder = tmp_path_factory.mktemp("bert")
+    inner = AutoConfig.for_model(
+        "bert", vocab_size=64, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40,
+        max_position_embeddings=80,
+    )  # fmt: skip
+    AutoModel.from_config(inner, add_pooling_layer=False).save_pretrained(folder)
+    return folder
+
+
+def on_a_backbone(folder: Path) -> list[str]:
+    return [f"model.backbone={folder}", "model.hidden_size=64", "model.num_attention_heads=2", "data.tokenizer=pydocs",
+            "model.backbone_window=64"]  # fmt: skip
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_every_shipped_recipe_is_described(path, capsys):
-    assert perform(["describe", str(path), "size=tiny", "--max-tokens", "0"]) == 0
+def test_every_shipped_recipe_is_described(path, capsys, bert_folder):
+    own = on_a_backbone(bert_folder) if path.stem == "read" else []
+    assert perform(["describe", str(path), "size=tiny", "--max-tokens", "0", *own]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{path.stem}-tiny: width 64") and any(line.startswith("sum ") for line in lines)
+
+
+def test_a_backbone_and_a_teacher_are_described(bert_folder, tmp_path, capsys):
+    """A frozen one has no backward pass, stored states cost nothing, and what a teacher speaks of is read."""
+
+    def part(name, *overrides):
+        own = [*on_a_backbone(bert_folder), "size=tiny", "--max-tokens", "1024", "--out", str(tmp_path)]
+        assert perform(["describe", "pretrain/read.yaml", *own[:-4], *overrides, *own[-4:]]) == 0
+        rows = {row["part"]: row for row in json.loads((tmp_path / "parts.json").read_text())["rows"]}
+        return rows[name]
+
+    frozen = part("backbone", "data.states_gb=null")
+    bert_layer = 4 * 64 * 64 + 2 * 64 * 40
+    assert frozen["forward FLOP/token"] == frozen["training FLOP/token"] == 3 * (2 * bert_layer + 4 * 64 * 64)
+    lengths = json.loads((tmp_path / "lengths.json").read_text())["rows"]
+    assert lengths[0]["FLOP/token"] > frozen["forward FLOP/token"]
+    trained = part("backbone", "data.states_gb=null", "objective.states=0", "model.backbone_train=last 2")
+    assert trained["training FLOP/token"] == pytest.approx(frozen["forward FLOP/token"] * (1 + 2 * 2 / 3))
+    assert part("backbone")["forward FLOP/token"] == 0 < part("feed")["forward FLOP/token"]
+    assert part("feed", "objective={name: none}")["forward FLOP/token"] == part("feed")["forward FLOP/token"]
+    capsys.readouterr()
 
 
 def test_a_mixture_costs_the_mean_of_its_parts_and_a_contrast_another_reading():
@@ -151,7 +191,9 @@ def test_a_mixture_costs_the_mean_of_its_parts_and_a_contrast_another_reading():
         )
     ]  # fmt: skip
     config = recipes[0].build_config(vocab_size=4096, mask_token_id=1)
-    tsdae, prefix, mixed, contrast = (by_part(config, example_views(recipe, tokens), 512, "fp32") for recipe in recipes)
+    tsdae, prefix, mixed, contrast = (
+        by_part(config, example_views(recipe, tokens, config), 512, "fp32") for recipe in recipes
+    )
     for a, b, both, more in list(zip(tsdae, prefix, mixed, contrast, strict=True))[:-1]:
         for column in ("forward FLOP/token", "training FLOP/token"):
             assert both[column] == pytest.approx(0.75 * a[column] + 0.25 * b[column])

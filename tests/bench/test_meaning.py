@@ -15,6 +15,7 @@ from conceptron.engine.data import tokenizer
 from conceptron.engine.errors import InputError
 from conceptron.models.config import ConceptConfig
 from conceptron.models.masked_lm import ConceptForMaskedLM
+from conceptron.models.packing import pack
 
 NOUNS = ["river", "engine", "market", "forest", "planet", "teacher", "window", "harbour"]
 
@@ -57,7 +58,7 @@ def model(data, tmp_path_factory):
 def test_the_whole_command(model, data, tmp_path, monkeypatch, capsys):
     for name, value in dict(MIN_WORDS=100, WINDOW=64, NUM_WINDOWS=6, READ_TOKENS=48, NUM_READ=4, LONG=256).items():
         monkeypatch.setattr(meaning, name, value)
-    argv = ["bench", "meaning", str(model), "--data", str(data), "--out", str(tmp_path)]
+    argv = ["bench", "meaning", str(model), "--data", str(data), "--out", str(tmp_path), "--chapters", "3"]
     assert perform([*argv, "--name", "small"]) == 0
     content = json.loads((tmp_path / "small.json").read_text())
     found = {(row["part"], row["what"]): row["value"] for row in content["rows"]}
@@ -67,8 +68,36 @@ def test_the_whole_command(model, data, tmp_path, monkeypatch, capsys):
     assert found["geometry", "concepts"] == 8 and found["speed", "tokens per CPU second, model"] > 0
     assert 0 <= found["content", "words read back"] <= 1
     assert content["environment"]["distilled_from"] == {"teacher": "some/encoder"}
-    assert "STS-B test" in capsys.readouterr().out and (tmp_path / "small.md").is_file()
+    assert found["chapters", "chapter, sentence removed, first 512 tokens"] >= 0
+    assert "distilled from some/encoder" in (tmp_path / "small.md").read_text().splitlines()[0]
+    assert "STS-B test" in capsys.readouterr().out
     assert perform([*argv, "--skip", *meaning.PARTS[1:]]) == 0
+
+
+def test_what_is_there_is_kept(model, data, tmp_path, monkeypatch):
+    """Results are written part by part, the chapters last; the sentences' rows are there when these fail."""
+    monkeypatch.setattr(meaning, "read_chapters", lambda *given: pytest.fail("stopped"))
+    with pytest.raises(pytest.fail.Exception):
+        perform(["bench", "meaning", str(model), "--data", str(data), "--out", str(tmp_path), "--name", "cut"])
+    rows = json.loads((tmp_path / "cut.json").read_text())["rows"]
+    assert {row["part"] for row in rows} == {"sts"}
+
+
+def test_as_many_chapters_as_were_asked_for(data, monkeypatch):
+    monkeypatch.setattr(meaning, "MIN_WORDS", 100)
+    monkeypatch.setattr(meaning, "MAX_WORDS", 300)
+    texts = meaning.read_chapters(data, 3)
+    assert len(texts) == 3 and all(100 <= len(text.split()) <= 320 and text.endswith("while.") for text in texts)
+    assert meaning.read_chapters(data, 2) == texts[:2]
+    with pytest.raises(InputError, match=r"--chapters: .* has 3 chapters of 100 words, expected 4; ask for fewer"):
+        meaning.read_chapters(data, 4)
+    assert meaning.beginning_of("One two. Three four five. Six", 3) == "One two. Three four five."
+    assert meaning.beginning_of("One two", 2) == "One two"
+
+
+def test_nothing_is_left(model, data):
+    with pytest.raises(InputError, match=r"--skip: expected to leave at least one part"):
+        perform(["bench", "meaning", str(model), "--data", str(data), "--skip", *meaning.PARTS])
 
 
 def test_data_that_is_not_there(model, tmp_path):
@@ -88,6 +117,30 @@ def test_a_text_is_embedded_alike_alone_and_among_others(model):
     (parts,) = embedder.parts([texts[1]])
     assert len(parts.vectors) == 8 and parts.spans[0][0] == 0 and parts.spans[-1][1] == len(texts[1])
     np.testing.assert_allclose(parts.spans[1:, 0], parts.spans[:-1, 1])  # byte-level tokens leave no gap
+
+
+def test_a_model_on_a_backbone_brings_floors(model, tmp_path):
+    """Its parts are states without the concepts' rows, its windows those of the module, from one pass."""
+    words = tokenizer.load(str(model))
+    inner = {"model_type": "bert", "vocab_size": len(words), "hidden_size": 32, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 64}  # fmt: skip
+    config = ConceptConfig(
+        vocab_size=len(words), hidden_size=32, num_concepts=4, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, num_decoder_layers=1, mask_token_id=words.mask_token_id, init_queries="state",
+        backbone={"config": inner, "name": "small"}, backbone_window=20,
+    )  # fmt: skip
+    ConceptForMaskedLM(config).save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    embedder = open_embedder(str(tmp_path))
+    text = " ".join(NOUNS * 8)
+    (parts,), ids = embedder.parts([text]), embedder.vocabulary.encode([text])[0]
+    states = embedder.encoder.backbone(pack([ids])).detach().numpy()
+    np.testing.assert_allclose(parts.vectors.mean(0), states.mean(0), atol=1e-4)
+    assert len(parts.windows.vectors) == -(-len(ids) // 20) > 1 and parts.windows.spans[-1][1] == len(text)
+    first = int(np.searchsorted([span[1] for span in embedder.tokens(text)[1]], parts.windows.spans[0][1])) + 1
+    np.testing.assert_allclose(parts.windows.vectors[0], states[:first].mean(0), atol=1e-4)
+    assert embedder.backbone == "small"
+    np.testing.assert_allclose(embedder.embed([text])[0], states.mean(0) / np.linalg.norm(states.mean(0)), atol=1e-4)
 
 
 def test_questions_by_hand():

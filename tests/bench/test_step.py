@@ -1,9 +1,11 @@
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertModel
 
 from conceptron.__main__ import perform
 from conceptron.bench import step
+from conceptron.engine.data import tokenizer
 from conceptron.engine.errors import InputError
 from conceptron.engine.recipe.load import load_recipe
 from conceptron.models.masked_lm import ConceptForMaskedLM
@@ -52,6 +54,24 @@ def test_a_step_has_all_that_the_recipe_adds(monkeypatch, more):
     monkeypatch.setattr(ConceptForMaskedLM, "encode", lambda *given: encoded.append(1) or encode(*given))
     row = step.run(load_recipe("pretrain/mlm.yaml", [*TINY, *more]), 1, 1, use_synthetic=True, vocabulary=256)
     assert row["step_ms"] > 0 and bool(encoded) == ("encoder_forward_ms" in row) == ("none" not in more[0])
+
+
+@pytest.mark.parametrize("stored", ["null", "0.1"])
+def test_a_step_on_a_backbone(monkeypatch, tmp_path, stored):
+    """Random text through a module of transformers; with stored states it is not called."""
+    monkeypatch.setattr(step, "matmul_flops", lambda device, dtype: 1e12)
+    words = tokenizer.train(["nothing is said here about anything at all"] * 3, 300)
+    inner = BertConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                       intermediate_size=32, max_position_embeddings=64)  # fmt: skip
+    BertModel(inner, add_pooling_layer=False).save_pretrained(tmp_path / "bert")
+    words.save_pretrained(tmp_path / "bert")
+    own = ["distill=null", f"model.backbone={tmp_path}/bert", f"data.tokenizer={tmp_path}/bert",
+           "model.backbone_window=32", f"data.cache={tmp_path}/cache", f"data.states_gb={stored}", "train.steps=4",
+           "objective.probability=0.5", "eval.tokens=64"]  # fmt: skip
+    recipe = load_recipe("pretrain/read.yaml", [*TINY, *own])
+    row = step.run(recipe, num_steps=2, warm_up=1, use_synthetic=True)
+    assert row["tokens_per_step"] == 512 and row["tflops"] > 0 and row["encoder_forward_ms"] > 0
+    assert ("backbone_forward_ms" in row) == (stored == "null")
 
 
 def test_synthetic_text_has_the_words_of_the_recipe(tmp_path):

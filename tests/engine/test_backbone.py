@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, LlamaC
 from conceptron.engine.data import tokenizer
 from conceptron.engine.errors import InputError
 from conceptron.engine.trainer import train
+from conceptron.models.backbone import Backbone
 from conceptron.models.masked_lm import ConceptForMaskedLM
 from conceptron.models.packing import pack
 
@@ -135,3 +136,88 @@ def test_a_causal_backbone(recipe, llama):
     folder = train(recipe, [*FEW, f"model.backbone={llama}", "model.backbone_two_sided=true"])
     model = ConceptForMaskedLM.from_pretrained(folder / "model")
     assert model.encoder.widen_tokens.weight.shape == (30, 24) and model.lm_head.weight.shape[1] == 24
+
+
+def test_a_number_of_layers_is_chosen_and_the_rest_bridged(recipe, bert):
+    """The first and the last of three; a resumed run knows which without its source."""
+    own = recipe.parent / "bert"
+    shutil.copytree(bert, own)
+    overrides = [*FEW, f"model.backbone={own}", f"data.tokenizer={bert}", "model.init_queries=state",
+                 "model.backbone_layers=2", "model.backbone_bridges=true"]  # fmt: skip
+    folder = train(recipe, overrides)
+    assert "layers 0, 2 and linear maps between, frozen" in (folder / "initialization.txt").read_text()
+    before = load_file(folder / "model" / "model.safetensors")
+    assert before["encoder.backbone.model.encoder.layer.1.bridge.weight"].abs().max() > 1e-4
+    model = ConceptForMaskedLM.from_pretrained(folder / "model")
+    assert model.config.backbone_layers == [0, 2] and len(model.encoder.backbone.layers) == 2
+    for gone in (own, folder / "model", folder / "checkpoints" / "step-00000003"):
+        shutil.rmtree(gone)
+    train(recipe, [*overrides, "resume=auto"])
+    after = load_file(folder / "model" / "model.safetensors")
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+# --- states that are stored
+
+READ = [
+    "model.init_queries=state", "model.decoder_queries=position", "model.dropout=0", "train.steps=4", "eval.every=0",
+    "objective={name: read_back, states: 1.0}", "train.label_smoothing=0", "batch.micro_tokens=128",
+    "checkpoint.every=2", "model.backbone_window=16",
+]  # fmt: skip
+
+
+def lines(folder: Path, kind: str) -> list[dict]:
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [entry for entry in entries if entry["kind"] == kind]
+
+
+def test_a_run_on_stored_states(recipe, bert, tmp_path, monkeypatch, capfd):
+    """The losses are those of computed ones but for 16 bits, and nothing is computed but what is not there."""
+    own = [*READ, f"model.backbone={bert}", f"data.cache={tmp_path}/cache"]
+    folder = train(recipe, own)
+    forward, seen = Backbone.forward, []
+
+    def counted(self, packed):
+        seen.append(packed.num_tokens)
+        return forward(self, packed)
+
+    monkeypatch.setattr(Backbone, "forward", counted)
+    stored = [*own, "data.states_gb=0.1"]
+    again = train(recipe, [*stored, "run.name=stored"])
+    tokens = sum(entry["tokens"] for entry in lines(folder, "train")[-1:])
+    assert "states of " in capfd.readouterr().err and 0 < sum(seen) < 2 * 20000 and tokens > 0
+    for one, other in zip(lines(folder, "train"), lines(again, "train"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=2e-3)
+        assert one["state_error"] == pytest.approx(other["state_error"], rel=2e-3)
+    (figures,), (of_stored,) = lines(folder, "eval"), lines(again, "eval")
+    assert figures["state_error"] == pytest.approx(of_stored["state_error"], rel=2e-3)
+    assert figures["state_error_without"] > 0.5 and figures["nll_unseen"] is None
+    seen.clear()
+    shutil.rmtree(again / "model")
+    shutil.rmtree(again / "checkpoints" / "step-00000004")
+    resumed = train(recipe, [*stored, "run.name=stored", "resume=auto"])
+    assert not seen, "the states of a run that goes on are there"
+    assert [entry["step"] for entry in lines(resumed, "train")] == [1, 2, 3, 4]
+    for gone in (again / "model", again / "checkpoints" / "step-00000004"):
+        shutil.rmtree(gone)
+    for store in (tmp_path / "cache").glob("states-*"):
+        shutil.rmtree(store)
+    with pytest.raises(InputError, match=r"data\.states_gb: .* a run that goes on does not compute them"):
+        train(recipe, [*stored, "run.name=stored", "resume=auto"])
+    train(recipe, [*own, "run.name=stored", "resume=auto"])
+
+
+@pytest.mark.parametrize("overrides, found", [
+    ([*READ, "data.states_gb=1e-6"], "data.states_gb: "),
+    ([*READ, "data.states_gb=0"], "data.states_gb: expected a number in"),
+    (["data.states_gb=1", "model.backbone_train=all", "distill={teacher: x, similarity: 0}"],
+     "data.states_gb: expected nothing without a frozen"),
+    (["model.backbone_window=16", "data.states_gb=1"],
+     "data.states_gb: expected nothing with objective diffusion, which never reads a window whole"),
+    (["objective={name: read_back, states: 1.0}", "model.backbone=null"], "objective.states: expected 0 without a "),
+])  # fmt: skip
+def test_states_that_cannot_be_stored_or_read(recipe, bert, overrides, found):
+    with pytest.raises(InputError) as caught:
+        train(recipe, [f"model.backbone={bert}", *overrides])
+    assert found in str(caught.value) and "\n" not in str(caught.value)
+    assert not (recipe.parent / "runs").exists()

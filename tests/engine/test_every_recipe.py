@@ -16,7 +16,14 @@ FEW = [
     "size=tiny", "data.window=32", "data.validation=0.2", "batch.tokens=256", "batch.micro_tokens=128",
     f"train.steps={STEPS}", "optim.lr=1e-2", "optim.warmup_steps=0", "eval.tokens=200",
 ]  # fmt: skip
-OWN = {"progressive": ["train.stages=[{until: 2, window: 12}, {until: 4, window: 20}]"]}
+OWN = {
+    "progressive": ["train.stages=[{until: 2, window: 12}, {until: 4, window: 20}]"],
+    "read": ["model.backbone={teacher}", "model.hidden_size=16", "model.num_attention_heads=2",
+             "model.backbone_window=32", "distill.stretches=2"],
+}  # fmt: skip
+
+
+FALLS_TO = {"read": 0.98}  # of the first loss; words are told by a frozen table, here of a backbone that knows nothing
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -24,9 +31,10 @@ def test_it_runs_and_learns(path, text, save_teacher, tmp_path):
     data = [f"data.source={text}", f"data.tokenizer={text}/tokenizer", f"data.cache={text}/cache"]
     if "distill" in yaml.safe_load(path.read_text()):
         data.append(f"distill.teacher={save_teacher(tmp_path / 'teacher', 16)}")
-    folder = train(path, [*FEW, *data, f"run.folder={tmp_path}", *OWN.get(path.stem, [])])
+    own = [override.replace("{teacher}", str(tmp_path / "teacher")) for override in OWN.get(path.stem, [])]
+    folder = train(path, [*FEW, *data, f"run.folder={tmp_path}", *own])
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [entry for entry in entries if entry["kind"] == "train"]
     first, *_, a, b, c = (entry.get("task", entry["loss"]) for entry in steps)
-    assert len(steps) == STEPS and (a + b + c) / 3 < 0.8 * first
+    assert len(steps) == STEPS and (a + b + c) / 3 < FALLS_TO.get(path.stem, 0.8) * first
     assert (folder / "model" / "model.safetensors").exists() and folder.name == f"{path.stem}-tiny"

@@ -252,6 +252,20 @@ def test_untrained_concepts_have_the_backbones_mean(lengths, folder_of):
         assert (parts[0] - first / (100 / 7)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("trained", ["none", "all"])
+def test_dropout_is_off_before_anybody_asks(trained, folder_of):
+    """A new module of transformers is in training mode, in which states and what is measured of them are random."""
+    folder = folder_of("bert")
+    config = ConceptConfig(**OURS, backbone=described(folder, "bert"), backbone_train=trained)
+    backbone, texts = Backbone(config), pack([torch.arange(4, 30), torch.arange(4, 12)])
+    backbone.calibrate(texts)
+    measured = backbone.mean.clone()
+    backbone.calibrate(texts)
+    assert torch.equal(backbone.mean, measured) and backbone.training
+    if trained == "none":
+        assert torch.equal(backbone(texts), backbone(texts))
+
+
 def test_calibration_centres(folder_of):
     encoder = encoder_on(folder_of("bert"), "bert", **STATE)
     packed = pack(words(60, 50))

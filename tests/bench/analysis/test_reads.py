@@ -85,6 +85,17 @@ def test_simple_word_classes(piece, kind):
     assert reads.CLASSES[reads.class_of(piece)] == kind
 
 
+def test_pieces_of_words_whoever_marks_them():
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordPiece
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"[UNK]": 0, "mat": 1, "##rix": 2, ",": 3}
+    wordpiece = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordPiece(words, unk_token="[UNK]")))
+    assert reads.pieces_of(wordpiece, [1, 2]) == {1: " mat", 2: "rix"}
+    assert reads.pieces_of(Letters(), [7]) == {7: " w7"}
+
+
 class OneText:
     """What ``reads`` asks of a loader."""
 

@@ -36,3 +36,5 @@ def test_a_copy_without_git_is_the_commit_that_it_is_told(monkeypatch, tmp_path)
 def test_the_stamped_command_leaves_out_where_results_went(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/conceptron", "bench", "memory", "--out", "/tmp/x", "--fit", "2"])
     assert environment.environment()["command"] == "conceptron bench memory --fit 2"
+    monkeypatch.setattr(sys, "argv", ["conceptron", "bench", "meaning", "/a/b/model", "--data", "DATA/", "--name", "x"])
+    assert environment.environment()["command"] == "conceptron bench meaning model --data DATA/ --name x"
