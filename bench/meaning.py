@@ -6,9 +6,10 @@ MODEL is a folder of this package (or a finished run), or any sentence encoder, 
 holds the data: ``glue/stsb``, ``sick``, ``openstax_books``, each with parquet files named after its splits.
 
     sts       Pearson and Spearman of the cosine of two sentences: STS-B dev and test, SICK test; no label is used
-    chapters  100 chapters of 4 to 8 thousand words, two sentences of each as questions: the chapter found by its best
-              part, by its one vector, and the part of it that holds the sentence; with the sentences left in, and taken
-              out; beside BM25 where `bm25s` is installed, the windows of a backbone, and the first 512 tokens
+    chapters  100 beginnings of chapters, 4 to 7 thousand words, two sentences of each as questions: the chapter found
+              by its best part, by its one vector, and the part of it that holds the middle of the sentence, or the
+              place where it stood; with the sentences left in, and taken out; beside BM25 where `bm25s` is installed,
+              the windows of a backbone, and the first 512 tokens
     geometry  of 128 windows of 512 tokens out of these chapters
     content   words of 128-token texts written again from the concepts alone, against concepts set to zero and those of
               another text
@@ -16,6 +17,7 @@ holds the data: ``glue/stsb``, ``sick``, ``openstax_books``, each with parquet f
 """
 
 import argparse
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -48,7 +50,7 @@ GEOMETRY = {  # of ``metrics.geometry``
     "static_fraction": "share of the energy that texts have in common", "rank_dynamic": "rank of what the text changes",
     "dead_slots": "dead concepts",
 }  # fmt: skip
-NUM_CHAPTERS, MIN_WORDS, MAX_WORDS, PER_CHAPTER = 100, 4000, 8000, 2
+NUM_CHAPTERS, MIN_WORDS, MAX_WORDS, PER_CHAPTER = 100, 4000, 7000, 2
 WINDOW, NUM_WINDOWS = 512, 128
 READ_TOKENS, NUM_READ = 128, 64
 FIRST = 512  # tokens, of the floor that reads no further
@@ -93,14 +95,34 @@ def sts(model: Embedder, data: Path, limit: int | None) -> list[dict[str, Any]]:
 
 
 def read_chapters(data: Path, count: int) -> list[str]:
-    """The first chapters of the right length, in a fixed shuffle of all splits."""
+    """The beginnings of chapters, MIN_WORDS to MAX_WORDS long, in a fixed shuffle of all splits.
+
+    Raises:
+        InputError: there are not as many chapters of that length.
+    """
     texts = []
     for split in ("test", "validation", "train"):
         texts += columns(data / "openstax_books" / f"{split}.parquet", "text")[0]
-    fitting = [text for text in texts if MIN_WORDS <= len(text.split()) <= MAX_WORDS]
-    if len(fitting) < 2:
-        raise InputError(f"{data}/openstax_books: expected chapters of {MIN_WORDS} to {MAX_WORDS} words, found none")
-    return [fitting[i] for i in np.random.default_rng(0).permutation(len(fitting))[:count]]
+    generator, found = np.random.default_rng(0), []
+    for i in generator.permutation(len(texts)):
+        beginning = beginning_of(texts[i], int(generator.integers(MIN_WORDS, MAX_WORDS)))
+        if len(beginning.split()) >= MIN_WORDS:
+            found.append(beginning)
+    if len(found) < max(2, count):
+        raise InputError(
+            f"--chapters: {data}/openstax_books has {len(found)} chapters of {MIN_WORDS} words, expected "
+            f"{max(2, count)}; ask for fewer"
+        )
+    return found[:count]
+
+
+def beginning_of(text: str, num_words: int) -> str:
+    """Up to the end of the sentence in which word ``num_words`` stands."""
+    words = list(re.finditer(r"\S+", text))
+    if len(words) <= num_words:
+        return text
+    end = next((word.end() for word in words[num_words:] if word[0].endswith((".", "!", "?"))), len(text))
+    return text[:end]
 
 
 def retrieval(model: Embedder, texts: Sequence[str], asks: Embedder, parts: int) -> Iterator[list[dict[str, Any]]]:

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from ..models.masked_lm import ConceptForMaskedLM
-from .backbone import KEPT, Opened, fill, open_backbone, with_layers
+from .backbone import KEPT, fill, open_backbone, with_layers
 from .data.corpus import Corpus
 from .initialize import initialize
 from .launch import World
@@ -14,7 +14,6 @@ class Beginning(NamedTuple):
     model: ConceptForMaskedLM
     origin: str  # where the first weights came from, for people; empty: drawn
     files: dict[str, str]  # small files for the run's folder, by name
-    backbone: Opened | None
 
 
 def begin(recipe: Recipe, corpus: Corpus, world: World, is_new: bool = True) -> Beginning:
@@ -27,16 +26,15 @@ def begin(recipe: Recipe, corpus: Corpus, world: World, is_new: bool = True) -> 
         InputError: the backbone or the source of `init` cannot be used, or does not fit.
     """
     tokens, tokenizer, origin, files = corpus.tokens, corpus.tokenizer, "", {}
-    backbone = open_backbone(recipe, tokenizer, world, None if is_new else recipe.path / KEPT)
-    described = {}
+    backbone, of_backbone = open_backbone(recipe, tokenizer, world, None if is_new else recipe.path / KEPT), {}
     if backbone:
         backbone = with_layers(backbone, recipe, corpus)
-        described = {"backbone": backbone.described}
+        of_backbone = {"backbone": backbone.described}
         if backbone.layers:
-            described["backbone_layers"] = backbone.layers
+            of_backbone["backbone_layers"] = backbone.layers
     model = ConceptForMaskedLM(recipe.build_config(
         vocab_size=backbone.vocab_size(tokens) if backbone else tokens.vocab_size, mask_token_id=tokens.mask_id,
-        pad_token_id=tokenizer.pad_token_id, **described,
+        pad_token_id=tokenizer.pad_token_id, **of_backbone,
     ))  # fmt: skip
     if backbone and backbone.folder:
         origin = fill(model, backbone, corpus)
@@ -47,4 +45,4 @@ def begin(recipe: Recipe, corpus: Corpus, world: World, is_new: bool = True) -> 
         files["initialization.txt"] = origin
     if recipe.init and recipe.init.embeddings == "frozen":
         model.encoder.embed_tokens.weight.requires_grad_(False)
-    return Beginning(model, origin, files, backbone)
+    return Beginning(model, origin, files)

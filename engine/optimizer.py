@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ..models.encoder import ConceptQueries
+from ..models.queries import ConceptQueries
 from .recipe.schema import Optim
 
 NO_DECAY = (nn.Embedding, ConceptQueries)

@@ -9,7 +9,6 @@ from functools import partial
 from torch import Tensor, nn
 
 from .config import ConceptConfig
-from .encoder import ConceptPreTrainedModel
 from .layers import (
     ConceptAttention,
     FeedForward,
@@ -23,6 +22,7 @@ from .layers import (
 )  # fmt: skip
 from .packing import sequence_ids
 from .positions import Angles, TokenPositions
+from .pretrained import ConceptPreTrainedModel
 
 
 class PositionQuery(nn.Module):

@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..kernels.autocast import lower_precision
@@ -19,15 +18,18 @@ from .backbone import Backbone
 from .config import ConceptConfig
 from .door import open_door
 from .encoder_layers import ConceptAngles, Tokens, build_layers
-from .first_weights import first_weights
-from .layers import RowNorm, is_plain, widening
+from .layers import (
+    RowNorm,
+    is_plain,
+    widening,
+)
 from .packing import Packed
 from .positions import TokenPositions, anchors
+from .pretrained import ConceptPreTrainedModel
 from .queries import ConceptQueries
 from .recursion import apply_layers
-from .start.resize import LoadsOtherSizes
 from .token_layers import Places, TokenLayers
-from .token_source import Embedded, TokenReader, Where, check_keep
+from .token_source import Embedded, TokenReader, Where, what_is_kept
 
 
 @dataclass
@@ -38,76 +40,6 @@ class ConceptEncoderOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None  # the concepts before each layer, and the last of all
     convergence: Tensor | None = None  # [K, B] float32, |c_k+1 - c_k| / |c_k| of each layer or iteration
     attentions: tuple[Tensor, ...] | None = None  # on request, of each layer: [B, H, C, N], or [H, C, T]
-
-
-class ConceptPreTrainedModel(LoadsOtherSizes, PreTrainedModel):
-    """What every model here shares: the configuration, and one place that initialises all weights."""
-
-    config_class = ConceptConfig
-    base_model_prefix = "encoder"
-    supports_gradient_checkpointing = True  # of layers of the encoder, of tokens and of the decoder
-    hands_attentions_on = False  # whether a call can give the weights with which concepts read tokens
-
-    def __init__(self, config: ConceptConfig):
-        config.check()  # again: from_pretrained(folder, field=other) sets fields one by one
-        config.check_tokens()
-        super().__init__(config)
-
-    def post_init(self) -> None:
-        super().post_init()  # it adds what the parts ignore when they are loaded by themselves
-        self._keys_to_ignore_on_load_unexpected = set(type(self)._keys_to_ignore_on_load_unexpected or ())
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
-        """As in transformers for a class of somebody else's module. The models of this package are registered when it
-        is imported, and a folder holds no copy of their code: it is loaded with the package installed."""
-        if cls.__module__.partition(".")[0] != __name__.partition(".")[0]:
-            super().register_for_auto_class(auto_class)
-
-    def wants(
-        self, output_attentions: bool | None, output_hidden_states: bool | None, return_dict: bool | None
-    ) -> tuple[bool, bool]:
-        """Whether a call gives hidden states, and whether named: as it says, or else the configuration.
-
-        Raises:
-            ValueError: attention weights were asked for of a model that does not hand them on.
-        """
-        config = self.config
-        if self.wants_attentions(output_attentions) and not self.hands_attentions_on:
-            raise ValueError(
-                "output_attentions: expected False, got True: only the encoder gives them, "
-                "model.encoder(..., output_attentions=True)"
-            )
-        with_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        return bool(with_states), bool(config.return_dict if return_dict is None else return_dict)
-
-    def wants_attentions(self, output_attentions: bool | None) -> bool:
-        return bool(self.config.output_attentions if output_attentions is None else output_attentions)
-
-    def _set_gradient_checkpointing(self, *args, **kwargs):
-        options = getattr(kwargs.get("gradient_checkpointing_func"), "keywords", {})
-        if options.get("use_reentrant"):
-            raise ValueError(
-                "use_reentrant: expected False, got True: reentrant checkpoints run the backward pass in pieces, and "
-                "the tokens that all layers read have one gradient"
-            )
-        super()._set_gradient_checkpointing(*args, **kwargs)
-
-    def enable_input_require_grads(self) -> None:
-        """Nothing: only reentrant checkpoints need inputs with gradients, and its hook would hide the embeddings."""
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        first_weights(module, self.config)
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """As in transformers, which gives every parameter a gradient: those of a frozen backbone lose it again."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        for module in (loaded[0] if isinstance(loaded, tuple) else loaded).modules():
-            if isinstance(module, Backbone):
-                module.freeze()
-        return loaded
 
 
 def plain_norm(config: ConceptConfig, width: int) -> nn.RMSNorm:
@@ -313,29 +245,10 @@ class ConceptEncoder(ConceptPreTrainedModel):
             raise ValueError(f"inputs_embeds: expected shape {expected}, got a width of {embeds_Te.shape[1]}")
 
     def kept_of_tokens(self) -> str:
-        """What is kept of a token in this call, see ``keep``.
-
-        Raises:
-            ValueError: ``keep`` says what layers of this kind, or as they are now, cannot; it begins with "keep".
-        """
-        check_keep(self.config, self.keep)
-        config = self.config
-        if config.layer_kind != "cross" or self.keep == "keys":
-            return "keys"
-        is_plain = all(layer.read.is_plain for layer in self.layers)
-        if self.keep is None:
-            is_made_once = config.tie_layers or config.share_kv > 1
-            is_small = not is_made_once and self.token_norm.weight.device.type == "cpu"
-            is_here = self.group is None and not torch.compiler.is_compiling()
-            return "states" if is_small and is_plain and is_here else "keys"
-        if self.group is not None:
-            raise ValueError(f"keep: expected keys or None for a text over several devices, got {self.keep!r}")
-        if not is_plain:
-            raise ValueError(
-                f"keep: expected keys or None, got {self.keep!r}: projections of keys and values are wrapped, hooked, "
-                "quantised, sharded, or cut by ZeRO-3, and cannot be taken out of their modules"
-            )
-        return self.keep
+        """What is kept of a token in this call, see ``keep``; or a ValueError that begins with "keep"."""
+        is_plain = self.config.layer_kind != "cross" or all(layer.read.is_plain for layer in self.layers)
+        is_on_cpu = self.token_norm.weight.device.type == "cpu"
+        return what_is_kept(self.config, self.keep, is_plain, self.group is not None, is_on_cpu)
 
     @property
     def has_plain_embeddings(self) -> bool:

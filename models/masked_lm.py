@@ -15,11 +15,12 @@ from .ablation import ablated
 from .config import ConceptConfig
 from .decoder import ConceptDecoder
 from .door import open_door
-from .encoder import ConceptEncoder, ConceptEncoderOutput, ConceptPreTrainedModel
+from .encoder import ConceptEncoder, ConceptEncoderOutput
 from .exposure import Exposure
 from .layers import LanguageModelHead
 from .objectives.view import View
 from .packing import Packed
+from .pretrained import ConceptPreTrainedModel
 
 IGNORE = -100  # the label that transformers gives to rows without a target
 

@@ -41,6 +41,33 @@ def check_keep(config: ConceptConfig, keep: str | None) -> None:
         )
 
 
+def what_is_kept(config: ConceptConfig, keep: str | None, is_plain: bool, is_divided: bool, is_on_cpu: bool) -> str:
+    """Of a token, in one call of an encoder.
+
+    Args:
+        is_plain: its projections of keys and values can be taken out of their modules.
+        is_divided: several devices hold parts of a text.
+
+    Raises:
+        ValueError: ``keep`` says what layers of this kind, or as they are now, cannot; it begins with "keep".
+    """
+    check_keep(config, keep)
+    if config.layer_kind != "cross" or keep == "keys":
+        return "keys"
+    if keep is None:
+        is_made_once = config.tie_layers or config.share_kv > 1
+        is_better = is_on_cpu and not is_made_once and not torch.compiler.is_compiling()
+        return "states" if is_better and is_plain and not is_divided else "keys"
+    if is_divided:
+        raise ValueError(f"keep: expected keys or None for a text over several devices, got {keep!r}")
+    if not is_plain:
+        raise ValueError(
+            f"keep: expected keys or None, got {keep!r}: projections of keys and values are wrapped, hooked, "
+            "quantised, sharded, or cut by ZeRO-3, and cannot be taken out of their modules"
+        )
+    return keep
+
+
 class Embedded(NamedTuple):
     """States that are made again wherever they are needed: RMSNorm(table[ids]) * norm."""
 

@@ -15,7 +15,7 @@ from ...models.objectives import Distillation, Mixed, ReadBack, StateReader, Vie
 from ...models.pretraining import Cached, Pretraining, Totals, cache
 from ...models.recursion import draw_iterations
 from .. import compat
-from ..backbone import checkpoint_activations, identity
+from ..backbone import KEPT, checkpoint_activations, identity
 from ..beginning import begin
 from ..card import About
 from ..data.cache import cache_folder
@@ -88,10 +88,11 @@ class PretrainingJob:
             )
         return teacher.record
 
-    def take_states(self, network: ConceptForMaskedLM) -> None:
+    def take_states(self, network: ConceptForMaskedLM, is_filled: bool) -> None:
         """Gives every loader the backbone's states of what it will read, computed where they are missing. Collective.
 
-        A run that goes on has weights only after its module is built, and finds what it stored when it began.
+        ``is_filled``: the backbone has its weights; a run that goes on has them only after its module is built, and
+        finds what it stored when it began.
         """
         recipe, world, cache = self.recipe, self.world, cache_folder(self.recipe.data.cache)
         backbone = network.encoder.backbone.to(world.device)
@@ -99,7 +100,7 @@ class PretrainingJob:
         for loader, rows in self.wanted():
             loader.states = world.first_then_others(
                 lambda windows=loader.windows, rows=rows: open_states(
-                    cache, windows, rows, backbone if self.backbone.folder else None, len(backbone.mean), key,
+                    cache, windows, rows, backbone if is_filled else None, len(backbone.mean), key,
                     recipe.data.states_gb,
                 )
             )
@@ -127,9 +128,9 @@ class PretrainingJob:
 
     def build(self, is_new: bool) -> Pretraining:
         recipe = self.recipe
-        bare, self.beginning, self.files, self.backbone = begin(recipe, self.corpus, self.world, is_new)
+        bare, self.beginning, self.files = begin(recipe, self.corpus, self.world, is_new)
         if recipe.data.states_gb:
-            self.take_states(bare)
+            self.take_states(bare, KEPT in self.files)
         if recipe.train.checkpoint_backbone:
             checkpoint_activations(bare)
         bare.encoder.keep = recipe.train.keep

@@ -120,8 +120,8 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor]:
             continue
         num_rows = a.num_sequences * num_concepts * num_heads
         merge_kernel[(triton.cdiv(num_rows, MERGE_ROWS),)](
-            out, lse, part, part_lse, num_rows, num_concepts, num_heads,
-            D=head_dim, BLOCK_R=MERGE_ROWS, BLOCK_D=max(triton.next_power_of_2(head_dim), 16), num_warps=4,
+            out, lse, part, part_lse, num_rows, num_concepts, num_heads, D=head_dim, BLOCK_R=MERGE_ROWS,
+            BLOCK_D=max(triton.next_power_of_2(head_dim), 16), num_warps=4, num_stages=1,
         )  # fmt: skip
     return out.to(q.dtype), lse
 

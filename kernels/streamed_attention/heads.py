@@ -166,7 +166,7 @@ def make(
     keys = torch.empty(num_tokens, num_heads, head_dim, dtype=u.dtype, device=u.device)
     cos, sin = (None, None) if tables is None else tables
     heads_kernel[(triton.cdiv(num_tokens, config["BLOCK_T"]) * num_heads,)](
-        u, bias, norm, cos, sin, keys, num_tokens, num_heads, u.stride(0), eps, **config, num_warps=4
+        u, bias, norm, cos, sin, keys, num_tokens, num_heads, u.stride(0), eps, **config, num_warps=4, num_stages=1
     )
     return keys
 
@@ -184,7 +184,7 @@ def backward(
     if not (bias is None and norm is None and tables is None):
         heads_backward_kernel[(num_slots * num_heads,)](
             u, bias, norm, cos, sin, dkeys, part, num_tokens, num_heads, u.stride(0), eps,
-            **config, STEPS=STEPS, num_warps=4,
+            **config, STEPS=STEPS, num_warps=4, num_stages=1,
         )  # fmt: skip
     dbias = None if bias is None else part[:, :, 0].sum((0, 1))
     return dkeys.flatten(1), dbias, None if norm is None else part[:, :, 1].sum((0, 1))

@@ -6,8 +6,8 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..encoder import ConceptPreTrainedModel
 from ..folder import weight_files
+from ..pretrained import ConceptPreTrainedModel
 
 LAYERS = "layers."
 

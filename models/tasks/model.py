@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ..ablation import ablated
 from ..config import ConceptConfig
 from ..decoder import ConceptDecoder
-from ..encoder import ConceptEncoder, ConceptEncoderOutput, ConceptPreTrainedModel
+from ..encoder import ConceptEncoder, ConceptEncoderOutput
 from ..packing import Packed
+from ..pretrained import ConceptPreTrainedModel
 from .pooling import DECODER_POOLS, concept_pool, mean_of_rows
 
 QUERY_PARTS = ("decoder.query.", "decoder.embed_tokens.", "decoder.widen_tokens.")  # may be new: queries can change

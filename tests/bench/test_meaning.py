@@ -58,7 +58,7 @@ def model(data, tmp_path_factory):
 def test_the_whole_command(model, data, tmp_path, monkeypatch, capsys):
     for name, value in dict(MIN_WORDS=100, WINDOW=64, NUM_WINDOWS=6, READ_TOKENS=48, NUM_READ=4, LONG=256).items():
         monkeypatch.setattr(meaning, name, value)
-    argv = ["bench", "meaning", str(model), "--data", str(data), "--out", str(tmp_path)]
+    argv = ["bench", "meaning", str(model), "--data", str(data), "--out", str(tmp_path), "--chapters", "3"]
     assert perform([*argv, "--name", "small"]) == 0
     content = json.loads((tmp_path / "small.json").read_text())
     found = {(row["part"], row["what"]): row["value"] for row in content["rows"]}
@@ -83,8 +83,20 @@ def test_what_is_there_is_kept(model, data, tmp_path, monkeypatch):
     assert {row["part"] for row in rows} == {"sts"}
 
 
+def test_as_many_chapters_as_were_asked_for(data, monkeypatch):
+    monkeypatch.setattr(meaning, "MIN_WORDS", 100)
+    monkeypatch.setattr(meaning, "MAX_WORDS", 300)
+    texts = meaning.read_chapters(data, 3)
+    assert len(texts) == 3 and all(100 <= len(text.split()) <= 320 and text.endswith("while.") for text in texts)
+    assert meaning.read_chapters(data, 2) == texts[:2]
+    with pytest.raises(InputError, match=r"--chapters: .* has 3 chapters of 100 words, expected 4; ask for fewer"):
+        meaning.read_chapters(data, 4)
+    assert meaning.beginning_of("One two. Three four five. Six", 3) == "One two. Three four five."
+    assert meaning.beginning_of("One two", 2) == "One two"
+
+
 def test_nothing_is_left(model, data):
-    with pytest.raises(InputError, match="--skip: expected to leave at least one part"):
+    with pytest.raises(InputError, match=r"--skip: expected to leave at least one part"):
         perform(["bench", "meaning", str(model), "--data", str(data), "--skip", *meaning.PARTS])
 
 

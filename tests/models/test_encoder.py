@@ -8,8 +8,9 @@ from transformers import AutoConfig, AutoModel
 
 from conceptron.models.config import ConceptConfig
 from conceptron.models.decisions import CHOICES
-from conceptron.models.encoder import ConceptEncoder, ConceptQueries
+from conceptron.models.encoder import ConceptEncoder
 from conceptron.models.packing import Packed, pack, pack_padded
+from conceptron.models.queries import ConceptQueries
 
 OWN_QUERIES = [kind for kind in CHOICES["init_queries"] if kind != "state"]  # that needs a backbone
 

@@ -1,5 +1,8 @@
 """What is kept of a token: the same loss and gradients from keys, states or ids; less memory."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +12,7 @@ from conceptron.models.config import ConceptConfig
 from conceptron.models.encoder import ConceptEncoder
 from conceptron.models.masked_lm import ConceptForMaskedLM
 from conceptron.models.packing import pack
+from conceptron.models.token_source import what_is_kept
 
 SMALL = dict(
     vocab_size=60, hidden_size=32, num_concepts=6, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
@@ -220,6 +224,25 @@ def test_what_wrapped_layers_cannot_keep_is_refused(keep):
         model.keep = keep
         with pytest.raises(ValueError, match=f"keep: expected keys or None, got '{keep}': projections of keys"):
             model(packed=batch(4))
+    with pytest.raises(ValueError, match=f"keep: expected keys or None for a text over several devices, got '{keep}'"):
+        what_is_kept(model.config, keep, True, True, True)
+
+
+@pytest.mark.parametrize("keep", ["states", "ids"])
+def test_what_was_read_is_gone_with_its_pass(keep):
+    """At once, without the garbage collector: nothing of it is in a circle."""
+    model, seen = encoder(), []
+    model.keep = keep
+    model.token_reader.register_forward_hook(lambda module, inputs, source: seen.append(weakref.ref(source.shared)))
+    gc.disable()
+    try:
+        out = model(packed=batch(*LENGTHS)).last_hidden_state
+        assert out.requires_grad
+        out.sum().backward()
+        del out
+        assert [reference() for reference in seen] == [None]
+    finally:
+        gc.enable()
 
 
 CHECKPOINTED = {

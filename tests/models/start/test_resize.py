@@ -10,9 +10,10 @@ from transformers import AutoModel, AutoModelForMaskedLM
 
 from conceptron.models.config import ConceptConfig
 from conceptron.models.decisions import CHOICES
-from conceptron.models.encoder import ConceptEncoder, ConceptPreTrainedModel
+from conceptron.models.encoder import ConceptEncoder
 from conceptron.models.masked_lm import ConceptForMaskedLM
 from conceptron.models.packing import pack
+from conceptron.models.pretrained import ConceptPreTrainedModel
 from conceptron.models.start.resize import corner_places, part_places, resize, resized
 
 OWN_QUERIES = [kind for kind in CHOICES["init_queries"] if kind != "state"]  # that needs a backbone

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from conceptron.models.config import ConceptConfig
-from conceptron.models.encoder import ConceptPreTrainedModel
 from conceptron.models.layers import ZeroLinear
+from conceptron.models.pretrained import ConceptPreTrainedModel
 from conceptron.models.tasks.pooling import concept_pool, mean_of_rows
 
 D, H, HKV, I, Q = 32, 4, 2, 48, 3
