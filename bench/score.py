@@ -27,10 +27,10 @@ def main(options: argparse.Namespace) -> int:
     if not isinstance(references, dict) or not references:
         raise InputError(f"{options.references}: expected a JSON object with references by id, got none")
     if options.task == "scrolls":
-        print(json.dumps(benchmark(predictions, references, str(options.predictions))))
+        print(json.dumps(finite(benchmark(predictions, references, str(options.predictions))), allow_nan=False))
         return 0
     found = score(load_task(options.task), predictions, references, str(options.predictions)).score
-    print(json.dumps(finite(found)))
+    print(json.dumps(finite(found), allow_nan=False))
     return 0
 
 

@@ -32,16 +32,16 @@ def known_of(run: Path) -> Known:
     summary = read_summary(report) if report.is_file() else {}
     history = read_history(metrics)
     count = (summary.get("geometry") or {}).get("num_concepts")
-    return Known(figures_of(summary, history), count, summary, history)
+    return Known(figures_of(summary, history) | scores_of(run / "evaluate"), count, summary, history)
 
 
-def read_summary(path: Path) -> dict[str, Any]:
+def read_summary(path: Path, command: str = "analyze") -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error}); conceptron analyze writes it anew") from error
+        raise InputError(f"{path}: not JSON ({error}); conceptron {command} writes it anew") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path}: expected the summary of a report; conceptron analyze writes it anew")
+        raise InputError(f"{path}: expected an object; conceptron {command} writes it anew")
     return content
 
 
@@ -56,6 +56,22 @@ def read_history(metrics_file: Path) -> list[dict[str, Any]]:
     if not all(isinstance(line, dict) and {"kind", "step"} <= line.keys() for line in lines):
         raise InputError(f"{metrics_file}: a line of it is not one of a run; restore it or move it away")
     return lines
+
+
+def scores_of(folder: Path) -> dict[str, float | None]:
+    """TASK/METRIC -> score, of what ``conceptron evaluate --out FOLDER`` wrote; none where there is no such folder.
+
+    Raises:
+        InputError: a file of it is damaged.
+    """
+    found: dict[str, float | None] = {}
+    for file in sorted(folder.rglob("metrics.json")):
+        scores = read_summary(file, "evaluate").get("score")
+        if not isinstance(scores, dict):
+            raise InputError(f"{file}: expected the scores of a task; conceptron evaluate writes it anew")
+        task = file.parent.relative_to(folder).as_posix()
+        found |= {f"{task}/{name}": value for name, value in scores.items() if isinstance(value, int | float)}
+    return found
 
 
 def figures_of(summary: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

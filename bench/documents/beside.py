@@ -100,6 +100,9 @@ def beside(columns: Sequence[Column]) -> list[dict[str, Any]]:
         if sense and len(set(own.values())) > 1:
             best = (max if sense > 0 else min)(own, key=own.__getitem__)
         lines.append({"about": group, "figure": about, **values, "best": best})
+    for score in dict.fromkeys(name for column in columns for name in column.figures if "/" in name):
+        values = {column.name: number(column.figures.get(score)) for column in columns}
+        lines.append({"about": "downstream", "figure": score, **values, "best": ""})
     passed = {column.name: gates_passed(column) for column in columns}
     lines.append({"about": "gates", "figure": "passed of measured", **passed, "best": ""})
     return lines

@@ -39,11 +39,12 @@ def tuned(
     for rate in rates:
         for seed in range(seeds):
             given = {
-                "source": json.dumps(model), "task.name": task.name, "optim.lr": rate, "run.seed": seed,
-                "task.fold": seed, "run.folder": json.dumps(str(out)), "run.name": f"lr{rate:g}-seed{seed}",
+                "source": json.dumps(model, allow_nan=False), "task.name": task.name, "optim.lr": rate,
+                "run.seed": seed, "task.fold": seed, "run.folder": json.dumps(str(out), allow_nan=False),
+                "run.name": f"lr{rate:g}-seed{seed}",
                 "resume": "auto",
             }  # fmt: skip
-            given |= {"task.data": json.dumps(str(data))} if data else {}
+            given |= {"task.data": json.dumps(str(data), allow_nan=False)} if data else {}
             given |= {"task.limit": limit} if limit else {}
             folder = train(recipe, [*(f"{name}={value}" for name, value in given.items()), *overrides])
             folders[rate].append(folder)

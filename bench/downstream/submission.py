@@ -48,7 +48,7 @@ def longbench_lines(predictions: dict[str, str], references: dict[str, dict]) ->
     lines = [
         json.dumps({"pred": prediction, "answers": references[name]["answers"],
                     "all_classes": references[name].get("all_classes"), "length": references[name].get("length")},
-                   ensure_ascii=False)
+                   ensure_ascii=False, allow_nan=False)
         for name, prediction in predictions.items()
     ]  # fmt: skip
     return "".join(f"{line}\n" for line in lines)

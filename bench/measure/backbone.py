@@ -26,7 +26,7 @@ class Counted(NamedTuple):
 
 def counted(config: ConceptConfig) -> Counted:
     named = {name: getattr(config, name) for name in FIELDS if name.startswith("backbone")}
-    return _counted(json.dumps(named | {"vocab_size": config.vocab_size}, sort_keys=True))
+    return _counted(json.dumps(named | {"vocab_size": config.vocab_size}, sort_keys=True, allow_nan=False))
 
 
 @lru_cache(maxsize=8)

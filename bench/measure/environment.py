@@ -15,6 +15,8 @@ from ...engine import environment as of_run
 from ...engine.environment import first_line, last_line
 from ...engine.launch import World
 
+COMMAND = "conceptron"  # however Python was told to run it
+
 
 def environment(seed: int | None = None) -> dict[str, Any]:
     """What a number depends on besides the code measured: commit, hardware, driver, versions, threads, date, command.
@@ -33,7 +35,10 @@ def environment(seed: int | None = None) -> dict[str, Any]:
         "dirty": run.pop("dirty"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": seed,
-        "command": " ".join([Path(program).name, *(Path(x).name if x.startswith("/") else x for x in rest)]),
+        "command": " ".join([
+            COMMAND if program.endswith("__main__.py") else Path(program).name,
+            *(Path(word).name if word.startswith("/") else word for word in rest),
+        ]),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "driver": first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
         "cudnn": torch.backends.cudnn.version(),

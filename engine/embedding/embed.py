@@ -120,7 +120,7 @@ def schema(about: dict[str, Any]) -> pa.Schema:
     fields = [("id", pa.string()), ("vector", vector)]
     if about["concepts"]:
         fields += [("concepts", pa.list_(vector)), ("spans", pa.list_(pa.list_(pa.int32(), 2)))]
-    return pa.schema(fields, metadata={"conceptron": json.dumps(about)})
+    return pa.schema(fields, metadata={"conceptron": json.dumps(about, allow_nan=False)})
 
 
 def parts_of(out: Path) -> Path:
@@ -139,7 +139,7 @@ def claim(out: Path, manifest: dict[str, Any]) -> Path:
     with locked(parts.with_name(f".{parts.name}.lock")):
         if not file.exists():
             unfinished = parts / f".{MANIFEST}"
-            unfinished.write_text(json.dumps(manifest, indent=1))
+            unfinished.write_text(json.dumps(manifest, indent=1, allow_nan=False))
             unfinished.replace(file)
         found = json.loads(file.read_text())
     different = [name for name, value in manifest.items() if found.get(name) != value]

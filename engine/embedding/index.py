@@ -168,13 +168,13 @@ class Index:
         unfinished.mkdir()
         for field in ("vectors", "spans", "firsts", "files", "rows"):
             np.save(unfinished / f"{field}.npy", getattr(part, field))
-        (unfinished / "ids.json").write_text(json.dumps(part.ids), encoding="utf-8")
+        (unfinished / "ids.json").write_text(json.dumps(part.ids, allow_nan=False), encoding="utf-8")
         unfinished.rename(self.folder / name)
         self.content["parts"].append(name)
 
     def note(self) -> None:
         unfinished = self.folder / f".{INDEX}"
-        unfinished.write_text(json.dumps(self.content, indent=1), encoding="utf-8")
+        unfinished.write_text(json.dumps(self.content, indent=1, allow_nan=False), encoding="utf-8")
         unfinished.replace(self.folder / INDEX)
 
     def tidy(self) -> None:

@@ -94,7 +94,7 @@ class Screen:
 
     def head(self, index: Index, path: str, asked: str) -> None:
         what = f"{index.num_documents:,} documents in {path}; queries by {asked}"
-        print(self.style("2", textwrap.fill(what, self.width)))
+        print(self.style("2", textwrap.fill(what, self.width, break_long_words=False, break_on_hyphens=False)))
 
     def answer(self, query: str, hits: Sequence[Hit], asked: Asked, column: str) -> None:
         print("\n" + self.style("1;36", textwrap.fill(query, self.width)))

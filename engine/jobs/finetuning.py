@@ -165,7 +165,7 @@ class FinetuningJob:
         digest = hashlib.sha256()
         for group in self.loader.groups:
             digest.update(group.document.tobytes())
-            digest.update(json.dumps([group.names, group.labels]).encode())
+            digest.update(json.dumps([group.names, group.labels], allow_nan=False).encode())
         count, source = sum(len(group.labels) for group in self.loader.groups), fingerprint_of(self.folder)
         return {"task": {"examples": count, "texts and labels": digest.hexdigest()[:16], "source": source}}
 

@@ -147,6 +147,8 @@ def of_model(recipe: Recipe) -> Iterator[tuple[str, str]]:
         check_keep(config, recipe.train.keep)
     except ValueError as error:
         yield "train.keep", str(error).removeprefix("keep: ")
+    if recipe.zero.stage == 3 and recipe.train.keep in ("states", "ids"):
+        yield "train.keep", f"expected keys or nothing with zero.stage = 3, got {recipe.train.keep!r}"
     halvings, shortest = len(config.funnel or ()), min(window for _, window in recipe.stages())
     if 2**halvings > shortest:
         yield "model.funnel", f"{halvings} halvings leave no two tokens of a window of {shortest} apart; use fewer"

@@ -23,9 +23,9 @@ class ReadBack:
 
         loss = words * mean of -ln p(word)  +  states * mean of |s^ - s|^2 / e            both over the M tokens
 
-    s is the state that a frozen backbone gave to the token, centred and of mean square 1: what knows their mean alone
-    has a squared error of 1 (``StateReader``). Every target is *seen*: it is copied through C concepts, and only the
-    same decoder on no concepts, or on those of another text, tells what they hold.
+    s is the state that a frozen backbone gave to the token, centred and of mean square 1 over the text on which that
+    was measured; those of short texts lie farther out (``StateReader``). Every target is *seen*: it is copied through
+    C concepts, and only the same decoder on no concepts, or on those of another text, tells what they hold.
     """
 
     probability: float = portion(0.15)

@@ -120,7 +120,7 @@ def test_every_committed_result_says_where_it_comes_from(path):
     for name in ("commit", "date", "command", "torch", "triton", "cpu", "threads"):
         assert environment[name] is not None, f"{name} is not stamped"
     assert environment["dirty"] is False, "measured on code that no commit holds"
-    assert environment["command"].startswith("conceptron bench ")
+    assert environment["command"].startswith(("conceptron bench ", "conceptron evaluate "))
     assert not re.search(r"[ =][/~]", environment["command"]), "a path of one machine; a shipped recipe has its name"
     if environment["gpu"]:
         assert environment["driver"] and environment["cudnn"] and environment["ptxas"]

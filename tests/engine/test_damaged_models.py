@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 from conceptron.__main__ import main
 from conceptron.engine import backbone, launch
 from conceptron.engine.data import tokenizer
+from conceptron.engine.data.corpus import open_corpus
 from conceptron.engine.data.teacher import Teacher
 from conceptron.engine.errors import InputError
 from conceptron.engine.initialize import initialize
@@ -157,7 +158,7 @@ def doors(ours, text, recipe):
             model = ConceptForMaskedLM(made.build_config(
                 vocab_size=len(words), mask_token_id=words.mask_token_id, backbone=opened.described
             ))  # fmt: skip
-            backbone.fill(model, opened, None)
+            backbone.fill(model, opened, open_corpus(made.data))
 
     return {"init": init, "backbone": open_backbone, "teacher": lambda folder: Teacher(str(folder))}
 

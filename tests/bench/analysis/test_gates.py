@@ -47,7 +47,10 @@ def test_every_figure_that_is_asked_for_has_that_name():
     assert figures["nll_below_unigram"] == 1 and figures["concept_nats"] == 0.5
     assert figures["retrieval_over_chance"] == 10 and figures["mlm_loss"] == 3
     unknown = {v.gate.metric for v in gates.judge(figures, 16, gates.read_gates()) if v.value is None}
-    assert unknown == {"suffix_loss", "stsb_pearson", "stsb_zero_shot", "qqp_f1", "mnli_matched_accuracy", "mrpc_f1"}
+    assert unknown == {
+        "suffix_loss", "glue/stsb/pearson", "similarity/stsb/pearson", "glue/qqp/f1", "glue/mnli_matched/accuracy",
+        "glue/mrpc/f1",
+    }  # fmt: skip
 
 
 def test_thresholds_follow_the_number_of_concepts(tmp_path):
@@ -153,3 +156,16 @@ def test_contradictions_carry_figures():
     first = gates.contradictions(128)[0]
     assert "rank 18.0" in first
     assert "0.0234" in first
+
+
+def test_downstream_scores_are_figures_too(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    folder = run / "evaluate" / "glue" / "stsb"
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps({"score": {"pearson": 0.65, "spearmanr": None}, "rows": []}))
+    assert known_of(run).figures["glue/stsb/pearson"] == 0.65
+    ask(run, seeds=True)
+    assert "FAIL 2 of 4 glue/stsb/pearson" in capsys.readouterr().out
+    (folder / "metrics.json").write_text("[]")
+    with pytest.raises(InputError, match="conceptron evaluate writes it anew"):
+        known_of(run)

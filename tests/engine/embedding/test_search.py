@@ -188,7 +188,7 @@ def test_the_teacher_of_a_distilled_model_embeds_the_queries(reader, save_teache
     place = str(save_teacher(tmp_path / "teacher", 30))
     monkeypatch.setattr(reader, "has_states", False)
     assert room.who_asks(reader, None).name == "the model itself"
-    record = room.Teacher(place).record
+    record = {**room.Teacher(place).record, "teacher": place}  # which holds a name, not a place on one machine
     monkeypatch.setattr(reader.config, "distilled_from", record, raising=False)
     assert room.who_asks(reader, None).name == place
     monkeypatch.setitem(record, "fingerprint", "another")

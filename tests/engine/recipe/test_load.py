@@ -66,7 +66,7 @@ def test_an_override_may_open_a_section(write):
         ("objective.weightin=mdlm", "objective.weightin: unknown key; did you mean objective.weighting?"),
         ("data.sorce=x", "data.sorce: unknown key; did you mean data.source?"),
         ("data.source=[{pth: a}]", "data.source.0.pth: unknown key; did you mean data.source.0.path?"),
-        ("objective.name=difusion", "objective.name: expected one of mlm, diffusion, tsdae, prefix_diffusion, mixed,"),
+        ("objective.name=difusion", "objective.name: expected one of mlm, diffusion, tsdae, prefix_diffusion,"),
         ("objective.name=difusion", "(did you mean diffusion?)"),
         ("train.steps=many", "train.steps: expected a whole number from 1, got 'many' (text)"),
         ("train.steps=true", "train.steps: expected a whole number from 1, got True (true or false)"),

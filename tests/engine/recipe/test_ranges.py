@@ -78,12 +78,14 @@ def attempt(path, field: str, objective: str, value: str) -> str:
 FINE = {
     "1e-320": """optim.weight_decay optim.min_lr_ratio optim.decay train.label_smoothing model.dropout model.anchor_bias
         model.condition_dropout model.label_offset contrastive.start distill.whole distill.similarity distill.stretch
+        distill.contrast
         objective.random@mlm objective.unchanged@mlm objective.kept_weight@tsdae""",  # acts as 0, which is allowed
     "18446744073709551616": """data.source.0.weight optim.lr optim.eps optim.weight_decay optim.clip
         model.initializer_range model.norm_eps model.rope_theta model.anchor_bias model.anchor_sharpness model.row_scale
         model.label_offset model.label_scale contrastive.temperature contrastive.weight contrastive.temperature_floor
-        distill.weight distill.whole distill.similarity distill.stretch distill.max_gib regularization.weight
-        regularization.gradient_ratio objective.parts.0.weight""",  # any number below 1e30
+        distill.weight distill.whole distill.similarity distill.stretch distill.contrast distill.temperature
+        distill.max_gib regularization.weight regularization.gradient_ratio objective.parts.0.weight
+        objective.words@read_back""",  # any number below 1e30
     "-1": "model.label_offset",
     "true": """train.checkpoint_backbone train.recompute model.normalize_tokens model.tie_layers model.nested_concepts
         model.asked_reading
@@ -111,7 +113,8 @@ def test_a_value_is_refused_in_one_line_or_belongs_there(value, tmp_path, monkey
             continue
         assert problem.startswith(f"{tmp_path}/recipe.yaml: {field.partition('@')[0]}"), problem
         says = "expected" in problem and ", got " in problem
-        assert says or any(words in problem for words in ("is missing", "no timesteps", "no row would")), problem
+        others = ("is missing", "no timesteps", "no row would", " without a ")
+        assert says or any(words in problem for words in others), problem
         assert len(problem.splitlines()) == 1 and problem.isprintable(), problem
     assert sorted(taken) == sorted(FINE.get(value, "").split())
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
