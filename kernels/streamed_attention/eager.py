@@ -16,7 +16,7 @@ from . import columns, tokens
 from .arguments import LN2, Arguments, Gradients, chunk_on_gpu, exact_dtype
 from .pieces import Piece, chunks
 
-SCORE_BYTES = 512 * 1024  # of the scores that are worked on at one time
+SCORE_BYTES = 512 * 1024  # of the scores that one thread works on at a time
 
 
 def chunk_size(a: Arguments) -> int:
@@ -154,7 +154,8 @@ def _of(x: Tensor, piece: Piece) -> Tensor:
 
 
 def _blocks(q: Tensor, k: Tensor) -> list[slice]:
-    """[P] in parts whose scores stay in the cache; on a GPU in one."""
-    num_blocks = q.shape[0]
-    step = num_blocks if q.is_cuda else max(1, SCORE_BYTES // (q.shape[1] * k.shape[2] * q.element_size()))
+    """[P] in parts whose scores stay in the caches, at least as many at a time as there are threads, which share a
+    batched product by its batch; on a GPU in one."""
+    num_blocks, score_bytes = q.shape[0], q.shape[1] * k.shape[2] * q.element_size()
+    step = num_blocks if q.is_cuda else max(torch.get_num_threads(), SCORE_BYTES // score_bytes)
     return [slice(i, min(i + step, num_blocks)) for i in range(0, num_blocks, step)]
