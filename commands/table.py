@@ -185,7 +185,7 @@ COMMANDS = (
         "bench.analyze:main",
         (
             Option("path", Text("a run or a model"), "runs/NAME, or a Hugging Face folder"),
-            Option("--text", Place("file"), "held-out text for a bare model", (), "+", "FILE"),
+            Option("--text", Text("files, folders or globs"), "held-out text for a bare model", (), "+", "FILE"),
         ),
     ),
     Command(
@@ -292,7 +292,7 @@ COMMANDS = (
         "conceptron bench compute runs/recursive --iterations 2 4 6 8 12", "bench.compute:main",
         (
             Option("path", Text("a run or a model"), "recursive (tied layers) or nested; runs/NAME, or a model folder"),
-            Option("--text", Place("file"), "held-out text for a bare model", (), "+", "FILE"),
+            Option("--text", Text("files, folders or globs"), "held-out text for a bare model", (), "+", "FILE"),
             Option("--iterations", Whole(1, 1024), "of tied layers; 1 to 16 by default", None, "+", "K"),
             Option("--concepts", Whole(1, 65536), "of a nested model; powers of two by default", None, "+", "C"),
             Option("--seconds", Number(0.001, 3600), "timed for each value", 0.5),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from conceptron.__main__ import perform
 from conceptron.bench import analyze as report
 from conceptron.bench.analysis import heldout
 from conceptron.engine.data import tokenizer
@@ -179,7 +180,8 @@ def summary_vocab(folder) -> int:
 def test_bare_checkpoint_reads_given_text(run, tmp_path, capsys):
     checkpoint = shutil.copytree(run / "model", tmp_path / "checkpoint")
     (tmp_path / "some.txt").write_text(" ".join(documents(7, 20)))
-    folder = report.analyze(checkpoint, [str(tmp_path / "some.txt")])
+    assert perform(["analyze", str(checkpoint), "--text", str(tmp_path / "some.txt")]) == 0
+    folder = checkpoint / "report"
     summary = read(folder)
     assert summary["heldout_nll"] == pytest.approx(math.log(summary_vocab(run.parent)), rel=1e-5)
     assert summary["train_seconds"] is None
