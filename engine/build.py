@@ -16,7 +16,7 @@ from .data.corpus import open_corpus
 from .data.teacher import read_pooling
 from .errors import InputError
 from .export import export
-from .initialize import find
+from .model_folder import find
 from .recipe.load import load_recipe
 from .recipe.schema import Recipe
 

@@ -66,6 +66,26 @@ def here(source: str, field: str, expected: str) -> Path | None:
     return folder if exists else None
 
 
+def of_run(folder: Path) -> Path:
+    """A run's folder stands for the model in it, which may not be there yet."""
+    return folder / "model" if (folder / "recipe.yaml").is_file() else folder
+
+
+def finished(place: str, where: str) -> str:
+    """The same of a name that may be one of the hub; ``where``: the beginning of the error.
+
+    Raises:
+        InputError: the run has no model yet.
+    """
+    folder = Path(place).expanduser()
+    model = of_run(folder)
+    if model == folder:
+        return place
+    if not model.is_dir():
+        raise InputError(f"{where}: the run has not finished, it has no model yet; go on with resume=auto")
+    return str(model)
+
+
 def inspect(folder: Path, field: str | None = None) -> str:
     """The model type of a folder whose config.json and safetensors can be read.
 
@@ -76,6 +96,11 @@ def inspect(folder: Path, field: str | None = None) -> str:
         kind = read_config(folder)["model_type"]
         weight_files(folder)
     return kind
+
+
+def kind_of(folder: Path, field: str | None = None) -> str | None:
+    """`inspect`; None where there is no config.json."""
+    return inspect(folder, field) if (folder / "config.json").is_file() else None
 
 
 @contextmanager

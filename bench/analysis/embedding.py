@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ...engine.data.teacher import Teacher, read_json
+from ...engine.data.teacher import Teacher
 from ...engine.errors import InputError
+from ...engine.model_folder import kind_of, of_run
 from ...engine.saved_model import load_model, load_vocabulary
 from ...models.backbone import cut
 from ...models.config import ConceptConfig
@@ -131,14 +132,12 @@ def open_embedder(place: str) -> ConceptEmbedder | SentenceEmbedder:
     Raises:
         InputError: the folder has no config.json, or is a run that has not finished.
     """
-    folder = Path(place).expanduser()
-    if (folder / "recipe.yaml").is_file():
-        folder = folder / "model"
+    folder = of_run(Path(place).expanduser())
     if folder.exists():
-        config = read_json(folder / "config.json")
-        if config is None:
+        kind = kind_of(folder)
+        if kind is None:
             raise InputError(f"{folder}: expected a model folder, there is no config.json")
-        if config.get("model_type") == ConceptConfig.model_type:
+        if kind == ConceptConfig.model_type:
             return ConceptEmbedder(folder)
     return SentenceEmbedder(str(place))
 

@@ -19,7 +19,7 @@ from lm_eval.api.model import LM
 from torch import Tensor
 
 from ...engine.errors import InputError
-from ...engine.initialize import find
+from ...engine.model_folder import find
 from ...engine.saved_model import load_model, load_vocabulary
 from ...models.generation.canvas import continue_canvas, fill, given_text
 from ...models.generation.sampling import Sampling

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ...engine.data.cache import cache_folder, fingerprint
-from ...engine.data.teacher import Teacher, fingerprint_of, read_json
+from ...engine.data.teacher import Teacher, fingerprint_of
 from ...engine.errors import InputError
-from ...engine.initialize import find
+from ...engine.model_folder import find, finished, kind_of
 from ...engine.saved_model import load_model, load_vocabulary
 from ...models.config import ConceptConfig
 from ...models.encoder import ConceptEncoder
@@ -278,16 +278,11 @@ def open_reader(place: str, piece: int | None, cache: str | None) -> tuple[Reade
     Raises:
         InputError: there is no such model, or a run has not finished.
     """
-    folder = Path(place).expanduser()
-    if (folder / "recipe.yaml").is_file():
-        folder = folder / "model"
-        if not folder.is_dir():
-            raise InputError(f"--model {place}: the run has not finished, it has no model yet; go on with resume=auto")
-    folder = find(str(folder) if folder.exists() else place, "--model")
-    config = read_json(folder / "config.json")
-    if config is None:
+    folder = find(finished(place, f"--model {place}"), "--model")
+    kind = kind_of(folder, "--model")
+    if kind is None:
         raise InputError(f"--model {place}: expected a model folder, there is no config.json")
-    if config.get("model_type") != ConceptConfig.model_type:
+    if kind != ConceptConfig.model_type:
         return PeerReader(str(folder), cache), {}
     kinds = {kind: functools.cache(functools.partial(ConceptReader, folder, kind, piece, cache))
              for kind in (BAG, UNTRAINED)}  # fmt: skip

@@ -23,6 +23,8 @@ from tqdm import tqdm
 from .. import compat
 from ..data.cache import UNUSABLE, fingerprint, locked
 from ..errors import InputError
+from ..files import write_json
+from ..place import MOST, number
 from .documents import Document, Survey, files_of, report_faults, survey, surveyed, windows
 from .model import ConceptModel
 
@@ -138,9 +140,7 @@ def claim(out: Path, manifest: dict[str, Any]) -> Path:
     file = parts / MANIFEST
     with locked(parts.with_name(f".{parts.name}.lock")):
         if not file.exists():
-            unfinished = parts / f".{MANIFEST}"
-            unfinished.write_text(json.dumps(manifest, indent=1, allow_nan=False))
-            unfinished.replace(file)
+            write_json(file, manifest)
         found = json.loads(file.read_text())
     different = [name for name, value in manifest.items() if found.get(name) != value]
     if different:
@@ -167,8 +167,12 @@ def join(parts: Path, num_windows: int, out: Path, columns: pa.Schema) -> None:
 
 def rank_and_size() -> tuple[int, int]:
     """This process among those that torchrun started; alone without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    variables = {"RANK": "0", "WORLD_SIZE": "1", **os.environ}
+    size = number(variables, "WORLD_SIZE", 1, MOST)
+    return number(variables, "RANK", 0, size - 1), size
 
 
 def own_device() -> torch.device | None:
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if compat.uses_cuda() else None
+    if not compat.uses_cuda():
+        return None
+    return torch.device("cuda", number({"LOCAL_RANK": "0", **os.environ}, "LOCAL_RANK", 0, MOST))

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from ..data.cache import UNUSABLE, locked
 from ..errors import InputError
+from ..files import write_json
 from .documents import Document, Survey, survey, surveyed, windows
 from .model import ConceptModel, Reading
 
@@ -168,14 +169,12 @@ class Index:
         unfinished.mkdir()
         for field in ("vectors", "spans", "firsts", "files", "rows"):
             np.save(unfinished / f"{field}.npy", getattr(part, field))
-        (unfinished / "ids.json").write_text(json.dumps(part.ids, allow_nan=False), encoding="utf-8")
+        write_json(unfinished / "ids.json", part.ids)
         unfinished.rename(self.folder / name)
         self.content["parts"].append(name)
 
     def note(self) -> None:
-        unfinished = self.folder / f".{INDEX}"
-        unfinished.write_text(json.dumps(self.content, indent=1, allow_nan=False), encoding="utf-8")
-        unfinished.replace(self.folder / INDEX)
+        write_json(self.folder / INDEX, self.content)
 
     def tidy(self) -> None:
         """Writes parts again without documents that count no more, where these are most of a part."""

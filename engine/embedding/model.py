@@ -4,6 +4,7 @@ B texts, n queries, N tokens of one text, C concepts, d width of a vector.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +16,9 @@ from ...models.config import ConceptConfig
 from ...models.layers import ResidualLinear
 from ...models.packing import Packed, pack
 from ...models.shares import share_bounds
-from ..data.teacher import fingerprint_of, read_json
+from ..data.teacher import fingerprint_of
 from ..errors import InputError
-from ..initialize import find
+from ..model_folder import find, kind_of, of_run
 from ..precision import has_bf16
 from ..saved_model import load_model, load_vocabulary
 
@@ -71,14 +72,11 @@ class ConceptModel:
         Raises:
             InputError: there is no such model, or it is of another kind.
         """
-        folder = find(str(place), "--model")
-        if (folder / "recipe.yaml").is_file():
-            folder = folder / "model"
-        config = read_json(folder / "config.json")
-        if config is None:
+        folder = of_run(find(str(place), "--model"))
+        kind = kind_of(folder, "--model")
+        if kind is None:
             raise InputError(f"--model: {folder}: no config.json; give the folder of a finished model")
-        if config.get("model_type") != ConceptConfig.model_type:
-            kind = config.get("model_type")
+        if kind != ConceptConfig.model_type:
             raise InputError(
                 f"--model: {folder}: a model of type {kind!r}; conceptron build makes one of this package of it"
             )
@@ -88,7 +86,7 @@ class ConceptModel:
     def width(self) -> int:
         return self.config.hidden_size
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Of everything in the folder that decides a vector."""
         return fingerprint_of(self.folder)

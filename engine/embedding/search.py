@@ -43,11 +43,12 @@ def main(options: argparse.Namespace) -> int:
     folder = options.index or default_folder(options.path, model)
     index = Index(folder, model, options.text_column)
     num_left_out = report_faults(index.update(files), len(files))
-    hits = index.search(asked.embed(options.query), options.top)
+    vectors = asked.embed(options.query)
+    hits = index.search(vectors, options.top)
     screen = Screen()
     screen.head(index, options.path, asked.name)
-    for query, found in zip(options.query, hits, strict=True):
-        screen.answer(query, found, asked, options.text_column)
+    for query, vector, found in zip(options.query, vectors, hits, strict=True):
+        screen.answer(query, vector, found, asked, options.text_column)
     return SOME_LEFT_OUT if num_left_out else 0
 
 
@@ -96,10 +97,9 @@ class Screen:
         what = f"{index.num_documents:,} documents in {path}; queries by {asked}"
         print(self.style("2", textwrap.fill(what, self.width, break_long_words=False, break_on_hyphens=False)))
 
-    def answer(self, query: str, hits: Sequence[Hit], asked: Asked, column: str) -> None:
+    def answer(self, query: str, vector: np.ndarray, hits: Sequence[Hit], asked: Asked, column: str) -> None:
         print("\n" + self.style("1;36", textwrap.fill(query, self.width)))
         texts = [document.text if (document := document_at(hit.file, column, hit.row)) else None for hit in hits]
-        vector = asked.embed([query])
         for number, (hit, text) in enumerate(zip(hits, texts, strict=True), start=1):
             print()
             self.hit(number, hit, len(text) if text else None)
@@ -107,7 +107,7 @@ class Screen:
                 print("      the document has changed or is gone; search again")
                 continue
             found = sentences(text, *hit.span)
-            scores = (vector @ asked.embed(found).T)[0]
+            scores = asked.embed(found) @ vector
             print(wrapped(passage(found, scores), self.width, " " * 6, lambda words: self.style("1", words)))
 
     def hit(self, number: int, hit: Hit, length: int | None) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models.config import ConceptConfig
+from ...models.folder import read_config
 from ...models.packing import Packed, pack
 from ...models.tasks.heads import ConceptForSequenceClassification
 from ...models.tasks.questions import ConceptForQuestions
@@ -22,14 +23,14 @@ from ..data.cache import cache_folder
 from ..data.loader import Batches
 from ..data.order import Samples
 from ..data.states import StateStore, open_states
-from ..data.teacher import fingerprint_of, read_json
+from ..data.teacher import fingerprint_of
 from ..data.windows import Part, Windows
 from ..errors import InputError
 from ..export import export
-from ..initialize import find
 from ..labelled.examples import Example, examples, hold_out
 from ..launch import World
-from ..recipe.finetune import Finetune, find_source
+from ..model_folder import find, finished, kind_of
+from ..recipe.finetune import Finetune
 from ..saved_model import load_vocabulary, quiet
 from .job import Loss
 
@@ -124,13 +125,13 @@ class FinetuningJob:
         self.recipe, self.world, self.beginning, self.files = recipe, world, "", {}
         self.loss_floor, self.figures = 0.0, {}
         self.task = task = recipe.open_task()
-        source = find_source(recipe.source)
+        source = finished(recipe.source, f"source: {recipe.source}")
         self.folder = world.first_then_others(lambda: find(source, "source"))
-        config = read_json(self.folder / "config.json") or {}
-        if config.get("model_type") != ConceptConfig.model_type:
-            found = config.get("model_type", "no config.json")
+        kind = kind_of(self.folder, "source")
+        if kind != ConceptConfig.model_type:
+            found = kind or "no config.json"
             raise InputError(f"source: {recipe.source}: expected a model of this package, got {found}")
-        self.source = ConceptConfig.from_dict(config)
+        self.source = ConceptConfig.from_dict(read_config(self.folder))
         self.vocabulary = load_vocabulary(self.folder, self.source)
         self.is_pair, self.is_whole = task.form == "pair", task.answer != "values"
         data = Path(recipe.task.data).expanduser() if recipe.task.data else None

@@ -1,6 +1,5 @@
 """The schema of a recipe that fine-tunes: a finished model, and one of the tasks that ship with the package."""
 
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -68,13 +67,3 @@ class Finetune(Training):
 
 def is_finetune(tree: dict[str, Any]) -> bool:
     return "task" in tree and "objective" not in tree
-
-
-def find_source(source: str) -> str:
-    """A run's folder stands for the model in it."""
-    folder = Path(source).expanduser()
-    if not (folder / "recipe.yaml").is_file():
-        return source
-    if not (folder / "model").is_dir():
-        raise InputError(f"source: {source}: the run has not finished, it has no model yet; go on with resume=auto")
-    return str(folder / "model")

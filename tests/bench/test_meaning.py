@@ -174,3 +174,9 @@ def test_spans_of_tokens():
     offsets = [(0, 3), (3, 7), (8, 9)]
     assert span_of(offsets, 0, 2) == (0, 7) and span_of(offsets, 2, 2) == (8, 8) and span_of(offsets, 3, 3) == (9, 9)
     assert span_of([], 0, 0) == (0, 0)
+
+
+def test_a_folder_whose_configuration_is_none_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(InputError, match="expected an object with model_type, got a list"):
+        open_embedder(str(tmp_path))

@@ -144,3 +144,12 @@ def test_windows_hold_a_bounded_number_of_documents(monkeypatch):
     monkeypatch.setattr(reading, "WINDOW_CHARS", 12)
     sizes = [[len(each.text) for each in window] for window in reading.windows(iter(made))]
     assert sizes == [[5, 5], [5], [30], [1, 1, 1, 1], [1]]
+
+
+def test_a_rank_that_is_none_is_one_line(files, built, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("abc", "", "2", "-1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(InputError, match=r"environment: RANK: expected a whole number from 0 to 1"):
+            run(files, built, tmp_path / "vectors.parquet")
+    assert not list(tmp_path.glob("vectors.parquet*"))
