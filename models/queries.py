@@ -18,7 +18,7 @@ from .sharding import sum_shards, summed
 from .shares import share_means
 from .similarity import wide
 from .start.resize import resize
-from .token_source import TokenSource
+from .token_source import TokenSource, plain_means
 
 
 def orthogonal_rows(num_rows: int, width: int) -> Tensor:
@@ -123,8 +123,7 @@ class ConceptQueries(nn.Module):
             sums, counts = sum_shards(sums, group), summed(offsets.diff(), group)
             means = sums / counts.clamp_min(1)[:, None]
         else:
-            # unsafe skips a check of the offsets that would synchronise; they are right by construction
-            means = torch.segment_reduce(wide(tokens), "mean", offsets=offsets, axis=0, unsafe=True, initial=0)
+            means = plain_means(tokens, offsets)
         means_BCd = F.rms_norm(means, (d,), eps=config.norm_eps).view(B, C, d)
         return rows_Cd + means_BCd.to(rows_Cd.dtype)
 

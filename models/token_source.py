@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..kernels.streamed_attention.op import streamed_attention
 from ..kernels.streamed_attention.shared import SharedGradient
+from ..kernels.streamed_attention.tokens import Embedded
 from .config import ConceptConfig
 from .packing import Packed
 from .similarity import wide
@@ -66,34 +67,6 @@ def what_is_kept(config: ConceptConfig, keep: str | None, is_plain: bool, is_div
             "quantised, sharded, or cut by ZeRO-3, and cannot be taken out of their modules"
         )
     return keep
-
-
-class Embedded(NamedTuple):
-    """States that are made again wherever they are needed: RMSNorm(table[ids]) * norm."""
-
-    ids: Tensor  # [T] int64
-    table: Tensor  # [V, d]
-    norm: Tensor  # [d]
-    eps: float
-
-    def rows(self, part: slice) -> tuple[Tensor, Tensor]:
-        """(normalised rows [n, d] before the norm's weight, 1 / rms [n, 1])"""
-        wide = torch.promote_types(self.table.dtype, torch.float32)
-        rows = self.table.index_select(0, self.ids[part]).to(wide)
-        inverse = (rows.square().mean(1, keepdim=True) + self.eps).rsqrt_()
-        return rows.mul_(inverse), inverse
-
-    def add_gradient(self, part: slice, dx: Tensor, dtable: Tensor, dnorm: Tensor) -> None:
-        z, inverse = self.rows(part)
-        dx = dx.to(z.dtype)
-        dnorm += (dx * z).sum(0)
-        dz = dx * self.norm
-        dz.addcmul_(z, (dz * z).mean(1, keepdim=True), value=-1).mul_(inverse)
-        ids = self.ids[part]
-        if dtable.is_cuda:  # sorts, where index_add_ would use atomics
-            torch.ops.aten._index_put_impl_(dtable, [ids], dz.to(dtable.dtype), accumulate=True, unsafe=True)
-        else:
-            dtable.index_add_(0, ids, dz.to(dtable.dtype))
 
 
 class Where(NamedTuple):
