@@ -141,9 +141,10 @@ def run_cell(cell: Cell, out: Path, measured_on: Measure, deadline: float, threa
 
     Returns a row: its figures, or under ``status`` why there are none. ``deadline``: of ``time.time()``.
     """
+    from ..engine.telemetry import read_history
     from ..engine.trainer import train
     from .analysis import yardsticks
-    from .analysis.findings import num_parameters, read_history, training_of
+    from .analysis.findings import num_parameters, training_of
     from .analysis.subject import open_subject
 
     if time.time() > deadline:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from .errors import InputError
 from .files import as_json, in_words, is_lost
 from .launch import World
 
@@ -135,6 +136,19 @@ def numbers(prefix: str, value: Any) -> Iterator[tuple[str, float]]:
             yield from numbers(f"{prefix}/{name}", inside)
     elif isinstance(value, int | float) and not is_lost(value):
         yield prefix, value
+
+
+def read_history(metrics_file: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; none when there is no such file."""
+    if not metrics_file.is_file():
+        return []
+    try:
+        lines = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{metrics_file}: not a file of JSON lines ({error}); restore it or move it away") from error
+    if not all(isinstance(line, dict) and {"kind", "step"} <= line.keys() for line in lines):
+        raise InputError(f"{metrics_file}: a line of it is not one of a run; restore it or move it away")
+    return lines
 
 
 def forget_after(metrics: Path, step: int) -> None:

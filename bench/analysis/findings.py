@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...engine.errors import InputError
-from ...engine.telemetry import duration
+from ...engine.telemetry import duration, read_history
 from ...models.folder import read_json
 from ..measure import environment
 from . import gates, heldout
 from .does import Does, does
 from .geometry import metrics
-from .known import of_losses, of_training, read_history
+from .known import of_losses, of_training
 from .probes import Probe, probes
 from .reads import Reads, reads
 from .subject import Subject

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...engine.errors import InputError
+from ...engine.telemetry import read_history
 
 LAST_STEPS = 10  # whose mean loss is "the last"
 
@@ -43,19 +44,6 @@ def read_summary(path: Path, command: str = "analyze") -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected an object; conceptron {command} writes it anew")
     return content
-
-
-def read_history(metrics_file: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; none when there is no such file."""
-    if not metrics_file.is_file():
-        return []
-    try:
-        lines = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{metrics_file}: not a file of JSON lines ({error}); restore it or move it away") from error
-    if not all(isinstance(line, dict) and {"kind", "step"} <= line.keys() for line in lines):
-        raise InputError(f"{metrics_file}: a line of it is not one of a run; restore it or move it away")
-    return lines
 
 
 def scores_of(folder: Path) -> dict[str, float | None]:

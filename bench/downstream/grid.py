@@ -7,10 +7,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ...engine.errors import InputError
 from ...engine.labelled.task import Task
+from ...engine.telemetry import read_history
 from ...engine.trainer import train
 
 FIGURES = ("accuracy", "pearson")  # of held-out examples; one of them says which learning rate is best
@@ -56,8 +57,7 @@ def tuned(
 
 def held_out(folder: Path) -> float:
     """The last figure of a run on what it did not learn from."""
-    entries: list[dict[str, Any]] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    last = [entry for entry in entries if entry["kind"] == "eval"][-1]
+    last = [entry for entry in read_history(folder / "metrics.jsonl") if entry["kind"] == "eval"][-1]
     figure = next((last[name] for name in FIGURES if last.get(name) is not None), None)
     if figure is None:
         raise InputError(f"{folder}: its answers on held-out examples are all alike; train it longer or lower optim.lr")

@@ -67,7 +67,7 @@ class StateStore:
 
 def open_states(
     cache: Path, windows: Windows, rows: np.ndarray, backbone: Backbone | None, width: int, key: Any, limit_gb: float,
-    batch_tokens: int = 8192,
+    batch_tokens: int = 8192, field: str = "data.states_gb",
 ) -> StateStore:  # fmt: skip
     """The store of these windows, in which all of ``rows`` are there: what is missing is computed first. One process
     writes, others wait.
@@ -76,6 +76,7 @@ def open_states(
         backbone: frozen, on the device where it is to be computed; None: nothing can be computed.
         key: JSON, what else decides the states: the tokenizer's id and the backbone's description.
         limit_gb: of 1e9 bytes, that the states of ``rows`` may take.
+        field: of the recipe that gives the limit, for errors.
 
     Raises:
         InputError: they would take more (before anything is written), the disk is full, a state does not fit into 16
@@ -85,7 +86,7 @@ def open_states(
     size = 2 * num_tokens * width
     if size > limit_gb * GB:
         raise InputError(
-            f"data.states_gb: {num_tokens:,} tokens of {width} 16-bit numbers take {size / GB:.2f} GB, the limit is "
+            f"{field}: {num_tokens:,} tokens of {width} 16-bit numbers take {size / GB:.2f} GB, the limit is "
             f"{limit_gb:g}; raise it, or leave it out to compute states in every step"
         )
     folder = cache / f"states-{fingerprint([FORMAT, windows.fingerprint, key])}"
@@ -95,26 +96,31 @@ def open_states(
         return store
     if backbone is None:
         raise InputError(
-            f"data.states_gb: {folder}: the states of {len(missing)} windows are not there, and a run that goes on "
-            "does not compute them; leave data.states_gb out, or set data.cache to where they are"
+            f"{field}: {folder}: the states of {len(missing)} windows are not there, and a run that goes on "
+            f"does not compute them; leave {field} out, or set {cache_field(field)} to where they are"
         )
     left = int(windows.lengths[missing].sum(dtype=np.int64))
     say(f"states of {left:,} tokens: {2 * left * width / GB:.2f} GB into {folder}, once")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / ".lock"):
-            write(store, store.missing(rows), backbone, batch_tokens)
+            write(store, store.missing(rows), backbone, batch_tokens, field)
     except OSError as error:
         if error.errno not in UNUSABLE:
             raise
         raise InputError(
-            f"{error.filename or folder}: cannot write stored states ({error.strerror}); make room, set data.cache to "
-            "another folder, or leave data.states_gb out"
+            f"{error.filename or folder}: cannot write stored states ({error.strerror}); make room, set "
+            f"{cache_field(field)} to another folder, or leave {field} out"
         ) from error
     return store
 
 
-def write(store: StateStore, missing: np.ndarray, backbone: Backbone, batch_tokens: int) -> None:
+def cache_field(field: str) -> str:
+    """That says where the store lies, beside the one that says how large it may be."""
+    return f"{field.partition('.')[0]}.cache"
+
+
+def write(store: StateStore, missing: np.ndarray, backbone: Backbone, batch_tokens: int, field: str) -> None:
     states, done = store.open("r+" if (store.folder / DONE).is_file() else "w+")
     device, windows, begin, unmarked = backbone.mean.device, store.windows, 0, []
     while begin < len(missing):
@@ -123,7 +129,7 @@ def write(store: StateStore, missing: np.ndarray, backbone: Backbone, batch_toke
         with torch.no_grad():
             made = backbone(pack([windows[int(row)] for row in rows]).to(device))
         if not made.isfinite().all() or (made.numel() and made.abs().max() > torch.finfo(torch.float16).max):
-            raise InputError("data.states_gb: a state of the backbone does not fit into 16 bits; leave it out")
+            raise InputError(f"{field}: a state of the backbone does not fit into 16 bits; leave it out")
         parts = made.to(torch.float16).cpu().split(windows.lengths[rows].tolist())
         for row, part in zip(rows, parts, strict=True):
             states[store.offsets[row] : store.offsets[row + 1]] = part.numpy()

@@ -1,7 +1,6 @@
 """A model folder from a checkpoint of a run, also of one that is still training."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from .. import checkpoint, launch
 from ..errors import InputError
 from ..launch import World
 from ..recipe.load import load_recipe
+from ..telemetry import read_history
 from .pretraining import PretrainingJob
 
 
@@ -43,10 +43,7 @@ def export_step(run: Path, step: int | None, out: Path, world: World) -> tuple[P
 
 def figures_at(file: Path, step: int) -> dict[str, Any]:
     """Of the evaluation after this very step; empty if there was none."""
-    if not file.is_file():
-        return {}
-    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    found = [record for record in records if record["kind"] == "eval" and record["step"] == step]
+    found = [record for record in read_history(file) if record["kind"] == "eval" and record["step"] == step]
     return {name: value for name, value in found[-1].items() if name not in ("kind", "step")} if found else {}
 
 

@@ -207,11 +207,14 @@ class FinetuningJob:
             model.encoder.requires_grad_(False)
         if is_new:
             self.beginning = f"from {self.recipe.source}: {model.load_report}"
-        self.store_states(model)
+        self.store_states(model, is_filled=is_new)
         return Learner(model, self.num_options)
 
-    def store_states(self, model: nn.Module) -> None:
-        """Makes the states of a frozen backbone once, for all steps. Collective."""
+    def store_states(self, model: nn.Module, is_filled: bool) -> None:
+        """Makes the states of a frozen backbone once, for all steps. Collective.
+
+        ``is_filled``: the backbone has its weights; a run that goes on finds what it stored when it began.
+        """
         room, backbone = self.recipe.task.states_gb, model.encoder.backbone
         if room is None:
             return
@@ -224,7 +227,10 @@ class FinetuningJob:
             questions = windows_of([question for group in loader.groups for question in group.questions])
             loader.stores = tuple(
                 self.world.first_then_others(
-                    lambda some=some: open_states(cache, some, backbone, key | digest(some), room)
+                    lambda some=some: open_states(
+                        cache, some, np.arange(len(some)), backbone if is_filled else None, len(backbone.mean), key,
+                        room, field="task.states_gb",
+                    )
                 )
                 for some in (documents, questions)
             )
@@ -295,7 +301,3 @@ class Learner(nn.Module):
         else:
             found = self.model(packed=asked.questions, packed_b=asked.texts, labels=asked.labels)
         return found.loss * len(asked.labels) / divisor, found.logits
-
-
-def digest(windows: Windows) -> dict[str, str]:
-    return {"tokens": hashlib.sha256(windows.parts[0].tokens.tobytes()).hexdigest()[:16]}

@@ -109,7 +109,7 @@ def read(place: Place) -> list[Row]:
     for number, line in enumerate(content.splitlines(), start=1):
         try:
             row = json.loads(line) if line.strip() else None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{place}: line {number} is not JSON ({error}); fetch it again") from error
         if row is not None:
             if not isinstance(row, dict):

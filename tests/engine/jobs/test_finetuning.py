@@ -5,9 +5,12 @@ import re
 
 import pytest
 import torch
+from transformers import BertConfig, BertModel
 
+from conceptron.engine.build import build
 from conceptron.engine.data import tokenizer
 from conceptron.engine.errors import InputError
+from conceptron.engine.recipe.load import load_recipe
 from conceptron.engine.saved_model import load_model
 from conceptron.engine.trainer import train
 from conceptron.models.config import ConceptConfig
@@ -113,6 +116,30 @@ def test_a_resumed_run_is_the_same_run(folder):
     assert losses(half)[-3:] == losses(whole)[-3:]
     a, b = (load_model(path / "model").state_dict() for path in (whole, half))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_stored_states_of_a_frozen_backbone_teach_the_same(folder):
+    words = tokenizer.load(str(folder / "source"))
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=64, **sizes)).save_pretrained(folder / "bert")
+    words.save_pretrained(folder / "bert")
+    recipe = folder / "build.yaml"
+    recipe.write_text(
+        f"data: {{source: {folder}/text, tokenizer: {folder}/source, cache: {folder}/cache, window: 32}}\n"
+        f"model: {{backbone: {folder}/bert, backbone_window: 32, num_concepts: 4, num_hidden_layers: 1,\n"
+        "  num_attention_heads: 2, hidden_size: 32, intermediate_size: 32}\n"
+        "objective: {name: mlm}\ntrain: {steps: 1}\n"
+    )
+    (folder / "text").mkdir()
+    for i in range(30):
+        (folder / "text" / f"{i}.txt").write_text(f"The {THINGS[i % 6]} of note {i} is {COLOURS[i % 3]}. " * 8)
+    build(load_recipe(recipe), folder / "read")
+    task, cache = "scrolls/contract_nli", f"task.cache={folder}/states"
+    fresh = run(folder, "computed", task, "", 4, folder / "read")
+    stored = run(folder, "stored", task, "", 4, folder / "read", "task.states_gb=1", cache)
+    assert losses(stored) == pytest.approx(losses(fresh), rel=1e-2) and len(list((folder / "states").iterdir())) == 4
+    with pytest.raises(InputError, match=r"task.states_gb: .* tokens of 32 16-bit numbers take .* GB, the limit is"):
+        run(folder, "too-much", task, "", 4, folder / "read", "task.states_gb=1e-6", cache)
 
 
 def test_what_is_held_out_depends_on_the_fold_and_holds_whole_documents(folder):
