@@ -141,6 +141,34 @@ def recipe(recipe_in, tmp_path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def save_random() -> Callable[..., Path]:
+    """Saves a model of transformers with large random matrices, and its tokenizer."""
+
+    def save(folder: Path, model: torch.nn.Module, words: Any) -> Path:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(std=0.2)
+        model.save_pretrained(folder)
+        words.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def bert(text, save_random, tmp_path_factory) -> Path:
+    """A BERT of three layers with the tokenizer of the tests."""
+    words = tokenizer.load(f"{text}/tokenizer")
+    torch.manual_seed(1)
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=30, intermediate_size=20, num_hidden_layers=3, num_attention_heads=3,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    return save_random(tmp_path_factory.mktemp("bert"), BertModel(config), words)
+
+
+@pytest.fixture(scope="session")
 def save_teacher(text) -> Callable[..., Path]:
     """Makes a sentence encoder that has not learned anything."""
 

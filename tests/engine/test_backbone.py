@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaModel
+from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaModel
 
 from conceptron.engine.data import tokenizer
 from conceptron.engine.errors import InputError
@@ -20,35 +20,14 @@ FEW = ["train.steps=3", "eval.every=0", "checkpoint.every=1", "model.backbone_wi
 SHORT = ["model.backbone={bert}", "model.backbone_window=16"]
 
 
-def saved(folder: Path, model: torch.nn.Module, words) -> Path:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.2)
-    model.save_pretrained(folder)
-    words.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="session")
-def bert(text, tmp_path_factory) -> Path:
-    words = tokenizer.load(f"{text}/tokenizer")
-    torch.manual_seed(1)
-    config = BertConfig(
-        vocab_size=len(words), hidden_size=30, intermediate_size=20, num_hidden_layers=3, num_attention_heads=3,
-        max_position_embeddings=32,
-    )  # fmt: skip
-    return saved(tmp_path_factory.mktemp("bert"), BertModel(config), words)
-
-
-@pytest.fixture(scope="session")
-def llama(text, tmp_path_factory) -> Path:
+def llama(text, save_random, tmp_path_factory) -> Path:
     words = tokenizer.load(f"{text}/tokenizer")
     config = LlamaConfig(
         vocab_size=len(words), hidden_size=24, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64,
     )  # fmt: skip
-    return saved(tmp_path_factory.mktemp("llama"), LlamaModel(config), words)
+    return save_random(tmp_path_factory.mktemp("llama"), LlamaModel(config), words)
 
 
 @pytest.fixture(scope="session")

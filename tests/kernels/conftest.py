@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import pytest
+import torch
 
 
 @pytest.fixture
@@ -25,3 +26,15 @@ def compiled_by() -> Callable:
         return compiled
 
     return of
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Memory that a kernel asks for comes as NaN, so that a cell it forgets shows."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)

@@ -66,18 +66,6 @@ def oracle(cu_seqlens):
     )
 
 
-@pytest.fixture
-def poison(monkeypatch):
-    """Memory that a kernel asks for comes as NaN, so that a cell it forgets shows."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
 def compare(case, dtype, backend, device, no_worse):
     lengths, chunk = case[0], case[7]
     drawn, rest, dout = draw(*case, dtype, device)

@@ -42,18 +42,6 @@ def results(attend, q, k, v, dout, dtype):
     return out.detach(), *gradients
 
 
-@pytest.fixture
-def poison(monkeypatch):
-    """Memory that a kernel asks for comes as NaN, so that a cell it forgets shows."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
 def attends(lengths, dropout_p, scale, backend, device):
     """The door and the oracle on the same sequences."""
     cu_seqlens = boundaries(lengths, device)
