@@ -271,7 +271,10 @@ def test_calibration_centres(folder_of):
     packed = pack(words(60, 50))
     encoder.backbone.calibrate(packed)
     states = encoder.backbone.centred(encoder.backbone(packed))
-    assert states.mean(0).abs().max() < 1e-4 and states.square().mean() == pytest.approx(1, abs=1e-4)
+    backbone = encoder.backbone  # whose mean is a float32 number, far from zero beside the scale of such a small module
+    rounding = torch.finfo(torch.float32).eps * backbone.mean.abs().max() / backbone.scale
+    assert states.mean(0).abs().max() < 1e-6 + rounding and rounding < 1e-4
+    assert states.square().mean() == pytest.approx(1, abs=1e-4)
     with pytest.raises(ValueError, match="at least one token"):
         encoder.backbone.calibrate(pack([[]]))
 
