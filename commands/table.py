@@ -94,7 +94,7 @@ COMMANDS = (
     ),
     Command(
         "export", "a model folder from a checkpoint of a run, also of one that is still training",
-        "conceptron export runs/demo --step 600", "engine.jobs.export:main",
+        "conceptron export runs/demo --step 1200", "engine.jobs.export:main",
         (
             Option("run", Place("folder"), "runs/NAME"),
             Option("--step", Whole(0), "of the checkpoint; left out: the newest"),
