@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .arguments import Arguments
+from .scratch import scratch
 
 
 class Weights(NamedTuple):
@@ -46,34 +47,45 @@ def turning(a: Arguments, start: int, stop: int, dtype: torch.dtype) -> tuple[Te
 
 
 def make(x: Tensor, w: Weights, tables: tuple[Tensor, Tensor] | None, num_heads: int, eps: float) -> Keys:
-    u = torch.mm(w.w_key, x.t()) if w.bias is None else torch.addmm(w.bias, w.w_key, x.t())
-    z = u.unflatten(0, (num_heads, -1))
+    u = scratch.take("u", (w.w_key.shape[0], x.shape[0]), x)
+    if w.bias is None:
+        torch.mm(w.w_key, x.t(), out=u)
+    else:
+        torch.addmm(w.bias, w.w_key, x.t(), out=u)
+    z = u.view(num_heads, -1, x.shape[0])
     inverse, keys = None, z
     if w.norm is not None:
-        inverse = torch.mul(z, z).mean(1, keepdim=True).add_(eps).rsqrt_()
-        keys = torch.mul(z.mul_(inverse), w.norm)
-    return Keys(keys if tables is None else _turn(keys, *tables, 1), z, inverse, tables)
+        squares = torch.mul(z, z, out=scratch.take("keys", z.shape, z))
+        inverse = squares.mean(1, keepdim=True).add_(eps).rsqrt_()
+        keys = torch.mul(z.mul_(inverse), w.norm, out=squares)
+    if tables is not None:
+        keys = _turn(keys, *tables, 1, scratch.take("turned", z.shape, z))
+    return Keys(keys, z, inverse, tables)
 
 
-def backward(
-    dkeys: Tensor, keys: Keys, w: Weights, dbias: Tensor | None, dnorm: Tensor | None
-) -> Tensor:
-    """du [Hkv * D, n]; adds to the gradients of bias [Hkv * D, 1] and norm [D, 1]."""
-    du = dkeys if keys.tables is None else _turn(dkeys, *keys.tables, -1)
+def values(x: Tensor, w: Weights, num_heads: int) -> Tensor:
+    """[Hkv, D, n]"""
+    out = scratch.take("values", (w.w_value.shape[0], x.shape[0]), x)
+    return torch.mm(w.w_value, x.t(), out=out).view(num_heads, -1, x.shape[0])
+
+
+def backward(dkeys: Tensor, keys: Keys, w: Weights) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """du [Hkv * D, n], and what this chunk adds to the gradients of bias [Hkv * D, 1] and norm [D, 1]."""
+    dbias = dnorm = None
+    du = dkeys if keys.tables is None else _turn(dkeys, *keys.tables, -1, scratch.take("turned", dkeys.shape, dkeys))
     if w.norm is not None:
-        product = torch.mul(du, keys.z)
-        dnorm += product.sum((0, 2))[:, None]
+        product = torch.mul(du, keys.z, out=scratch.take("product", du.shape, du))
+        dnorm = product.sum((0, 2))[:, None]
         mean = torch.matmul(w.norm.t() / w.norm.shape[0], product)  # [Hkv, 1, n]
-        du = torch.mul(du, w.norm).addcmul_(keys.z, mean, value=-1).mul_(keys.inverse)
+        du = torch.mul(du, w.norm, out=product).addcmul_(keys.z, mean, value=-1).mul_(keys.inverse)
     du = du.flatten(0, 1)
-    if dbias is not None:
-        dbias += du.sum(1, keepdim=True)
-    return du
+    if w.bias is not None:
+        dbias = du.sum(1, keepdim=True)
+    return du, dbias, dnorm
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int, out: Tensor) -> Tensor:
     """[Hkv, D, n] by angles (sign 1) or back (sign -1); the pair (x[i], x[i + D/2]) by angle i."""
-    out = torch.empty_like(x)
     a, b = x.chunk(2, dim=1)
     to_a, to_b = out.chunk(2, dim=1)
     torch.mul(a, cos, out=to_a).addcmul_(b, sin, value=-sign)
