@@ -20,16 +20,19 @@ from .arguments import LN2, Arguments, Gradients, chunk_on_gpu, exact_dtype
 from .pieces import Chunk, Piece, chunks
 from .scratch import scratch
 
-SCORE_BYTES = 512 * 1024  # of the scores that one thread works on at a time
+SCORE_BYTES = 2**20  # of the scores that one thread works on at a time
 
 Read = tuple[Tensor, Tensor, Tensor]  # sum of weights times values [P, R, D], of weights [P, R, 1], and the highest score
 
 
 def chunk_size(a: Arguments) -> int:
-    """Tokens whose keys and scores stay in a CPU's second-level cache; on a GPU as for its own kernels."""
+    """Tokens of a chunk. On a CPU a quarter of all, so that threads find work, but not so few that what goes on between
+    products costs as much as they do, nor so many that their keys leave the caches; on a GPU as for its own kernels.
+    """
     if a.q.is_cuda:
         return chunk_on_gpu(a)
-    return a.chunk or (1024 if a.w_key.shape[0] <= 256 else 512)
+    quarter = 1 << max(0, (a.num_tokens - 1) // 4).bit_length()  # it does not depend on how many threads there are
+    return a.chunk or (min(2048, max(512, quarter)) if a.w_key.shape[0] <= 256 else 512)
 
 
 def forward(a: Arguments) -> tuple[Tensor, Tensor]:
