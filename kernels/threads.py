@@ -15,26 +15,32 @@ from itertools import chain, islice
 from typing import TypeVar
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 Item = TypeVar("Item")
 Part = TypeVar("Part")
 
 
-def in_order(work: Callable[[Item], Part], items: Iterable[Item], add: Callable[[Item, Part], object]) -> None:
+def in_order(
+    work: Callable[[Item], Part], items: Iterable[Item], add: Callable[[Item, Part], object], device: torch.device
+) -> None:
     """``add(item, work(item))`` for every item; ``add`` in their order, by the caller's thread. The same bits on any
     number of threads, since what is one item's is one thread's. ``work`` runs without gradient, and writes to nothing
     that another item's reads.
+
+    Of another device, whose operations do not wait, one after the other; so, too, where somebody watches operations (a
+    profiler, tensors without content, a count of FLOPs), which torch does one thread at a time.
     """
     num_threads, is_inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
-    if num_threads == 1:
+    if num_threads == 1 or device.type != "cpu":
         for item in items:
             add(item, work(item))
         return
     items, waiting = iter(items), deque()
     first = list(islice(items, 2))
     with _one_thread_each(num_threads):
-        if len(first) < 2:  # another thread would begin when this one is half done
-            for item in first:
+        if len(first) < 2 or is_watched():
+            for item in chain(first, items):
                 add(item, work(item))
             return
         pool = _pool(os.getpid(), num_threads)
@@ -47,6 +53,10 @@ def in_order(work: Callable[[Item], Part], items: Iterable[Item], add: Callable[
                 _take(waiting, add)
         finally:  # after an error: nobody works on what the caller may free
             wait([future for _, future in waiting if not future.cancel()])
+
+
+def is_watched() -> bool:
+    return torch.autograd._profiler_enabled() or _get_current_dispatch_mode() is not None
 
 
 def _take(waiting: "deque[tuple[Item, Future[Part]]]", add: Callable[[Item, Part], object]) -> None:
