@@ -1,16 +1,17 @@
 """Keys of a chunk for the torch backend, with tokens last: [Hkv, D, n]. In place wherever a tensor is ours."""
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .arguments import Arguments
+from .arguments import Arguments, exact_dtype
 from .scratch import scratch
 
 
 class Weights(NamedTuple):
-    """What makes keys and values, in the dtype of computation."""
+    """What makes keys and values: matrices in the dtype of products with tokens, the rest in that of computation."""
 
     w_key: Tensor
     w_value: Tensor
@@ -27,9 +28,23 @@ class Keys(NamedTuple):
     tables: tuple[Tensor, Tensor] | None  # cos, sin [D/2, n]
 
 
+def product_dtype(a: Arguments) -> torch.dtype:
+    """Of products with tokens: bfloat16 where that is asked for and a CPU has units for it, which at width 512 are four
+    fifths of the arithmetic; what they give is float32 again."""
+    if a.q.dtype == torch.bfloat16 and a.q.device.type == "cpu" and _has_units():
+        return torch.bfloat16
+    return exact_dtype(a.q.dtype)
+
+
+@cache
+def _has_units() -> bool:
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
 def weights(a: Arguments, dtype: torch.dtype) -> Weights:
+    in_products = product_dtype(a)
     return Weights(
-        *(w.to(dtype, copy=True) for w in (a.w_key, a.w_value)),  # aligned: the last bit of a product depends on it
+        *(w.to(in_products, copy=True) for w in (a.w_key, a.w_value)),  # aligned: the last bit of a product depends on it
         None if a.key_bias is None else a.key_bias.to(dtype).repeat(a.num_kv_heads)[:, None],
         None if a.key_norm is None else a.key_norm.to(dtype)[:, None],
     )  # fmt: skip
@@ -46,12 +61,18 @@ def turning(a: Arguments, start: int, stop: int, dtype: torch.dtype) -> tuple[Te
     return cos.to(dtype), sin.to(dtype)
 
 
-def make(x: Tensor, w: Weights, tables: tuple[Tensor, Tensor] | None, num_heads: int, eps: float) -> Keys:
-    u = scratch.take("u", (w.w_key.shape[0], x.shape[0]), x)
-    if w.bias is None:
-        torch.mm(w.w_key, x.t(), out=u)
-    else:
-        torch.addmm(w.bias, w.w_key, x.t(), out=u)
+def project(w: Tensor, x: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """w x^T + bias into ``out`` [Hkv * D, n], whose dtype may be wider than that of w and x."""
+    if w.dtype != out.dtype:
+        out.copy_(torch.mm(w, x.t()))
+        return out if bias is None else out.add_(bias)
+    return torch.mm(w, x.t(), out=out) if bias is None else torch.addmm(bias, w, x.t(), out=out)
+
+
+def make(
+    x: Tensor, w: Weights, tables: tuple[Tensor, Tensor] | None, num_heads: int, eps: float, dtype: torch.dtype
+) -> Keys:
+    u = project(w.w_key, x, w.bias, scratch.take("u", (w.w_key.shape[0], x.shape[0]), x, dtype))
     z = u.view(num_heads, -1, x.shape[0])
     inverse, keys = None, z
     if w.norm is not None:
@@ -63,10 +84,10 @@ def make(x: Tensor, w: Weights, tables: tuple[Tensor, Tensor] | None, num_heads:
     return Keys(keys, z, inverse, tables)
 
 
-def values(x: Tensor, w: Weights, num_heads: int) -> Tensor:
+def values(x: Tensor, w: Weights, num_heads: int, dtype: torch.dtype) -> Tensor:
     """[Hkv, D, n]"""
-    out = scratch.take("values", (w.w_value.shape[0], x.shape[0]), x)
-    return torch.mm(w.w_value, x.t(), out=out).view(num_heads, -1, x.shape[0])
+    out = scratch.take("values", (w.w_value.shape[0], x.shape[0]), x, dtype)
+    return project(w.w_value, x, None, out).view(num_heads, -1, x.shape[0])
 
 
 def backward(dkeys: Tensor, keys: Keys, w: Weights) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -3,8 +3,8 @@
     forward     s = q k^T in units of log 2;  running maximum m, l = sum exp2(s - m), acc = sum exp2(s - m) v
     backward    p = exp2(s - lse);  dv = p^T dout;  ds = p (dout v^T - delta);  dk = scale ds^T q;  dq = scale ds k
 
-Everything is computed in float32 (float64 for float64), also what comes in 16 bits. Sums over chunks have the order of
-the tokens.
+Everything is computed in float32 (float64 for float64), also what comes in 16 bits, but for products with tokens where
+``columns.product_dtype`` says so. Sums over chunks have the order of the tokens.
 """
 
 import math
@@ -47,9 +47,9 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor]:
 
     def read(chunk: Chunk) -> list[Read]:
         start, stop, pieces = chunk
-        x = tokens.states(a, start, stop).to(dtype)
-        keys = columns.make(x, w, columns.turning(a, start, stop, dtype), a.num_kv_heads, a.eps).keys
-        values = columns.values(x, w, a.num_kv_heads)
+        x = tokens.states(a, start, stop).to(w.w_key.dtype)
+        keys = columns.make(x, w, columns.turning(a, start, stop, dtype), a.num_kv_heads, a.eps, dtype).keys
+        values = columns.values(x, w, a.num_kv_heads, dtype)
         return [_read(_of(queries, piece), piece.take(keys), piece.take(values), piece.seen) for piece in pieces]
 
     def merge(chunk: Chunk, reads: list[Read]) -> None:
@@ -114,14 +114,14 @@ def backward(dout: Tensor, out: Tensor, lse: Tensor, a: Arguments, dx: Tensor | 
     of_sequences = queries, rows * a.scale, douts, lse, delta
     dq = torch.zeros_like(rows)
     dtoken_norm = None if a.token_norm is None else torch.zeros_like(a.token_norm, dtype=dtype)
-    sums = [None if x is None else torch.zeros_like(x) for x in (w.w_key, w.w_value, w.bias, w.norm)]
+    sums = [None if x is None else torch.zeros_like(x, dtype=dtype) for x in (w.w_key, w.w_value, w.bias, w.norm)]
 
     def differentiate(chunk: Chunk) -> tuple[list[Tensor], list[Tensor | None], tokens.Rows | None]:
         """Parts of dq, of the sums, and of the table's gradient; that of states is written here."""
         start, stop, pieces = chunk
-        x = tokens.states(a, start, stop).to(dtype)
-        made = columns.make(x, w, columns.turning(a, start, stop, dtype), a.num_kv_heads, a.eps)
-        values = columns.values(x, w, a.num_kv_heads)
+        x = tokens.states(a, start, stop).to(w.w_key.dtype)
+        made = columns.make(x, w, columns.turning(a, start, stop, dtype), a.num_kv_heads, a.eps, dtype)
+        values = columns.values(x, w, a.num_kv_heads, dtype)
         dkeys, dvalues = (scratch.take(name, values.shape, values) for name in ("dkeys", "dvalues"))
         dqs = []
         for piece in pieces:
@@ -135,11 +135,12 @@ def backward(dout: Tensor, out: Tensor, lse: Tensor, a: Arguments, dx: Tensor | 
                 blocks = *(part[block] for part in of_piece), k[block], v[block], seen
                 _gradients(*blocks, dqs[-1][block], dk[block], dv[block])
             dkeys, dvalues = piece.put(dk, dkeys), piece.put(dv, dvalues)
-        (du, *small), dvalues = columns.backward(dkeys, made, w), dvalues.flatten(0, 1)
+        du, *small = columns.backward(dkeys, made, w)
+        du, dvalues = du.to(x.dtype), dvalues.flatten(0, 1).to(x.dtype)
         parts = [torch.mm(du, x), torch.mm(dvalues, x), *small]
         if dx is None and dtoken_norm is None:
             return dqs, parts, None
-        if a.ids is None and dx.dtype == dtype:
+        if a.ids is None and dx.dtype == x.dtype:
             dx[start:stop].addmm_(du.t(), w.w_key).addmm_(dvalues.t(), w.w_value)
             return dqs, parts, None
         part = torch.mm(du.t(), w.w_key).addmm_(dvalues.t(), w.w_value)

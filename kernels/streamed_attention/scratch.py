@@ -14,15 +14,16 @@ class Scratch(threading.local):
     def __init__(self) -> None:
         self.held: dict[tuple[str, torch.dtype], Tensor] = {}
 
-    def take(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
-        """[*shape] in the dtype of ``like``; fresh on a GPU, whose allocator keeps its pages."""
+    def take(self, name: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """[*shape] in the dtype of ``like`` or another; fresh on a GPU, whose allocator keeps its pages."""
+        dtype = dtype or like.dtype
         if like.is_cuda:
-            return like.new_empty(shape)
-        size, key = math.prod(shape), (name, like.dtype)
+            return like.new_empty(shape, dtype=dtype)
+        size, key = math.prod(shape), (name, dtype)
         held = self.held.get(key)
         if held is None or held.numel() < size:
             with torch.inference_mode(False):  # else nobody outside of it could write to them
-                held = self.held[key] = torch.empty(size, dtype=like.dtype)
+                held = self.held[key] = torch.empty(size, dtype=dtype)
         return held[:size].view(shape)
 
 
