@@ -95,7 +95,7 @@ def backward(dkeys: Tensor, keys: Keys, w: Weights) -> tuple[Tensor, Tensor | No
     dbias = dnorm = None
     du = dkeys if keys.tables is None else _turn(dkeys, *keys.tables, -1, scratch.take("turned", dkeys.shape, dkeys))
     if w.norm is not None:
-        product = torch.mul(du, keys.z, out=scratch.take("product", du.shape, du))
+        product = torch.mul(du, keys.z, out=scratch.take("values", du.shape, du))  # nobody reads these any more
         dnorm = product.sum((0, 2))[:, None]
         mean = torch.matmul(w.norm.t() / w.norm.shape[0], product)  # [Hkv, 1, n]
         du = torch.mul(du, w.norm, out=product).addcmul_(keys.z, mean, value=-1).mul_(keys.inverse)

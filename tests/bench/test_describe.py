@@ -83,7 +83,7 @@ def test_no_part_keeps_more_than_the_text_grows(options):
 
 
 def test_half_precision_keeps_less():
-    config, view = configure(), view_of(256)
+    config, view = configure(), view_of(2048)
     full, half = (sum(activation_bytes(config, view, precision).values()) for precision in ("fp32", "bf16"))
     assert 0.4 * full < half < 0.9 * full
 
@@ -101,7 +101,7 @@ def test_what_is_kept_of_a_token():
     """One state, keys and values in every layer, or the id; None where a layer cannot."""
 
     def of_a_token(keep):
-        return (kept_bytes(configure(), 2048, "fp32", keep) - kept_bytes(configure(), 1024, "fp32", keep)) / 1024
+        return (kept_bytes(configure(), 3072, "fp32", keep) - kept_bytes(configure(), 2048, "fp32", keep)) / 1024
 
     states, keys, ids = map(of_a_token, (None, "keys", "ids"))
     assert ids == 8 + 8 and states == 4 * 32 + 8 + 8 and keys > 2 * 2 * 4 * 32  # the id, the position, both the batch's
