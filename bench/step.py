@@ -178,7 +178,7 @@ def run(
 
         def take(step: int, views: list[View]) -> None:
             lr = learning_rate(step, recipe.optim, recipe.train.steps)
-            update(engine, world, job, step, views, lr=lr, seed=recipe.run.seed, stop=stop, lap=watch.lap)
+            update(engine, world, job, step, views, lr=lr, seed=recipe.run.seed, lap=watch.lap)
 
         for step in range(warm_up):
             take(step, loader.step(step))

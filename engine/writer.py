@@ -28,6 +28,7 @@ class Writer:
     def __init__(self, world: World, parent: Path, retention: Retention, is_async: bool = True) -> None:
         self.world, self.parent, self.retention, self.is_async = world, parent, retention, is_async
         self.host: dict[str, Tensor] = {}  # kept from save to save: fresh memory costs more than the copy
+        self.step = self.num_saved = 0  # of the newest save; how many have succeeded
         self.num_waits = 0  # how often the loop has waited for a disk
         self._unfinished, self._progress = Path(), Progress()
         self._next: Callable[[], None] | None = None  # what `advance` does
@@ -60,6 +61,7 @@ class Writer:
             OSError: on every rank, with the first failing rank's message: of this save, or of the one before.
         """
         self.finish()
+        self.step = progress.step
         self._unfinished = self.world.first_then_share(lambda: checkpoint.begin(self.parent, progress.step))
         self._progress = replace(progress)
         checkpoint.capture(engine, self.host, self.world.is_first)
@@ -109,6 +111,7 @@ class Writer:
         if problem:
             self.world.first_then_share(lambda: shutil.rmtree(self._unfinished, ignore_errors=True))
             raise OSError(problem)
+        self.num_saved += 1
 
     def _run(self, part: Callable[[], Any], then: Callable[[], None]) -> None:
         def run() -> None:
@@ -117,7 +120,7 @@ class Writer:
             except (OSError, SafetensorError) as error:
                 self._outcome = None, str(error)
 
-        self._next = then
+        self._next, self._outcome = then, (None, "its writer ended without a result")
         if self.is_async:
             self._thread = threading.Thread(target=run, name="checkpoint")
             self._thread.start()
