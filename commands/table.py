@@ -98,6 +98,7 @@ COMMANDS = (
         (
             Option("run", Place("folder"), "runs/NAME"),
             Option("--step", Whole(0), "of the checkpoint; left out: the newest"),
+            Option("--best", None, "that of the best evaluation, which checkpoint.keep_best has kept"),
             Option("--out", Place("new folder"), "where the model goes; left out: RUN/model-STEP"),
         ),
     ),

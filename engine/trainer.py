@@ -19,6 +19,7 @@ from .jobs.job import Job
 from .jobs.pretraining import PretrainingJob, counted
 from .launch import StopRequest, World
 from .optimizer import build_optimizer
+from .out_of_memory import OutOfMemory
 from .precision import settled
 from .profiled import Profiled
 from .recipe.finetune import Finetune
@@ -31,6 +32,7 @@ from .schedule import learning_rate
 from .spikes import Spikes
 from .telemetry import Clock, Telemetry, duration, peak_memory_bytes
 from .update import update
+from .watch import Watch
 from .writer import Writer
 
 MAX_FAILED_SAVES = 3  # in a row, after which the run stops
@@ -63,9 +65,11 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
             if world.is_first:
                 print(f"{run.path}: finished already ({run.progress.step} steps); the model is in {run.model}")
             return run.path
-        trainer = Trainer(recipe, world, stop, run, (FinetuningJob if is_finetune else PretrainingJob)(recipe, world))
+        memory = stack.enter_context(OutOfMemory(recipe, world))
+        job = (FinetuningJob if is_finetune else PretrainingJob)(recipe, world)
+        memory.trainer = trainer = Trainer(recipe, world, stop, run, job)
         try:
-            with stop, trainer.writer:
+            with stop, trainer.watch, trainer.writer:
                 trainer.fit(notes)
         except OSError as error:
             if error.errno not in DISK_FAULTS:
@@ -105,6 +109,7 @@ class Trainer:
         self.writer = Writer(world, run.checkpoints, self.retention, of.async_)
         self.spikes = Spikes(recipe.train, self.progress.spikes)
         self.engine = self.open(run.found)
+        self.watch = Watch(world, recipe.run.hang_minutes, lambda: self.way_back(""))
         self.clock, self.bad_steps, self.failed_saves, self.rewound = Clock(), 0, 0, []
 
     def open(self, found: Path | None) -> Any:
@@ -168,6 +173,7 @@ class Trainer:
                 self.save(must_succeed=is_last or stopping)
             if stopping and not is_last:
                 self.leave()
+            self.watch.pulse(progress.step)
             clock.restart()
         self.finish()
 
@@ -269,11 +275,11 @@ class Trainer:
                 raise InputError(f"{problem}; {self.way_back()}") from error
             self.telemetry.say(f"warning: {problem}; training goes on, the next attempt is the next checkpoint")
 
-    def way_back(self) -> str:
+    def way_back(self, first: str = "make room and ") -> str:
         kept = checkpoint.list_checkpoints(self.run.checkpoints)
         if not kept:
-            return "there is no checkpoint yet; make room and start again with resume=auto"
-        return f"{kept[0].name} is intact; make room and go on with resume=auto"
+            return f"there is no checkpoint yet; {first}start again with resume=auto"
+        return f"{kept[0].name} is intact; {first}go on with resume=auto"
 
     def leave(self) -> None:
         self.telemetry.say(f"stopped after step {self.progress.step}; go on with resume=auto")

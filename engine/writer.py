@@ -117,8 +117,8 @@ class Writer:
         def run() -> None:
             try:
                 self._outcome = part(), ""
-            except (OSError, SafetensorError) as error:
-                self._outcome = None, str(error)
+            except (OSError, SafetensorError, MemoryError) as error:
+                self._outcome = None, str(error) or type(error).__name__
 
         self._next, self._outcome = then, (None, "its writer ended without a result")
         if self.is_async:
