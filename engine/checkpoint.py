@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -190,7 +190,7 @@ def remove_unfinished(parent: Path) -> None:
 
 
 def capture(engine: Any, into: dict[str, Tensor], is_first: bool) -> None:
-    """Copies what this rank holds into ``into``, whose tensors of an earlier call are used again. Collective on stage 3.
+    """Copies what this rank holds into ``into``, whose memory of an earlier call is used again. Collective on stage 3.
 
     Names are those of the file. What is there afterwards is of this very step, whatever training does next.
     """

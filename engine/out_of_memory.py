@@ -55,9 +55,10 @@ def holdings(trainer: Any) -> dict[str, int]:
     weights = list(module.parameters())
     grads = [parameter.grad for parameter in (*weights, *masters)]
     grads += [grad for of_group in zero.averaged_gradients.values() for grad in of_group or ()]
+    copy = trainer.writer.host.values() if trainer.world.device.type == "cpu" else []
     return {
         "weights": num_bytes([*weights, *masters]), "moments": num_bytes(moments), "gradients": num_bytes(grads),
-        "the copy of a checkpoint": 0 if trainer.world.device.type == "cuda" else num_bytes(trainer.writer.host.values()),
+        "the copy of a checkpoint": num_bytes(copy),
     }  # fmt: skip
 
 

@@ -209,7 +209,7 @@ class Trainer:
         if spikes.on == "rewind" and self.rewind(first):
             return
         spikes.begin_anew()
-        self.telemetry.say(f"step {step}: as it has been so since step {first}, it is compared with what comes from now on")
+        self.telemetry.say(f"step {step}: it has been so since step {first}; compared with what comes from now on")
 
     def rewind(self, first: int) -> bool:
         """Back to the weights and moments of the last checkpoint before step ``first``; False, where there is none."""

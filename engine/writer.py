@@ -52,7 +52,7 @@ class Writer:
         return self.is_busy and (self._thread is None or not self._thread.is_alive())
 
     def save(self, engine: Any, progress: Progress) -> None:
-        """Begins `parent/step-XXXXXXXX`; without ``is_async``, and after an earlier one that goes on, waits. Collective.
+        """Begins `parent/step-XXXXXXXX`, after the end of the one before; without ``is_async`` waits. Collective.
 
         The folder appears under its name only when every rank has written and synced its file; if one fails, the
         unfinished folder is removed and the earlier checkpoints are left alone. Afterwards what need not stay goes.

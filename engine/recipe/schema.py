@@ -15,8 +15,8 @@ from ...models.pretraining import ContrastiveTerm
 from ...models.ranges import number, whole
 from ...models.regularizers import Regularization
 from ..errors import InputError
-from . import kinds
 from ..retention import METRICS
+from . import kinds
 from .data import DataRecipe, Window
 from .kinds import (
     Count,

@@ -5,12 +5,13 @@
 The exit codes of all ranks are printed as JSON, one line a job. `fault` makes one rank send itself a signal ("stop":
 SIGTERM, "freeze": SIGSTOP, "kill": SIGKILL), sleep without end ("sleep"), or meet weights that are not a number
 ("poison") or a thousand times too large ("spike"), once, at a step counted from 1. With a "port" ranks meet there, as
-launchers let them, and not in a file.
+launchers let them, and not in a file; "errors" is a file for what they say; "memory_mb" is how much more they may have.
 """
 
 import importlib
 import json
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -18,24 +19,27 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from conceptron.engine import trainer
 from conceptron.engine.data.loader import Loader
+from conceptron.engine.errors import InputError
 from conceptron.engine.telemetry import Telemetry
 
 # imported before the ranks are forked, and so once; a run needs them all
 SHARED = ("deepspeed", "torch.utils.tensorboard", "torch._inductor.compile_fx", "networkx")
 
 
-def after_step(at_step: int, action: Callable[[], None]) -> None:
+def after_step(at_step: int | None, action: Callable[[], None]) -> None:
+    """None: after every one."""
     report = Telemetry.step
 
     def step(self, number, *rest):
         report(self, number, *rest)
-        if number == at_step:
+        if at_step in (None, number):
             action()
 
     Telemetry.step = step
@@ -70,9 +74,14 @@ def arrange(kind: str, at_step: int) -> None:
 def rank_of(job: dict, rank: int, store: str) -> None:
     """Never returns."""
     code = 1
+    if "errors" in job:
+        os.dup2(os.open(job["errors"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     try:
         os.environ["LOCAL_RANK"] = str(rank)
         torch.set_num_threads(1)
+        if "memory_mb" in job:
+            mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (mapped + (job["memory_mb"] << 20),) * 2)
         size, port = job["world"], job.get("port")
         if port is None:
             dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
@@ -86,6 +95,8 @@ def rank_of(job: dict, rank: int, store: str) -> None:
         code = 0
     except SystemExit as stopped:
         code = stopped.code
+    except InputError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     finally:

@@ -1,4 +1,4 @@
-"""Saves beside training: the loop waits for a copy in memory only, and what is written is of the step it was taken at."""
+"""Saves beside training: the loop waits for a copy in memory only, and what is written is of that very step."""
 
 import errno
 import threading
@@ -119,7 +119,9 @@ def test_the_best_is_kept_and_named(world, build, tmp_path):
     assert best == {"metric": "nll_unseen", "value": 2.0, "step": 2} and best_step(tmp_path) == 2
     assert [checkpoint.step_of(each) for each in checkpoint.list_checkpoints(tmp_path)] == [5, 2]
     assert Retention(1, 0, "retrieval").improved(best, 6, {"retrieval": 0.25})["step"] == 6  # another metric
-    assert Retention(1, 0, "retrieval").improved({"metric": "retrieval", "value": 0.5, "step": 1}, 6, {"retrieval": 0.6})
+    higher, before = Retention(1, 0, "retrieval"), {"metric": "retrieval", "value": 0.5, "step": 1}
+    assert higher.improved(before, 6, {"retrieval": 0.4}) == higher.improved(before, 6, {}) == before
+    assert higher.improved(before, 6, {"retrieval": 0.6})["step"] == 6
     (tmp_path / "best.json").write_text("{")
     with pytest.raises(InputError, match=r"best.json: damaged .*; use --step"):
         best_step(tmp_path)
