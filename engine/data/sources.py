@@ -127,10 +127,11 @@ def read_later(name: str, files: list[Path], source: Source) -> Documents:
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     column, lost = source.text_column or "text", []
     identity: dict[str, Any] = {"files": stats, "text_column": column}
+    read = lambda: read_files(files, column)  # noqa: E731
     if source.on_unreadable == "skip":
         identity["on_unreadable"] = "skip"
-        return Documents(name, identity, lambda: read_what_can_be(files, column, lost), lost).first(source.max_documents)
-    return Documents(name, identity, lambda: read_files(files, column)).first(source.max_documents)
+        read = lambda: read_what_can_be(files, column, lost)  # noqa: E731
+    return Documents(name, identity, read, lost).first(source.max_documents)
 
 
 def read_files(files: Iterable[Path], column: str) -> Iterator[str]:

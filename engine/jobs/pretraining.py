@@ -215,11 +215,13 @@ def look_ahead(
 
 def described(corpus: Corpus) -> list[str]:
     """One line a source, for the model card."""
-    return [
-        f"{source['path']}: {source['train']['tokens']:,} tokens in {source['train']['documents']:,} documents"
-        + (f"; {len(source['unreadable'])} of its files could not be read to their end" if "unreadable" in source else "")
-        for source in corpus.description["sources"]
-    ]
+
+    def of(source: dict[str, Any]) -> str:
+        text = f"{source['path']}: {source['train']['tokens']:,} tokens in {source['train']['documents']:,} documents"
+        lost = len(source.get("unreadable", ()))
+        return text + (f"; {lost} of its files could not be read to their end" if lost else "")
+
+    return [of(source) for source in corpus.description["sources"]]
 
 
 def text_identity(corpus: Corpus) -> dict[str, Any]:

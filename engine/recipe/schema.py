@@ -36,8 +36,9 @@ from .reader import one_line
 # What may change between an interruption and its resumption: it moves no data and no weight, or only by rounding.
 FREE = (
     "run.name", "run.folder", "run.hang_minutes", "run.join_minutes", "resume", "eval.", "checkpoint.", "profile.",
-    "zero.", "batch.micro_tokens", "data.cache", "data.states_gb", "data.on_unreadable", "task.cache", "distill.max_gib", "train.keep",
-    "train.recompute", "train.on_collapse", "train.on_spike", "train.spike_",  # a run may need these when it diverges
+    "zero.", "batch.micro_tokens", "data.cache", "data.states_gb", "data.on_unreadable", "task.cache",
+    "distill.max_gib", "train.keep", "train.recompute", "train.on_collapse",
+    "train.on_spike", "train.spike_",  # a run that diverges may need these
 )  # fmt: skip
 
 

@@ -61,5 +61,5 @@ def test_nothing_but_unreadable_files_is_no_text(shards, recipe):
 
 
 def test_a_hub_data_set_is_refused(recipe):
-    with pytest.raises(InputError, match="data.on_unreadable: expected stop with a data set of the hub"):
+    with pytest.raises(InputError, match=r"data.on_unreadable: expected stop with a data set of the hub"):
         train(recipe, ["data.source=nobody/nothing", "data.on_unreadable=skip"])
