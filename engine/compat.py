@@ -4,7 +4,6 @@ when upstream has mended the fault, so that the work-around can go.
 Seen with DeepSpeed 0.19.8; `pyproject.toml` allows no 0.20.
 """
 
-import gc
 import logging
 import os
 import warnings
@@ -133,12 +132,6 @@ def fragments(engine: Any) -> Iterator[Fragment]:
                 if numel > 0:
                     flat = zero.fp32_partitioned_groups_flat[index]
                     yield Fragment(names[id(parameter)], start, numel, flat, offset)
-
-
-def release(engine: Any) -> None:
-    """Fault: hooks and buckets keep a DeepSpeed engine alive when nobody else does. It cannot be used afterwards."""
-    engine.destroy()
-    gc.collect()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import gc
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -191,6 +192,7 @@ class Trainer:
         self.telemetry.record("bad_step", step + 1, in_a_row=self.bad_steps, **contents)
         self.telemetry.say(f"step {step + 1}: a gradient is not finite; the step was skipped, its {named} are recorded")
         if self.bad_steps >= self.recipe.train.max_bad_steps:
+            self.tend(self.writer.finish)
             raise InputError(
                 f"{self.run.path}: {self.bad_steps} steps in a row had a gradient that is not finite, stopped at step "
                 f"{step + 1}; lower optim.lr or look at the {named} listed in metrics.jsonl, and start another run.name"
@@ -230,8 +232,9 @@ class Trainer:
         then = checkpoint.load_progress(found)
         self.progress.optimizer_steps = then.optimizer_steps
         self.spikes.load(then.spikes)
-        compat.release(self.engine)
-        self.engine = None  # its memory is needed for the next
+        self.engine.destroy()  # its memory is needed for the next
+        self.engine = None
+        gc.collect()
         self.engine = self.open(found)
         self.telemetry.record("rewind", step, to=then.step, first=first)
         self.telemetry.say(f"step {step}: back to the weights of {found.name}; batches up to here are passed over")

@@ -142,17 +142,19 @@ def test_a_skipped_step_is_as_one_that_deepspeed_skips(recipe, scaled, stage, ca
     assert entries(warned, "spike")[0]["action"] == "none" and history(warned, 10) != history(skipped, 10)
 
 
-def test_a_stretch_is_undone_and_passed_over(recipe, scaled, monkeypatch, capfd):
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_stretch_is_undone_and_passed_over(recipe, scaled, stage, monkeypatch, capfd):
     """Steps 10 to 13 are outliers; training goes on from the weights of step 8 with the batches of step 14."""
     scaled.update(dict.fromkeys((10, 11, 12, 13), 1000.0))
-    of_rewind = [*WATCHED, "train.on_spike=rewind", "checkpoint.every=4"]
+    of_rewind = [*WATCHED, "train.on_spike=rewind", "checkpoint.every=4", f"zero.stage={stage}"]
     rewound = train(recipe, of_rewind)
     assert [e["step"] for e in entries(rewound, "spike")] == [10, 11, 12, 13]
     (told,) = entries(rewound, "rewind")
     assert (told["step"], told["to"], told["first"]) == (13, 8, 10)
     assert "step 13: back to the weights of step-00000008; batches up to here are passed over" in capfd.readouterr().err
     scaled.update(dict.fromkeys((9, 10, 11, 12, 13), float("nan")))
-    expected = train(recipe, [*WATCHED, "train.on_spike=ignore", "train.max_bad_steps=9", "run.name=nan"])
+    by_deepspeed = ["train.on_spike=ignore", "train.max_bad_steps=9", "run.name=nan", f"zero.stage={stage}"]
+    expected = train(recipe, [*WATCHED, *by_deepspeed])
     assert history(rewound, 13) == history(expected, 13)
     assert all(torch.equal(value, weights(expected)[name]) for name, value in weights(rewound).items())
 
