@@ -151,6 +151,7 @@ class Trainer:
             tokens = job.num_tokens(step)
             speed = clock.step(tokens)
             progress.step, progress.tokens = step + 1, progress.tokens + tokens
+            self.watch.pulse(progress.step)
             progress.optimizer_steps += is_finite and not self.spikes.is_skipped
             telemetry.record(
                 "train", progress.step, **as_tree(figures), **job.labels(step), lr=lr,
@@ -174,7 +175,6 @@ class Trainer:
                 self.save(must_succeed=is_last or stopping)
             if stopping and not is_last:
                 self.leave()
-            self.watch.pulse(progress.step)
             clock.restart()
         self.finish()
 

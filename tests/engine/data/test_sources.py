@@ -299,8 +299,8 @@ def test_sources_take_what_they_leave_out_from_the_section():
     two = ["a.txt", {"path": "b", "text_column": "body", "weight": 2}]
     data = DataRecipe(source=two, text_column="t", validation=0.1)
     assert data.sources() == [
-        Source(path="a.txt", text_column="t", split="train", validation=0.1),
-        Source(path="b", text_column="body", split="train", validation=0.1, weight=2),
+        Source(path="a.txt", text_column="t", split="train", validation=0.1, on_unreadable="stop"),
+        Source(path="b", text_column="body", split="train", validation=0.1, weight=2, on_unreadable="stop"),
     ]
     assert DataRecipe(source="a.txt").source == [Source(path="a.txt")]
     assert DataRecipe().source == [Source(path="pydocs")]
