@@ -123,7 +123,7 @@ class Trainer:
         engine = zero.initialize(module, build_optimizer(module, self.recipe.optim), self.recipe)
         if found:
             checkpoint.load_moments(found, engine, self.progress.optimizer_steps)
-        compat.set_timeouts(60 * self.recipe.run.hang_minutes)
+        compat.set_timeouts(60 * self.recipe.run.hang_minutes + 60)  # `Watch` knows more, and speaks first
         self.spikes.attach(engine)
         return engine
 
