@@ -56,6 +56,12 @@ class Teacher:
                 ignore_mismatched_sizes=True,
             )
             check_loaded(folder, model, info)
+        largest, num_rows = max(self.tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
+        if largest >= num_rows:
+            raise InputError(
+                f"{field}: its tokenizer is of another model: its largest id is {largest}, and there are embeddings of "
+                f"{num_rows} tokens; get the model again"
+            )
         self.model = model.to(self.device).eval()
         self.width = config.hidden_size
         self.is_mixed = reads_mixed(self.width, self.device.type)
