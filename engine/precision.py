@@ -13,7 +13,7 @@ from .launch import World
 from .recipe.reader import read_yaml
 from .recipe.schema import Training
 
-WIDE = 512  # of a CPU's model: from this width on its units for bfloat16 pay for the casts, below they do not
+WIDE = 384  # of a CPU's model: from this width on its units for bfloat16 pay for the casts, below they do not
 WIDE_READ = 256  # of one that is only read: there are no gradients to cast
 
 
