@@ -258,6 +258,7 @@ COMMANDS = (
             Option("--variants", Text("field=value"), (
                 "further concept encoders, each by its fields of ConceptConfig: layer_kind=bixt num_token_layers=2"
             ), (), "+", "FIELD=VALUE[,...]"),
+            Option("--backbone", Text("a model"), "instead: this module in windows, in full attention", shown="DIR"),
             Option("--seconds", Number(0.001, 3600), "timed for each case, at least three calls", 1.0),
             Option("--limit", Number(0.001, 86400), "seconds a call may be expected to take", 20.0),
             DEVICE, RESUME, out("runs/bench/scaling"),
