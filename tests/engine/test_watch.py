@@ -102,7 +102,7 @@ def test_the_position_of_a_thread_and_the_state_of_a_process():
     started.wait()
     where, is_waiting = watch.position(thread.ident)
     end.set()
-    assert "threading.py" in where and not is_waiting
+    assert "test_watch.py" in where and "(wait)" in where and not is_waiting
     me = watch.myself()
     assert watch.state_of(me) in ("R", "S") and watch.state_of({**me, "started": "1"}) == ""  # another had its number
     child = subprocess.Popen([sys.executable, "-c", ""])
