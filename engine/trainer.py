@@ -218,6 +218,8 @@ class Trainer:
         step = self.progress.step
         self.tend(self.writer.finish)
         found, warnings = checkpoint.find(self.world, self.run.checkpoints, before=first)
+        while found and (before := checkpoint.load_progress(found).spikes)["in_a_row"]:  # of a stretch itself
+            found, warnings = checkpoint.find(self.world, self.run.checkpoints, before=before["first"])
         for warning in warnings:
             self.telemetry.say(f"warning: {warning}")
         if found is None:
