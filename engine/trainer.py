@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import errno
-import gc
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -28,6 +27,7 @@ from .recipe.load import load_any
 from .recipe.schema import Training
 from .record import trajectory
 from .retention import Retention
+from .rewind import rewind
 from .run import RunFolder
 from .schedule import learning_rate
 from .spikes import Spikes
@@ -37,7 +37,6 @@ from .watch import Watch
 from .writer import Writer
 
 MAX_FAILED_SAVES = 3  # in a row, after which the run stops
-MAX_REWINDS = 3  # to the same checkpoint
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
@@ -208,39 +207,10 @@ class Trainer:
         if not spikes.is_stretch:
             return
         first = spikes.first
-        if spikes.on == "rewind" and self.rewind(first):
+        if spikes.on == "rewind" and rewind(self, first):
             return
         spikes.begin_anew()
         self.telemetry.say(f"step {step}: it has been so since step {first}; compared with what comes from now on")
-
-    def rewind(self, first: int) -> bool:
-        """Back to the weights and moments of the last checkpoint before step ``first``; False, where there is none."""
-        step = self.progress.step
-        self.tend(self.writer.finish)
-        found, warnings = checkpoint.find(self.world, self.run.checkpoints, before=first)
-        while found and (before := checkpoint.load_progress(found).spikes)["in_a_row"]:  # of a stretch itself
-            found, warnings = checkpoint.find(self.world, self.run.checkpoints, before=before["first"])
-        for warning in warnings:
-            self.telemetry.say(f"warning: {warning}")
-        if found is None:
-            self.telemetry.say(f"step {step}: there is no checkpoint from before step {first} to go back to")
-            return False
-        if self.rewound.count(found) == MAX_REWINDS:
-            raise InputError(
-                f"{self.run.path}: stopped at step {step}, after {MAX_REWINDS} times back to {found.name} the loss "
-                "rises again; lower optim.lr, and start another run.name"
-            )
-        self.rewound.append(found)
-        then = checkpoint.load_progress(found)
-        self.progress.optimizer_steps = then.optimizer_steps
-        self.spikes.load(then.spikes)
-        self.engine.destroy()  # its memory is needed for the next
-        self.engine = None
-        gc.collect()
-        self.engine = self.open(found)
-        self.telemetry.record("rewind", step, to=then.step, first=first)
-        self.telemetry.say(f"step {step}: back to the weights of {found.name}; batches up to here are passed over")
-        return True
 
     def check_collapse(self, reason: str) -> None:
         """Says, or ends the run with, why concepts carry next to no content; not in the first tenth of the steps."""
