@@ -32,8 +32,8 @@ def rewind(trainer: Any, first: int) -> bool:
         return False
     if trainer.rewound.count(found) == MAX_REWINDS:
         raise InputError(
-            f"{trainer.run.path}: stopped at step {step}, after {MAX_REWINDS} times back to {found.name} the loss rises "
-            "again; lower optim.lr, and start another run.name"
+            f"{trainer.run.path}: stopped at step {step}, after {MAX_REWINDS} times back to {found.name} the loss "
+            "rises again; lower optim.lr, and start another run.name"
         )
     trainer.rewound.append(found)
     then = checkpoint.load_progress(found)
