@@ -144,6 +144,8 @@ class Trainer:
                 spikes=self.spikes,
             )  # fmt: skip
             is_finite, stopping = self.engine.was_step_applied(), asked["stopping"] > 0
+            if asked["written"] == self.world.size:
+                self.tend(self.writer.advance)
             if folder := profiled.end(step + 1):
                 telemetry.say(f"profile of steps {profiled.first} to {profiled.last}: {folder}")
 
@@ -167,8 +169,6 @@ class Trainer:
                 telemetry.evaluation(progress.step, found)
                 self.check_collapse(found.get("collapse", ""))
                 progress.best = self.retention.improved(progress.best, progress.step, found)
-            if asked["written"] == self.world.size:
-                self.tend(self.writer.advance)
             is_best = progress.best.get("step") == progress.step
             if is_last or stopping or is_best or due(progress.step, recipe.checkpoint.every):
                 self.save(must_succeed=is_last or stopping)
