@@ -28,7 +28,7 @@ PARTS = "objective={name: mixed, parts: [{name: tsdae}, {name: mlm}]}"  # deleti
 ADDED = [*COMMON, CONTRAST, TERMS, PARTS]
 ALONE = [*COMMON, CONTRAST, "objective={name: none}", "data.window=24"]
 EVERY = ["checkpoint.every=1", "checkpoint.keep_last=9"]
-WATCHED = ["train.on_spike=skip", "train.spike_window=8", "train.spike_deviations=40"]
+WATCHED = ["train.on_spike=skip", "train.spike_window=8", "train.spike_deviations=200"]
 STOPPED = [*COMMON, "model.dropout=0.1", "zero.stage=2", "train.precision=bf16"]
 
 
