@@ -170,7 +170,8 @@ class Trainer:
                 self.check_collapse(found.get("collapse", ""))
                 progress.best = self.retention.improved(progress.best, progress.step, found)
             is_best = progress.best.get("step") == progress.step
-            if is_last or stopping or is_best or due(progress.step, recipe.checkpoint.every):
+            is_due = due(progress.step, recipe.checkpoint.every) and not self.spikes.is_open
+            if is_last or stopping or is_best or is_due:
                 self.save(must_succeed=is_last or stopping)
             if stopping and not is_last:
                 self.leave()

@@ -167,7 +167,7 @@ def test_a_stretch_is_undone_and_passed_over(recipe, scaled, stage, monkeypatch,
     with pytest.raises(ZeroDivisionError):
         train(recipe, [*of_rewind, "run.name=again"])
     monkeypatch.setattr(Telemetry, "step", report)
-    again = train(recipe, [*of_rewind, "run.name=again", "resume=auto"])  # from step 12, in the middle of the stretch
+    again = train(recipe, [*of_rewind, "run.name=again", "resume=auto"])  # from step 8: nothing is saved in a stretch
     assert history(again) == history(rewound) and len(entries(again, "rewind")) == 1
 
 
