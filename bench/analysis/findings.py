@@ -157,7 +157,8 @@ def num_parameters(subject: Subject) -> int:
 
 def device_name(findings: Findings) -> str:
     environment = run_environment(findings.subject.folder) or findings.environment
-    name, threads = environment.get("device", "cpu"), environment.get("num_threads", environment.get("threads"))
+    name, threads = environment.get("device", "cpu"), environment.get("num_threads", environment.get("threads", 1))
+    threads *= environment.get("world_size", 1)
     return name if name != "cpu" else f"{threads} CPU thread{'s' * (threads != 1)}"
 
 
