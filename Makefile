@@ -8,13 +8,8 @@ READY := $(VENV)/.ready
 
 .PHONY: demo search test numbers lint clean
 
-# Its steps are many small operations, which threads do not share well: of two cores each gets a rank of its own. A rank
-# more changes nothing but rounding.
-RANKS := $(if $(wildcard /dev/nvidia0 /dev/kfd),1,$(if $(filter-out 1,$(shell nproc 2>/dev/null)),2,1))
-TRAIN.1 = $(BIN)/conceptron train
-TRAIN.2 = OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m conceptron train
 demo: $(READY)
-	$(TRAIN.$(RANKS)) recipes/demo.yaml resume=auto
+	$(BIN)/conceptron train recipes/demo.yaml resume=auto
 	$(BIN)/conceptron analyze runs/demo
 
 # A small sentence encoder, all-MiniLM-L6-v2, comes as a package of Python's registry; its weights are checked. A model of
