@@ -38,8 +38,8 @@ def main(options: argparse.Namespace) -> int:
 
     Args:
         options: ``task`` (names with commas between them), ``model`` (a folder or a hub id), ``settings`` (FIELD=VALUE,
-            see FIELDS), ``limit`` (pairs, or documents, of a task; None: all), ``no_floors`` (only the model), ``protocol`` (None or "seeds"),
-            ``costs``, ``out``.
+            see FIELDS), ``limit`` (pairs, or documents, of a task; None: all), ``no_floors`` (only the model),
+            ``protocol`` (None or "seeds"), ``costs``, ``out``.
 
     Raises:
         InputError: one line: an unknown task, a model that cannot be read, data that are missing or broken.

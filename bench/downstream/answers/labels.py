@@ -12,14 +12,13 @@ from ....engine.labelled.examples import Example, hold_out
 from ....engine.labelled.task import Task
 from ...analysis.embedding import directions
 from ..readers import Reader
+from .compared import Compared, averaged
 from .similarity import Space, cosines
 
 STRENGTHS = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)  # of the head, inverse to its penalty; chosen on held-out training
 EVIDENCE = 4  # parts of a document that are nearest to the question
 SHARPNESS = 20.0  # of the softmax over their cosines
-AROUND = 1  # parts on either side that a part of a document is averaged with
-FEW = 64  # questions, so few that each can have weights of its own
-DIRECTIONS, WHOLE_DIRECTIONS = 32, 8  # principal ones of evidence, and of documents, that such weights see
+FEW = 64  # questions, so few that each is learned by itself
 NUM_STATISTICS = 65536  # vectors, at most, that where vectors lie is measured on
 
 
@@ -30,12 +29,6 @@ def pair_features(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """
     a, b = directions(first), directions(second)
     return np.concatenate([np.abs(a - b), a * b, a + b, 10 * cosines(a, b)[:, None]], axis=1)
-
-
-def averaged(parts: np.ndarray) -> np.ndarray:
-    """[P, e] each with its neighbours."""
-    wide = np.pad(parts, ((AROUND, AROUND), (0, 0)), mode="edge")
-    return np.mean([wide[i : i + len(parts)] for i in range(2 * AROUND + 1)], axis=0)
 
 
 def evidence(parts: np.ndarray, query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -52,58 +45,36 @@ class Features:
     """[n, F] of examples, measured on those of training.
 
     Of a pair ``pair_features``. Of a question about a document: the question, what of the document is near to it, their
-    product, and how near. Where few questions are asked of many documents, each instead has weights of its own, for
-    how near the evidence is and for the principal directions of evidence and document.
+    product, and how near.
     """
 
     def __init__(self, task: Task, train: Sequence[Example], reader: Reader) -> None:
         self.is_pair = task.form == "pair"
-        self.questions = list(dict.fromkeys(each.question for each in train))
-        self.is_few = not self.is_pair and len(self.questions) <= min(FEW, len(train) // 4)
         documents = list(dict.fromkeys(each.document for each in train))
         if self.is_pair:
-            self.space = Space(reader.whole(list(dict.fromkeys([*self.questions, *documents]))[:4096]))
-            return
-        reads = reader.parts(documents)
-        self.space = Space(np.concatenate([read.vectors for read in reads])[:NUM_STATISTICS])
-        self.middle = np.mean([read.whole for read in reads], axis=0)
-        found, near, _ = self.looked_up(train, reader, reader)
-        self.mean, self.nearness = found.mean(0), near.mean()
-        self.axes = np.linalg.svd(found - self.mean, full_matrices=False)[2][:DIRECTIONS].T
-        wholes = directions(np.stack([read.whole for read in reads]) - self.middle)
-        self.whole_axes = np.linalg.svd(wholes, full_matrices=False)[2][:WHOLE_DIRECTIONS].T
+            texts = list(dict.fromkeys([*(each.question for each in train), *documents]))
+            self.space = Space(reader.whole(texts[:4096]))
+        else:
+            vectors = np.concatenate([read.vectors for read in reader.parts(documents)])
+            self.space = Space(vectors[:NUM_STATISTICS])
 
     def rows(self, given: Sequence[Example], reader: Reader, asks: Reader) -> np.ndarray:
+        first = self.space.place(asks.whole([each.question for each in given]), "centred")
         if self.is_pair:
-            first = self.space.place(asks.whole([each.question for each in given]), "centred")
             return pair_features(first, self.space.place(reader.whole([each.document for each in given]), "centred"))
-        found, near, whole = self.looked_up(given, reader, asks)
-        if not self.is_few:
-            queries = directions(self.space.place(asks.whole([each.question for each in given]), "centred"))
-            return np.concatenate([queries, found, queries * found, 10 * near], axis=1)
-        own = np.concatenate(
-            [10 * (near - self.nearness), 10 * (found - self.mean) @ self.axes, 5 * whole @ self.whole_axes], axis=1
-        )
-        number = {question: i for i, question in enumerate(self.questions)}
-        is_asked = np.zeros((len(given), len(self.questions)))
-        for row, each in zip(is_asked, given, strict=True):
-            if each.question in number:  # a new one is told by nothing: all weights see zeros
-                row[number[each.question]] = 1
-        crossed = (0.3 * is_asked[:, :, None] * own[:, None, :]).reshape(len(given), -1)
-        return np.concatenate([3 * is_asked, crossed], axis=1)
+        queries = directions(first)
+        found, near = self.looked_up(given, reader, queries)
+        return np.concatenate([queries, found, queries * found, 10 * near], axis=1)
 
     def looked_up(
-        self, given: Sequence[Example], reader: Reader, asks: Reader
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """[n, e] evidence, [n, EVIDENCE] how near it is, [n, e] the directions of the documents."""
+        self, given: Sequence[Example], reader: Reader, queries: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """[n, e] evidence, [n, EVIDENCE] how near it is."""
         documents = list(dict.fromkeys(each.document for each in given))
-        reads = dict(zip(documents, reader.parts([each for each in documents]), strict=True))
+        reads = dict(zip(documents, reader.parts(documents), strict=True))
         parts = {text: directions(averaged(self.space.place(read.vectors, "centred"))) for text, read in reads.items()}
-        queries = directions(self.space.place(asks.whole([each.question for each in given]), "centred"))
         found = [evidence(parts[each.document], query) for each, query in zip(given, queries, strict=True)]
-        middle = getattr(self, "middle", 0.0)
-        wholes = directions(np.stack([reads[each.document].whole for each in given]) - middle)
-        return np.stack([vector for vector, _ in found]), np.stack([near for _, near in found]), wholes
+        return np.stack([vector for vector, _ in found]), np.stack([near for _, near in found])
 
 
 class Fitted:
@@ -143,8 +114,11 @@ def as_predictions(task: Task, given: Sequence[Example], found: np.ndarray) -> d
     return {each.id: task.labels[i] if as_text else int(i) for each, i in zip(given, best, strict=True)}
 
 
-def fit(task: Task, train: Sequence[Example], reader: Reader, seeds: int) -> Fitted:
+def fit(task: Task, train: Sequence[Example], reader: Reader, seeds: int) -> Fitted | Compared:
     """The penalty is chosen on documents held out of the training split, then all of it is learned from."""
+    num_questions = len({each.question for each in train})
+    if task.form != "pair" and task.answer == "labels" and num_questions <= min(FEW, len(train) // 4):
+        return Compared(task, train, reader, seeds)
     features = Features(task, train, reader)
     rows = features.rows(train, reader, reader)
     truth = np.array([each.truth for each in train], dtype=np.float64)
@@ -156,20 +130,19 @@ def fit(task: Task, train: Sequence[Example], reader: Reader, seeds: int) -> Fit
         learned, held = ([place[each.id] for each in part] for part in hold_out(train, seed))
         scores = []
         for strength in STRENGTHS:
-            head = new_head(task, strength, features.is_few).fit(rows[learned], truth[learned])
+            head = new_head(task, strength).fit(rows[learned], truth[learned])
             scores.append(quality(task, outputs(task, head, rows[held]), truth[held]))
-        heads.append(new_head(task, STRENGTHS[int(np.argmax(scores))], features.is_few).fit(rows, truth))
+        heads.append(new_head(task, STRENGTHS[int(np.argmax(scores))]).fit(rows, truth))
     return Fitted(task, features, heads, (middle, spread))
 
 
-def new_head(task: Task, strength: float, is_scaled: bool) -> Any:
-    """``is_scaled``: the features have the sizes that the penalty is meant for."""
+def new_head(task: Task, strength: float) -> Any:
     from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     head = Ridge(alpha=1 / strength) if task.answer == "values" else LogisticRegression(C=strength, max_iter=200)
-    return make_pipeline(head) if is_scaled else make_pipeline(StandardScaler(), head)
+    return make_pipeline(StandardScaler(), head)
 
 
 def quality(task: Task, found: np.ndarray, truth: np.ndarray) -> float:
