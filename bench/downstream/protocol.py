@@ -21,7 +21,6 @@ from ...engine.errors import InputError
 from ...engine.labelled.examples import Example, examples, several
 from ...engine.labelled.task import Task
 from .answers import choice, extract, head, labels, place, retrieval, shots, similarity, write
-from .answers.compared import Compared
 from .intervals import interval
 from .metrics.scrolls import DISPLAYED
 from .readers import Ablated, Reader
@@ -205,8 +204,7 @@ class Asked:
         if seeds:
             answers = [self.predict(each, each, None) for each in (reader, *seeds)]
         else:
-            is_several = isinstance(fitted, labels.Fitted | Compared)
-            answers = fitted.of_seeds(self.given, reader, reader) if is_several else []
+            answers = fitted.of_seeds(self.given, reader, reader) if isinstance(fitted, labels.Fitted) else []
         figures = [main_figure(score(self.task, each, self.references).score)[1] for each in answers]
         return float(np.std(figures, ddof=1)) if len(figures) > 1 else None
 

@@ -6,7 +6,6 @@ n, m documents, k parts of evidence, e width of a vector, L labels.
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -63,7 +62,7 @@ def of_sets(a: np.ndarray, w: np.ndarray, b: np.ndarray, v: np.ndarray) -> np.nd
 class Compared:
     """Of every question  prior + K (K + penalty)^-1 (Y - prior):  kernel ridge regression on labels, over the prior of
     the question. The penalty is that of the least squared error on documents of the training split, a tenth of which
-    is held out in turn; a seed draws the tenths, and answers are the means of the seeds'."""
+    is held out in turn; a seed draws the tenths."""
 
     def __init__(self, task: Task, train: Sequence[Example], reader: Reader, seeds: int) -> None:
         self.task = task
@@ -96,12 +95,6 @@ class Compared:
         prior = (labels.sum(0) + self.prior) / (len(labels) + 1)
         return prior + asked @ np.linalg.solve(known + penalty * np.eye(len(known)), labels - prior)
 
-    def predict(self, given: Sequence[Example], reader: Reader, asks: Reader) -> dict[str, Any]:
-        return as_labels(self.task, given, np.mean(self.found(given, reader, asks), axis=0))
-
-    def of_seeds(self, given: Sequence[Example], reader: Reader, asks: Reader) -> list[dict[str, Any]]:
-        return [as_labels(self.task, given, each) for each in self.found(given, reader, asks)]
-
     def found(self, given: Sequence[Example], reader: Reader, asks: Reader) -> np.ndarray:
         """[seeds, n, L]; of a question that training never asked the prior of all."""
         said = looked_up(given, reader, asks, self.space)
@@ -124,8 +117,3 @@ def looked_up(given: Sequence[Example], reader: Reader, asks: Reader, space: Spa
     parts = {text: directions(averaged(space.place(read.vectors, "centred"))) for text, read in reads.items()}
     queries = directions(space.place(asks.whole([each.question for each in given]), "centred"))
     return [evidence(parts[each.document], query) for each, query in zip(given, queries, strict=True)]
-
-
-def as_labels(task: Task, given: Sequence[Example], found: np.ndarray) -> dict[str, Any]:
-    as_text = task.metric.startswith("scrolls/")
-    return {each.id: task.labels[i] if as_text else int(i) for each, i in zip(given, found.argmax(1), strict=True)}

@@ -15,10 +15,11 @@ from ..readers import Reader
 from .compared import Compared, averaged
 from .similarity import Space, cosines
 
-STRENGTHS = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)  # of the head, inverse to its penalty; chosen on held-out training
+STRENGTHS = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)  # of the head, inverse to its penalty; chosen on held-out training
 EVIDENCE = 4  # parts of a document that are nearest to the question
 SHARPNESS = 20.0  # of the softmax over their cosines
-FEW = 64  # questions, so few that each is learned by itself
+FEW = 64  # questions, so few that each can have weights of its own
+DIRECTIONS, WHOLE_DIRECTIONS = 32, 8  # principal ones of evidence, and of documents, that such weights see
 NUM_STATISTICS = 65536  # vectors, at most, that where vectors lie is measured on
 
 
@@ -45,53 +46,84 @@ class Features:
     """[n, F] of examples, measured on those of training.
 
     Of a pair ``pair_features``. Of a question about a document: the question, what of the document is near to it, their
-    product, and how near.
+    product, and how near. Where few questions are asked of many documents, each instead has weights of its own, for
+    how near the evidence is and for the principal directions of evidence and document.
     """
 
     def __init__(self, task: Task, train: Sequence[Example], reader: Reader) -> None:
         self.is_pair = task.form == "pair"
+        self.questions = list(dict.fromkeys(each.question for each in train))
+        self.is_few = not self.is_pair and len(self.questions) <= min(FEW, len(train) // 4)
         documents = list(dict.fromkeys(each.document for each in train))
         if self.is_pair:
-            texts = list(dict.fromkeys([*(each.question for each in train), *documents]))
-            self.space = Space(reader.whole(texts[:4096]))
-        else:
-            vectors = np.concatenate([read.vectors for read in reader.parts(documents)])
-            self.space = Space(vectors[:NUM_STATISTICS])
+            self.space = Space(reader.whole(list(dict.fromkeys([*self.questions, *documents]))[:4096]))
+            return
+        reads = reader.parts(documents)
+        self.space = Space(np.concatenate([read.vectors for read in reads])[:NUM_STATISTICS])
+        self.middle = np.mean([read.whole for read in reads], axis=0)
+        found, near, _ = self.looked_up(train, reader, reader)
+        self.mean, self.nearness = found.mean(0), near.mean()
+        self.axes = np.linalg.svd(found - self.mean, full_matrices=False)[2][:DIRECTIONS].T
+        wholes = directions(np.stack([read.whole for read in reads]) - self.middle)
+        self.whole_axes = np.linalg.svd(wholes, full_matrices=False)[2][:WHOLE_DIRECTIONS].T
 
     def rows(self, given: Sequence[Example], reader: Reader, asks: Reader) -> np.ndarray:
-        first = self.space.place(asks.whole([each.question for each in given]), "centred")
         if self.is_pair:
+            first = self.space.place(asks.whole([each.question for each in given]), "centred")
             return pair_features(first, self.space.place(reader.whole([each.document for each in given]), "centred"))
-        queries = directions(first)
-        found, near = self.looked_up(given, reader, queries)
-        return np.concatenate([queries, found, queries * found, 10 * near], axis=1)
+        found, near, whole = self.looked_up(given, reader, asks)
+        if not self.is_few:
+            queries = directions(self.space.place(asks.whole([each.question for each in given]), "centred"))
+            return np.concatenate([queries, found, queries * found, 10 * near], axis=1)
+        own = np.concatenate(
+            [10 * (near - self.nearness), 10 * (found - self.mean) @ self.axes, 5 * whole @ self.whole_axes], axis=1
+        )
+        number = {question: i for i, question in enumerate(self.questions)}
+        is_asked = np.zeros((len(given), len(self.questions)))
+        for row, each in zip(is_asked, given, strict=True):
+            if each.question in number:  # a new one is told by nothing: all weights see zeros
+                row[number[each.question]] = 1
+        crossed = (0.3 * is_asked[:, :, None] * own[:, None, :]).reshape(len(given), -1)
+        return np.concatenate([3 * is_asked, crossed], axis=1)
 
     def looked_up(
-        self, given: Sequence[Example], reader: Reader, queries: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """[n, e] evidence, [n, EVIDENCE] how near it is."""
+        self, given: Sequence[Example], reader: Reader, asks: Reader
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """[n, e] evidence, [n, EVIDENCE] how near it is, [n, e] the directions of the documents."""
         documents = list(dict.fromkeys(each.document for each in given))
-        reads = dict(zip(documents, reader.parts(documents), strict=True))
+        reads = dict(zip(documents, reader.parts([each for each in documents]), strict=True))
         parts = {text: directions(averaged(self.space.place(read.vectors, "centred"))) for text, read in reads.items()}
+        queries = directions(self.space.place(asks.whole([each.question for each in given]), "centred"))
         found = [evidence(parts[each.document], query) for each, query in zip(given, queries, strict=True)]
-        return np.stack([vector for vector, _ in found]), np.stack([near for _, near in found])
+        middle = getattr(self, "middle", 0.0)
+        wholes = directions(np.stack([reads[each.document].whole for each in given]) - middle)
+        return np.stack([vector for vector, _ in found]), np.stack([near for _, near in found]), wholes
 
 
 class Fitted:
-    """A head for each seed, which draws the part of training that the penalty is chosen by."""
+    """A head for each seed, which draws the part of training that the penalty is chosen by. What is answered is the
+    mean of all, and where few questions are asked of many documents of this and ``Compared``, half each."""
 
-    def __init__(self, task: Task, features: Features, heads: Sequence[Any], scaling: tuple[float, float]) -> None:
+    def __init__(
+        self, task: Task, features: Features, heads: Sequence[Any], scaling: tuple[float, float],
+        compared: Compared | None,
+    ) -> None:  # fmt: skip
         self.task, self.features, self.heads, self.scaling = task, features, heads, scaling
+        self.compared = compared
 
     def predict(self, given: Sequence[Example], reader: Reader, asks: Reader) -> dict[str, Any]:
-        return self.answers(self.heads[0], given, self.features.rows(given, reader, asks))
+        return as_predictions(self.task, given, np.mean(self.found(given, reader, asks), axis=0))
 
     def of_seeds(self, given: Sequence[Example], reader: Reader, asks: Reader) -> list[dict[str, Any]]:
-        rows = self.features.rows(given, reader, asks)
-        return [self.answers(head, given, rows) for head in self.heads]
+        return [as_predictions(self.task, given, each) for each in self.found(given, reader, asks)]
 
-    def answers(self, head: Any, given: Sequence[Example], rows: np.ndarray) -> dict[str, Any]:
-        return as_predictions(self.task, given, outputs(self.task, head, rows) * self.scaling[1] + self.scaling[0])
+    def found(self, given: Sequence[Example], reader: Reader, asks: Reader) -> list[np.ndarray]:
+        """[n] or [n, L] of each seed."""
+        rows = self.features.rows(given, reader, asks)
+        made = [outputs(self.task, head, rows) * self.scaling[1] + self.scaling[0] for head in self.heads]
+        if self.compared is None:
+            return made
+        return [(a + b) / 2 for a, b in zip(made, self.compared.found(given, reader, asks), strict=True)]
 
 
 def outputs(task: Task, head: Any, rows: np.ndarray) -> np.ndarray:
@@ -114,11 +146,8 @@ def as_predictions(task: Task, given: Sequence[Example], found: np.ndarray) -> d
     return {each.id: task.labels[i] if as_text else int(i) for each, i in zip(given, best, strict=True)}
 
 
-def fit(task: Task, train: Sequence[Example], reader: Reader, seeds: int) -> Fitted | Compared:
+def fit(task: Task, train: Sequence[Example], reader: Reader, seeds: int) -> Fitted:
     """The penalty is chosen on documents held out of the training split, then all of it is learned from."""
-    num_questions = len({each.question for each in train})
-    if task.form != "pair" and task.answer == "labels" and num_questions <= min(FEW, len(train) // 4):
-        return Compared(task, train, reader, seeds)
     features = Features(task, train, reader)
     rows = features.rows(train, reader, reader)
     truth = np.array([each.truth for each in train], dtype=np.float64)
@@ -130,19 +159,21 @@ def fit(task: Task, train: Sequence[Example], reader: Reader, seeds: int) -> Fit
         learned, held = ([place[each.id] for each in part] for part in hold_out(train, seed))
         scores = []
         for strength in STRENGTHS:
-            head = new_head(task, strength).fit(rows[learned], truth[learned])
+            head = new_head(task, strength, features.is_few).fit(rows[learned], truth[learned])
             scores.append(quality(task, outputs(task, head, rows[held]), truth[held]))
-        heads.append(new_head(task, STRENGTHS[int(np.argmax(scores))]).fit(rows, truth))
-    return Fitted(task, features, heads, (middle, spread))
+        heads.append(new_head(task, STRENGTHS[int(np.argmax(scores))], features.is_few).fit(rows, truth))
+    compared = Compared(task, train, reader, seeds) if features.is_few and task.answer == "labels" else None
+    return Fitted(task, features, heads, (middle, spread), compared)
 
 
-def new_head(task: Task, strength: float) -> Any:
+def new_head(task: Task, strength: float, is_scaled: bool) -> Any:
+    """``is_scaled``: the features have the sizes that the penalty is meant for."""
     from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     head = Ridge(alpha=1 / strength) if task.answer == "values" else LogisticRegression(C=strength, max_iter=200)
-    return make_pipeline(StandardScaler(), head)
+    return make_pipeline(head) if is_scaled else make_pipeline(StandardScaler(), head)
 
 
 def quality(task: Task, found: np.ndarray, truth: np.ndarray) -> float:
