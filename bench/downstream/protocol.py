@@ -142,8 +142,7 @@ class Asked:
         if head.has_head(reader, self.task):
             return None
         if kind == "similarity":
-            texts = list(dict.fromkeys(text for each in self.train for text in (each.question, each.document)))
-            return similarity.Space(reader.whole(texts[:4096]))
+            return similarity.space_of(self.train, reader)
         if kind in ("labels", "values") and self.train:
             return labels.fit(self.task, self.train, reader, seeds)
         return None

@@ -13,7 +13,7 @@ from ....engine.labelled.task import Task
 from ...analysis.embedding import directions
 from ..readers import Reader
 from .compared import Compared, averaged
-from .similarity import Space, cosines
+from .similarity import Space, cosines, space_of
 
 STRENGTHS = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)  # of the head, inverse to its penalty; chosen on held-out training
 EVIDENCE = 4  # parts of a document that are nearest to the question
@@ -56,7 +56,7 @@ class Features:
         self.is_few = not self.is_pair and len(self.questions) <= min(FEW, len(train) // 4)
         documents = list(dict.fromkeys(each.document for each in train))
         if self.is_pair:
-            self.space = Space(reader.whole(list(dict.fromkeys([*self.questions, *documents]))[:4096]))
+            self.space = space_of(train, reader)
             return
         reads = reader.parts(documents)
         self.space = Space(np.concatenate([read.vectors for read in reads])[:NUM_STATISTICS])

@@ -285,6 +285,7 @@ def test_fine_tuning_that_was_killed_gives_the_same_scores(folder):
         ("scrolls/qasper", ("answer=written",), "model", "wants text to be written, and the model has no decoder"),
         ("scrolls/qasper", ("answer=written",), "peer", "wants text to be written, and the model has no decoder"),
         ("scrolls/quality", ("answer=written",), "writer", "is answered by one of its own choice; leave it out"),
+        ("scrolls/qasper", ("without=bm25",), "model", "without=bm25: expected of bag, untrained"),
         ("scrolls/qasper", ("answer=chosen",), "model", "answer=chosen: expected written, or nothing"),
         ("scrolls/gov_report", (), "model", "has no split 'validation' there; expected"),
         ("scrolls/contract_nli", ("report=dev",), "model", "has no split 'dev' there"),
