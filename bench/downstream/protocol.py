@@ -229,7 +229,7 @@ class Asked:
     def drawn_from(self, scored: Scored, predictions: Mapping[str, Any]) -> tuple[np.ndarray, str]:
         """Of every example what the main figure is made of, in percent, and how it is made."""
         key, _ = main_figure(scored.score)
-        if key == "pearson":
+        if key in ("pearson", "matthews_correlation"):  # of two classes the one is the other
             both = [(predictions[each.id], each.truth) for each in self.given]
             return np.array(both, dtype=np.float64), "pearson"
         if "rouge/geometric_mean" in scored.score:

@@ -12,13 +12,13 @@ import torch
 from transformers import BertConfig, BertModel
 
 from conceptron.bench import evaluate
-from conceptron.bench.downstream.answers import labels, write
+from conceptron.bench.downstream.answers import extract, labels, write
 from conceptron.bench.downstream.intervals import interval
 from conceptron.bench.downstream.readers import Ablated, open_reader
 from conceptron.engine.data import tokenizer
 from conceptron.engine.errors import InputError
 from conceptron.engine.labelled.examples import examples, merged
-from conceptron.engine.labelled.task import load_task
+from conceptron.engine.labelled.task import expand, load_task
 from conceptron.models.config import ConceptConfig
 from conceptron.models.encoder import ConceptEncoder
 from conceptron.models.masked_lm import ConceptForMaskedLM
@@ -187,6 +187,28 @@ def test_what_a_document_costs(folder):
     assert all(row[f"seconds{name}"] > 0 and row[f"MiB{name}"] >= 0 for name in ("", ", full attention"))
     assert "What reading a document costs" in (out / "report.html").read_text()
     assert "| scrolls/quality |" in (out / "report.md").read_text()
+
+
+def test_answers_of_yes_no_and_nothing(folder):
+    """The question is asked of notes in which nothing is near to it as long as NEAR is above every cosine."""
+    assert extract.answer_in("Is the door red?", "The door is red.", 3) == "Yes"
+    assert extract.answer_in("Is the door red?", "The door isn't red.", 3) == "No"
+    assert extract.answer_in("Is it not red?", "The door is not red.", 3) == "Yes"
+    assert extract.answer_in("Which colour is it?", "It is not red.", 1) == "red"
+    task, (reader, _) = load_task("scrolls/qasper"), open_reader(str(folder / "model"), None, str(folder / "cache"))
+    given = examples(task, "validation", folder, 2)
+    found = extract.spans(task, given, reader, reader)
+    near = extract.NEAR
+    try:
+        extract.NEAR = 2.0
+        nothing = extract.spans(task, given, reader, reader)
+    finally:
+        extract.NEAR = near
+    assert set(nothing.values()) == {"Unanswerable"} and set(found.values()) != {"Unanswerable"}
+
+
+def test_the_rest_of_glue_is_asked_for_by_name():
+    assert len(expand("glue")) == 5 and expand("glue/cola,glue/rte") == ["glue/cola", "glue/rte"]
 
 
 def test_synthetic_tasks_by_length_and_depth(folder):
