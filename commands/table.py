@@ -98,6 +98,7 @@ COMMANDS = (
         (
             Option("run", Place("folder"), "runs/NAME"),
             Option("--step", Whole(0), "of the checkpoint; left out: the newest"),
+            Option("--best", None, "that of the best evaluation, which checkpoint.keep_best has kept"),
             Option("--out", Place("new folder"), "where the model goes; left out: RUN/model-STEP"),
         ),
     ),
@@ -260,6 +261,7 @@ COMMANDS = (
             Option("--variants", Text("field=value"), (
                 "further concept encoders, each by its fields of ConceptConfig: layer_kind=bixt num_token_layers=2"
             ), (), "+", "FIELD=VALUE[,...]"),
+            Option("--backbone", Text("a model"), "instead: this module in windows, in full attention", shown="DIR"),
             Option("--seconds", Number(0.001, 3600), "timed for each case, at least three calls", 1.0),
             Option("--limit", Number(0.001, 86400), "seconds a call may be expected to take", 20.0),
             DEVICE, RESUME, out("runs/bench/scaling"),
