@@ -19,6 +19,7 @@ from ..backbone import KEPT, checkpoint_activations, identity
 from ..beginning import begin
 from ..card import About
 from ..data.cache import cache_folder
+from ..data.concepts import Drawn, Fixed
 from ..data.corpus import Corpus, open_corpus
 from ..data.lessons import learn
 from ..data.loader import Loader
@@ -50,9 +51,9 @@ class PretrainingJob:
         self.figures: dict[str, Any] = {}  # of the last evaluation
         self.objective, self.contrastive = recipe.build_objective(), recipe.build_contrastive()
         *shorter, self.corpus = corpora or [self.open(window) for _, window in recipe.stages()]
+        stages = zip([*shorter, self.corpus], recipe.stages(), recipe.concepts(), strict=True)
         self.loader = Stages([
-            self.read(corpus.train, first_step)
-            for corpus, (first_step, _) in zip([*shorter, self.corpus], recipe.stages(), strict=True)
+            self.read(corpus.train, first_step, concepts) for corpus, (first_step, _), concepts in stages
         ])  # fmt: skip
         self.held_out = self.read(self.corpus.validation)
         self.distill = recipe.build_distill()
@@ -63,12 +64,12 @@ class PretrainingJob:
         data = self.recipe.data.model_copy(update={"window": window})
         return self.world.first_then_others(lambda: open_corpus(data))
 
-    def read(self, windows: Windows, first_step: int = 0) -> Loader:
+    def read(self, windows: Windows, first_step: int = 0, concepts: Drawn | Fixed | None = None) -> Loader:
         recipe, contrastive = self.recipe, self.contrastive
         return Loader(
             windows, self.objective, self.corpus.tokens, seed=recipe.run.seed, tokens_per_step=recipe.batch.tokens,
             micro_tokens=recipe.batch.micro_tokens, rank=self.world.rank, world_size=self.world.size,
-            first_step=first_step, contrastive=contrastive,
+            first_step=first_step, by_length=recipe.batch.by_length, concepts=concepts, contrastive=contrastive,
             contrastive_from=math.ceil(contrastive.start * recipe.train.steps) if contrastive else 0,
         )  # fmt: skip
 
@@ -162,10 +163,15 @@ class PretrainingJob:
     def contents(self, step: int) -> dict[str, Any]:
         return {"windows": self.loader.windows(step)}
 
-    def labels(self, step: int) -> dict[str, str]:
-        """Which part of a mixture a step belongs to."""
-        mixed = self.objective
-        return {"objective": mixed.names[mixed.place(step)]} if isinstance(mixed, Mixed) else {}
+    def labels(self, step: int) -> dict[str, Any]:
+        """Which part of a mixture a step belongs to, and how many concepts it has where that changes."""
+        mixed, concepts = self.objective, self.loader.at(step).concepts
+        found: dict[str, Any] = {"objective": mixed.names[mixed.place(step)]} if isinstance(mixed, Mixed) else {}
+        if isinstance(concepts, Drawn):
+            found["tokens_per_concept"] = concepts.ratio(step)
+        elif any(loader.concepts for loader in self.loader.loaders):
+            found["num_concepts"] = self.recipe.most_concepts if concepts is None else concepts.count
+        return found
 
     def prepare(self, engine: Any, step: int, batches: Sequence[View], seeds: Sequence[int]) -> list[dict[str, Any]]:
         totals = Totals.of(batches, self.world.sum, self.world.size)
@@ -207,7 +213,8 @@ def look_ahead(
     with torch.no_grad():
         for view, seed in zip(views, seeds, strict=True):
             torch.manual_seed(seed)
-            compared.append(engine(pair=view.pair, encoder=view.encoder, num_iterations=num_iterations))
+            given = {"num_iterations": num_iterations, "num_concepts": view.num_concepts}
+            compared.append(engine(pair=view.pair, encoder=view.encoder, **given))
     return cache(compared, [pair.ids for pair in pairs], contrastive, totals)
 
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from ...models.config import ConceptConfig
 from ...models.regularizers import WITHIN_TEXT
 from ...models.token_source import check_keep
+from ..data.concepts import largest
 from ..errors import InputError
 from .schema import Recipe
 
@@ -20,6 +20,7 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield from of_distill(recipe)
     yield from of_regularization(recipe)
     yield from of_stages(recipe)
+    yield from of_concepts(recipe)
     yield from of_states(recipe)
     yield from of_profile(recipe)
     yield from of_model(recipe)
@@ -75,7 +76,7 @@ def of_distill(recipe: Recipe) -> Iterator[tuple[str, str]]:
     options = recipe.build_distill()
     if options is None:
         return
-    num_concepts = recipe.model.get("num_concepts", ConceptConfig().num_concepts)
+    num_concepts = recipe.most_concepts
     if options.num_stretches and num_concepts % options.num_stretches:
         yield "distill.stretches", f"expected a divisor of model.num_concepts = {num_concepts}, got {options.stretches}"
     for name in ("similarity", "contrast"):
@@ -134,6 +135,43 @@ def of_stages(recipe: Recipe) -> Iterator[tuple[str, str]]:
         if windows[i + 1] <= stage.window:
             what = "the window of the next stage" if i + 1 < len(before) else "data.window, with which the run ends"
             yield f"train.stages.{i}.window", f"expected less than {windows[i + 1]}, {what}, got {stage.window}"
+
+
+def of_concepts(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """What numbers of concepts other than model.num_concepts ask for."""
+    most, ratios, stages = recipe.most_concepts, recipe.train.tokens_per_concept, recipe.train.stages
+    counts = [stage.num_concepts for stage in stages]
+    if ratios is None and not any(counts):
+        return
+    if most == 1:
+        yield "model.num_concepts", "expected at least 2, from which other numbers are made, got 1"
+    distill, contrastive = recipe.build_distill(), recipe.build_contrastive()
+    num_stretches = distill.num_stretches if distill else 0
+    if ratios is not None:
+        needed = largest([window for _, window in recipe.stages()], ratios)
+        if needed > most:
+            yield "train.tokens_per_concept", (
+                f"{min(ratios):g} asks for {needed} concepts of a window of {recipe.data.window} tokens, and "
+                f"model.num_concepts is {most}; raise that or this"
+            )
+        if any(counts):
+            yield "train.stages", "expected no num_concepts beside train.tokens_per_concept, which decides them"
+        if num_stretches:
+            yield "train.tokens_per_concept", "expected nothing with distill.stretch, whose S must divide every C"
+        if contrastive is not None and contrastive.similarity == "slots":
+            yield "train.tokens_per_concept", "expected nothing with contrastive.similarity = slots: C must be the same"
+    for i, (stage, following) in enumerate(zip(stages, [*counts[1:], most], strict=True)):
+        field, count = f"train.stages.{i}.num_concepts", stage.num_concepts
+        if count is None:
+            continue
+        if count > min(stage.window, most):
+            limit = "model.num_concepts" if most <= stage.window else "the window of this stage"
+            yield field, f"expected at most {min(stage.window, most)}, {limit}, got {count}"
+        elif following is None or count > following:
+            found = most if following is None else following
+            yield field, f"expected at most the {found} of the next stage, got {count}: it can only grow"
+        if num_stretches and count % num_stretches:
+            yield field, f"expected a multiple of distill.stretches = {num_stretches}, got {count}"
 
 
 def of_model(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -71,7 +71,11 @@ def load_any(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | Finetu
     if isinstance(tree["run"], dict) and tree["run"].get("name") in (None, ""):
         tree["run"]["name"] = Path(path).stem + ("-tiny" if size == "tiny" else "")
     if is_finetune(tree):
-        return checker.check(Finetune, tree)
+        recipe = checker.check(Finetune, tree)
+        for name in ("stages", "tokens_per_concept"):
+            if getattr(recipe.train, name):
+                raise InputError(checker.line(f"train.{name}", "expected nothing with a recipe that fine-tunes"))
+        return recipe
     model, data = tree.get("model"), tree.get("data")
     if isinstance(model, dict) and isinstance(data, dict) and PLACE.holds(model.get("backbone")):
         asked = "tokenizer" in (tiny.get("data") or {}) or any(text.startswith("data.tokenizer=") for text in overrides)
