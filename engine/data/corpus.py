@@ -1,5 +1,6 @@
 """From the `data` section of a recipe to windows of token ids: sources, tokenizer, store, split, windows."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from .store import FORMAT, Store, open_store
 from .tokenizer import Vocabulary
 from .windows import SHORTEST_SENTENCE, Part, Windows, cut, cut_sentences
 from .words import sentence_ends, word_edges
+
+SPLITS = ("train", "validation")
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,11 @@ def open_corpus(data: DataRecipe) -> Corpus:
     """
     cache = cache_folder(data.cache)
     vocabulary = open_vocabulary(data, cache)
-    train, validation, described = [], [], []
-    for source in data.sources():
-        parts, facts = open_parts(source, data.window, vocabulary, cache)
-        train.append(parts[0])
-        validation.append(parts[1])
-        described.append(facts)
+    found = [open_documents(source, vocabulary, cache, data.processes) for source in data.sources()]
+    if data.dedup:
+        deduplicate(found)
+    train, validation = ([each.windows(name, data.window, vocabulary) for each in found] for name in SPLITS)
+    described = [each.facts for each in found]
     tokens = vocabulary.tokens._replace(word_edges=word_edges(vocabulary.tokenizer, vocabulary.tokens.vocab_size))
     corpus = Corpus(Windows(train), Windows(validation), vocabulary.tokenizer, tokens, {
         "sources": described,
@@ -70,10 +72,38 @@ def open_vocabulary(data: DataRecipe, cache: Path) -> Vocabulary:
     return tokenizer.describe(tokenizer.load(str(folder)), data.tokenizer)
 
 
-def open_parts(
-    source: Source, window: int, vocabulary: Vocabulary, cache: Path
-) -> tuple[tuple[Part, Part], dict[str, Any]]:
-    """The training and the held-out windows of one source, and its facts for the description."""
+@dataclass
+class Found:
+    """The documents of one source, and which of them belong to each of ``SPLITS``."""
+
+    source: Source
+    stores: dict[str, Store]
+    rows: dict[str, np.ndarray]  # numbers of documents in the store
+    facts: dict[str, Any]  # JSON, for the description
+
+    def hashes(self, name: str) -> np.ndarray:
+        """[D] of the text of each document of a split."""
+        return self.stores[name].hashes[self.rows[name]]
+
+    def windows(self, name: str, window: int, vocabulary: Vocabulary) -> Part:
+        """A split, cut."""
+        store, rows = self.stores[name], self.rows[name]
+        if self.source.unit == "sentence":
+            closes = sentence_ends(vocabulary.tokenizer, vocabulary.tokens.vocab_size)
+            starts, lengths = cut_sentences(store.tokens, store.offsets, rows, window, closes)
+            if not len(starts):
+                raise InputError(
+                    f"data.source: {self.source.path}: no sentence of {SHORTEST_SENTENCE} tokens for {name}"
+                )
+        else:
+            starts, lengths = cut(store.offsets, rows, window)
+        of_document = np.searchsorted(store.offsets, starts, side="right") - 1
+        num_tokens = int(lengths.sum(dtype=np.int64))
+        self.facts[name] = {"documents": len(rows), "windows": len(starts), "tokens": num_tokens}
+        return Part(store.tokens, starts, lengths, self.source.weight, of_document)
+
+
+def open_documents(source: Source, vocabulary: Vocabulary, cache: Path, num_processes: int | None) -> Found:
     facts: dict[str, Any] = {"path": source.path, "weight": source.weight}
     if source.path in NAMES:
         if source.validation is not None:
@@ -82,33 +112,47 @@ def open_parts(
         split = Split(split.train.first(source.max_documents), split.validation.first(source.max_documents))
     else:
         split = open_source(source)
-    train = tokenise(split.train, vocabulary, cache)
+    train = tokenise(split.train, vocabulary, cache, num_processes)
     everything = np.arange(train.index["num_documents"])
     if isinstance(split.validation, Documents):
-        held_out = tokenise(split.validation, vocabulary, cache)
+        held_out = tokenise(split.validation, vocabulary, cache, num_processes)
         rows = everything, np.arange(held_out.index["num_documents"])
         facts["held_out_documents_also_trained_on"] = int(np.isin(held_out.hashes, train.hashes).sum())
     else:
         held_out = train
         rows = hold_out(train.hashes, split.validation, source)
-    parts = []
-    for name, store, documents in (("train", train, rows[0]), ("validation", held_out, rows[1])):
-        if source.unit == "sentence":
-            closes = sentence_ends(vocabulary.tokenizer, vocabulary.tokens.vocab_size)
-            starts, lengths = cut_sentences(store.tokens, store.offsets, documents, window, closes)
-            if not len(starts):
-                raise InputError(f"data.source: {source.path}: no sentence of {SHORTEST_SENTENCE} tokens for {name}")
-        else:
-            starts, lengths = cut(store.offsets, documents, window)
-        of_document = np.searchsorted(store.offsets, starts, side="right") - 1
-        parts.append(Part(store.tokens, starts, lengths, source.weight, of_document))
-        facts[name] = {"documents": len(documents), "windows": len(starts), "tokens": int(lengths.sum(dtype=np.int64))}
-    return (parts[0], parts[1]), facts
+    stores = dict(zip(SPLITS, (train, held_out), strict=True))
+    return Found(source, stores, dict(zip(SPLITS, rows, strict=True)), facts)
 
 
-def tokenise(documents: Documents, vocabulary: Vocabulary, cache: Path) -> Store:
+def deduplicate(found: Sequence[Found]) -> None:
+    """Leaves one of all documents with the same text: one that is held out, else the first.
+
+    Raises:
+        InputError: a source has nothing left to train on, or to hold out.
+    """
+    known = np.zeros(0, dtype=np.uint64)
+    for name in reversed(SPLITS):  # what is held out stays
+        for each in found:
+            hashes = each.hashes(name)
+            _, first = np.unique(hashes, return_index=True)
+            stays = np.zeros(len(hashes), dtype=bool)
+            stays[first] = ~np.isin(hashes[first], known)
+            each.facts.setdefault("duplicates_left_out", {})[name] = int((~stays).sum())
+            each.rows[name] = each.rows[name][stays]
+            known = np.concatenate([known, hashes[stays]])
+            if not stays.any():
+                raise InputError(
+                    f"data.dedup: {each.source.path}: every document of its {name} split is in another place too; "
+                    "remove this source, or set data.dedup to false"
+                )
+    for each in found:
+        each.facts.pop("held_out_documents_also_trained_on", None)  # none is
+
+
+def tokenise(documents: Documents, vocabulary: Vocabulary, cache: Path, num_processes: int | None) -> Store:
     folder = cache / f"tokens-{fingerprint([FORMAT, documents.identity, vocabulary.fingerprint])}"
-    return open_store(folder, documents, vocabulary.encode, vocabulary.tokens.vocab_size)
+    return open_store(folder, documents, vocabulary, num_processes)
 
 
 def hold_out(hashes: np.ndarray, fraction: float, source: Source) -> tuple[np.ndarray, np.ndarray]:

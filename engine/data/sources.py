@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, Interrupted
 from ..recipe.data import DEFAULT_VALIDATION, Source
 
 KNOWN = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
@@ -29,12 +29,17 @@ class Documents:
     name: str  # as the user wrote it
     identity: Any  # JSON; changes when the texts may have changed
     read: Callable[[], Iterator[str]]
+    count: Callable[[], int | None] = lambda: None  # about how many, where that is quickly told
 
     def first(self, count: int | None) -> "Documents":
         """The first ``count`` of them; None: all."""
         if count is None:
             return self
-        return Documents(self.name, [self.identity, count], lambda: islice(self.read(), count))
+        def fewer() -> int | None:
+            known = self.count()
+            return None if known is None else min(known, count)
+
+        return Documents(self.name, [self.identity, count], lambda: islice(self.read(), count), fewer)
 
 
 @dataclass(frozen=True)
@@ -124,9 +129,23 @@ def find(path: str) -> list[Path]:
 def read_later(name: str, files: list[Path], source: Source) -> Documents:
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     column = source.text_column or "text"
-    return Documents(name, {"files": stats, "text_column": column}, lambda: read_files(files, column)).first(
+    found = {"files": stats, "text_column": column}
+    return Documents(name, found, lambda: read_files(files, column), lambda: num_rows(files)).first(
         source.max_documents
     )
+
+
+def num_rows(files: list[Path]) -> int | None:
+    """Of text and parquet files; None: of others one would have to read all, or one cannot be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not all(file.name.endswith((".txt", ".parquet")) for file in files):
+        return None
+    try:
+        return sum(pq.read_metadata(file).num_rows if file.suffix == ".parquet" else 1 for file in files)
+    except (pa.ArrowException, OSError):  # which reading it will explain
+        return None
 
 
 def read_files(files: Iterable[Path], column: str) -> Iterator[str]:
@@ -341,7 +360,8 @@ def read_hub(source: Source, split: str) -> Iterator[str]:
         raise
     except Exception as error:  # as above: a file of it that cannot be fetched or read
         problem = f"cannot be read behind row {number} ({type(error).__name__}: {one_line(error)})"
-        raise InputError(f"data.source: {source.path}: {problem}; correct it, or use local files") from error
+        remedy = "start again, and it goes on there; or use local files"
+        raise Interrupted(f"data.source: {source.path}: {problem}; {remedy}") from error
 
 
 def one_line(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """Pre-training on text: the objective of a recipe, with what is added to it."""
 
 import hashlib
+import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -130,6 +131,7 @@ class PretrainingJob:
     def build(self, is_new: bool) -> Pretraining:
         recipe = self.recipe
         bare, self.beginning, self.files = begin(recipe, self.corpus, self.world, is_new)
+        self.files["data.json"] = json.dumps(self.corpus.description, indent=1, allow_nan=False)
         if recipe.data.states_gb:
             self.take_states(bare, KEPT in self.files)
         if recipe.train.checkpoint_backbone:

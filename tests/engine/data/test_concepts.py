@@ -1,5 +1,7 @@
 """How many concepts the texts of a micro-batch are read into: by its longest text, a ratio of the step, or a stage."""
 
+from itertools import chain
+
 import numpy as np
 import pytest
 
@@ -52,11 +54,8 @@ def test_ranks_have_the_ratio_of_the_step_and_their_own_longest_text():
 def test_micro_batches_of_similar_lengths_hold_the_same_step():
     plain, sorted_ = loader(by_length=False), loader()
     for step in range(5):
-        texts = [[], []]
-        for made, found in zip((plain, sorted_), texts, strict=True):
-            for view in made.step(step):
-                found.append(view.encoder.num_positions().tolist())
-        assert sorted(sum(texts[0], [])) == sorted(sum(texts[1], []))
+        texts = [[view.encoder.num_positions().tolist() for view in made.step(step)] for made in (plain, sorted_)]
+        assert sorted(chain(*texts[0])) == sorted(chain(*texts[1]))
         assert all(min(a) >= max(b) for a, b in zip(texts[1], texts[1][1:], strict=False) if a and b)
         spread = [max(max(each) - min(each) for each in found if each) for found in texts]
         assert spread[1] < spread[0]

@@ -6,18 +6,20 @@ import multiprocessing
 import os
 import random
 import time
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from conceptron.engine.data import cache, corpus, pydocs, store, tokenizer
+from conceptron.engine.data import cache, corpus, encoders, pydocs, store, tokenizer
 from conceptron.engine.data.corpus import hold_out, open_corpus
 from conceptron.engine.data.loader import Loader
 from conceptron.engine.data.sources import Documents
 from conceptron.engine.errors import InputError
 from conceptron.engine.recipe.data import DataRecipe, Source
-from conceptron.models.objectives import OBJECTIVES
+from conceptron.models.objectives import OBJECTIVES, SpecialTokens
 
 WORDS = ["tree", "river", "stone", "cloud", "engine", "ladder", "window", "garden", "bottle", "é 日本", "[MASK]"]
 
@@ -179,25 +181,32 @@ def test_tokenizers_that_cannot_serve(tmp_path, recipe):
 # --- the store
 
 
+class Spelled(NamedTuple):
+    """A tokenizer that spells, after its largest id; "none" has no token."""
+
+    largest: int
+
+    def encode_batch_fast(self, texts, add_special_tokens):
+        ids = [[] if text == "none" else [self.largest, *text.encode()] for text in texts]
+        return [SimpleNamespace(ids=each) for each in ids]
+
+
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65536, np.uint16), (65537, np.uint32)])
 def test_the_store_keeps_every_token(tmp_path, monkeypatch, vocab_size, dtype):
-    monkeypatch.setattr(store, "BATCH_CHARS", 50)
+    monkeypatch.setattr(encoders, "BATCH_CHARS", 50)
     texts = [*make_texts(30), "none", "last"]
-    largest = vocab_size - 1
-
-    def encode(batch):
-        return [[] if text == "none" else [largest, *text.encode()] for text in batch]
-
-    opened = store.open_store(tmp_path / "s", Documents("d", 0, lambda: iter(texts)), encode, vocab_size)
-    expected = [[largest, *text.encode()] for text in texts if text != "none"]
+    tokens = SpecialTokens(0, frozenset(), vocab_size)
+    spelled = tokenizer.Vocabulary(None, tokens, "", Spelled(vocab_size - 1))
+    opened = store.open_store(tmp_path / "s", Documents("d", 0, lambda: iter(texts)), spelled, 1)
+    expected = [[vocab_size - 1, *text.encode()] for text in texts if text != "none"]
     assert opened.tokens.dtype == dtype and isinstance(opened.tokens, np.memmap)
     assert np.split(opened.tokens, opened.offsets[1:-1])[-1].tolist() == expected[-1]
     assert opened.tokens.tolist() == [token for document in expected for token in document]
     assert np.diff(opened.offsets).tolist() == [len(document) for document in expected]
     assert opened.index["num_bytes"] == sum(len(text.encode()) for text in texts if text != "none")
     with pytest.raises(InputError, match=r"data\.source: d: no text in it"):
-        store.open_store(tmp_path / "t", Documents("d", 0, lambda: iter(["none"])), encode, vocab_size)
-    assert not (tmp_path / "t").exists()
+        store.open_store(tmp_path / "t", Documents("d", 0, lambda: iter(["none"])), spelled, 1)
+    assert not (tmp_path / "t").exists() and not (tmp_path / "t.unfinished").exists()
 
 
 # --- all together
