@@ -91,10 +91,10 @@ class Writer:
         entries = {"tokens": self.done["tokens"], "lengths": self.done["kept"], "hashes": self.done["kept"]}
         self._stack = contextlib.ExitStack()
         opened = self._stack.enter_context
-        self._files = {name: opened(open(folder / f"{name}.bin", "ab")) for name in sizes}
+        self._files = {name: opened((folder / f"{name}.bin").open("ab")) for name in sizes}
         for name, file in self._files.items():
             file.truncate(entries[name] * sizes[name])
-        self._progress = opened(open(folder / PROGRESS, "w"))
+        self._progress = opened((folder / PROGRESS).open("w"))
         self._progress.write(json.dumps(self.done) + "\n")
         self._marked = time.monotonic()
 
