@@ -16,6 +16,7 @@ from .cache import built, cache_folder, fingerprint, say
 from .pydocs import NAMES, open_pydocs
 from .sources import Documents, Split, open_source
 from .store import FORMAT, Store, open_store
+from .stream import MB, Blocks, SourceStream
 from .tokenizer import Vocabulary
 from .windows import SHORTEST_SENTENCE, Part, Windows, cut, cut_sentences
 from .words import sentence_ends, word_edges
@@ -30,6 +31,7 @@ class Corpus:
     tokenizer: PreTrainedTokenizerFast
     tokens: SpecialTokens
     description: dict[str, Any]  # JSON: sizes of both splits, the tokenizer, counts of each source
+    blocks: Blocks | None = None  # of text that is read piece by piece: ``train`` is the first of them
 
 
 def open_corpus(data: DataRecipe) -> Corpus:
@@ -42,17 +44,25 @@ def open_corpus(data: DataRecipe) -> Corpus:
     """
     cache = cache_folder(data.cache)
     vocabulary = open_vocabulary(data, cache)
-    found = [open_documents(source, vocabulary, cache, data.processes) for source in data.sources()]
+    if data.stream_mb is None:
+        found, streams = [open_documents(source, vocabulary, cache, data.processes) for source in data.sources()], None
+    else:
+        found, streams = open_streams(data, vocabulary, cache)
     if data.dedup:
         deduplicate(found)
     train, validation = ([each.windows(name, data.window, vocabulary) for each in found] for name in SPLITS)
     described = [each.facts for each in found]
     tokens = vocabulary.tokens._replace(word_edges=word_edges(vocabulary.tokenizer, vocabulary.tokens.vocab_size))
-    corpus = Corpus(Windows(train), Windows(validation), vocabulary.tokenizer, tokens, {
+    blocks = None if streams is None else Blocks(
+        streams, lambda stores: cut_block(found, stores, data.window, vocabulary),
+        [data.window, [[each.source.unit, each.source.weight] for each in found]],
+    )  # fmt: skip
+    description = {
         "sources": described,
         "tokenizer": {"name": data.tokenizer, "vocab_size": vocabulary.tokens.vocab_size, "id": vocabulary.fingerprint},
         "window": data.window,
-    })  # fmt: skip
+    }
+    corpus = Corpus(Windows(train), Windows(validation), vocabulary.tokenizer, tokens, description, blocks)
     for name, windows in (("train", corpus.train), ("validation", corpus.validation)):
         corpus.description[name] = {"windows": len(windows), "tokens": windows.num_tokens}
     return corpus
@@ -87,7 +97,12 @@ class Found:
 
     def windows(self, name: str, window: int, vocabulary: Vocabulary) -> Part:
         """A split, cut."""
-        store, rows = self.stores[name], self.rows[name]
+        part = self.cut(name, self.stores[name], self.rows[name], window, vocabulary)
+        num_tokens = int(part.lengths.sum(dtype=np.int64))
+        self.facts[name] = {"documents": len(self.rows[name]), "windows": len(part.lengths), "tokens": num_tokens}
+        return part
+
+    def cut(self, name: str, store: Store, rows: np.ndarray, window: int, vocabulary: Vocabulary) -> Part:
         if self.source.unit == "sentence":
             closes = sentence_ends(vocabulary.tokenizer, vocabulary.tokens.vocab_size)
             starts, lengths = cut_sentences(store.tokens, store.offsets, rows, window, closes)
@@ -98,8 +113,6 @@ class Found:
         else:
             starts, lengths = cut(store.offsets, rows, window)
         of_document = np.searchsorted(store.offsets, starts, side="right") - 1
-        num_tokens = int(lengths.sum(dtype=np.int64))
-        self.facts[name] = {"documents": len(rows), "windows": len(starts), "tokens": num_tokens}
         return Part(store.tokens, starts, lengths, self.source.weight, of_document)
 
 
@@ -123,6 +136,32 @@ def open_documents(source: Source, vocabulary: Vocabulary, cache: Path, num_proc
         rows = hold_out(train.hashes, split.validation, source)
     stores = dict(zip(SPLITS, (train, held_out), strict=True))
     return Found(source, stores, dict(zip(SPLITS, rows, strict=True)), facts)
+
+
+def open_streams(data: DataRecipe, vocabulary: Vocabulary, cache: Path) -> tuple[list[Found], list[SourceStream]]:
+    """The first block of each source, in the place of all of it, and what is held out of that; and the streams."""
+    sources, found, streams = data.sources(), [], []
+    for source in sources:
+        share = source.weight / sum(each.weight for each in sources)
+        split = open_source(source)
+        held_out = 0.0 if isinstance(split.validation, Documents) else split.validation
+        num_chars = round(share * data.stream_mb * MB)
+        stream = SourceStream(split.train, num_chars, held_out, vocabulary, cache, data.processes)
+        validation = stream.validation() if held_out else split.validation
+        opened = stream.block(0), tokenise(validation, vocabulary, cache, data.processes)
+        stores = dict(zip(SPLITS, opened, strict=True))
+        rows = {name: np.arange(store.index["num_documents"]) for name, store in stores.items()}
+        facts = {"path": source.path, "weight": source.weight, "of_a_block": num_chars}
+        found.append(Found(source, stores, rows, facts))
+        streams.append(stream)
+    return found, streams
+
+
+def cut_block(found: Sequence[Found], stores: Sequence[Store], window: int, vocabulary: Vocabulary) -> Windows:
+    return Windows([
+        each.cut("train", store, np.arange(store.index["num_documents"]), window, vocabulary)
+        for each, store in zip(found, stores, strict=True)
+    ])  # fmt: skip
 
 
 def deduplicate(found: Sequence[Found]) -> None:

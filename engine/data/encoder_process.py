@@ -41,9 +41,14 @@ def encode(tokenizer: Tokenizer, texts: list[str], dtype: str) -> Encoded:
         written = text.encode()
         arrays.append(ids.tobytes())
         lengths.append(len(ids))
-        hashes.append(int.from_bytes(hashlib.blake2b(written, digest_size=8).digest(), "little"))
+        hashes.append(hash_of(written))
         num_bytes += len(written)
     return Encoded(b"".join(arrays), lengths, hashes, num_bytes)
+
+
+def hash_of(text: bytes) -> int:
+    """Of a text in UTF-8, 64 bits."""
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
 def send(stream: BinaryIO, value: Any) -> None:

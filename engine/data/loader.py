@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -69,6 +69,10 @@ class Batches:
         self.share = deal_by_length if by_length else deal  # of a step's windows among micro-batches
         self.num_micro_batches = -(-tokens_per_step // (world_size * micro_tokens))  # of one rank, in every step
 
+    def at(self, step: int) -> Self:
+        """The loader of a step of the run."""
+        return self
+
     def batch(self, step: int, samples: Samples) -> Any:
         """The micro-batch of these windows, on the CPU."""
         raise NotImplementedError
@@ -94,6 +98,13 @@ class Batches:
     def steps_per_epoch(self) -> int:
         """Steps in which as many windows pass as there are (with several sources: by weight, not each once)."""
         return -(-sum(stream.num_bins for stream in self._streams) // self._schedule.slots_per_step)
+
+    @property
+    def steps_without_repeat(self) -> int:
+        """Steps in which no window passes a second time. With one source all have passed then, with several nearly."""
+        schedule = self._schedule
+        per_step = schedule.shares * schedule.slots_per_step
+        return min(int(stream.num_bins / share) for stream, share in zip(self._streams, per_step, strict=True))
 
     @property
     def efficiency(self) -> float:

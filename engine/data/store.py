@@ -47,6 +47,10 @@ def open_store(folder: Path, documents: Documents, vocabulary: Vocabulary, num_p
         InputError: no document is left.
     """
     index = built(folder, lambda unfinished: write(unfinished, documents, vocabulary, num_processes), goes_on=True)
+    return opened(folder, index)
+
+
+def opened(folder: Path, index: dict[str, Any]) -> Store:
     return Store(
         tokens=np.memmap(folder / "tokens.bin", dtype=index["dtype"], mode="r"),
         offsets=np.load(folder / "offsets.npy"),
@@ -58,14 +62,13 @@ def open_store(folder: Path, documents: Documents, vocabulary: Vocabulary, num_p
 def write(
     folder: Path, documents: Documents, vocabulary: Vocabulary, num_processes: int | None = None
 ) -> dict[str, Any]:
-    dtype = np.dtype(np.uint16 if vocabulary.tokens.vocab_size <= 1 << 16 else np.uint32)
-    with Writer(folder, dtype) as writer:
+    with Writer(folder, type_of(vocabulary)) as writer:
         begun = writer.done["documents"]
         say(f"turning {documents.name} into tokens" + (f", from document {begun + 1:,} on" if begun else ""))
         texts = islice(documents.read(), begun, None)
         with bar(" documents", documents.count(), begun) as shown:
             spoken = time.monotonic()
-            for count, batch in encoded(texts, vocabulary.plain, dtype.name, num_processes):
+            for count, batch in encoded(texts, vocabulary.plain, writer.dtype.name, num_processes):
                 writer.add(count, batch)
                 shown.update(count)
                 if shown.disable and time.monotonic() >= spoken + SAY_S:
@@ -74,6 +77,11 @@ def write(
         if not writer.done["kept"]:
             raise InputError(f"data.source: {documents.name}: no text in it; give a source with at least one document")
         return writer.finish()
+
+
+def type_of(vocabulary: Vocabulary) -> np.dtype:
+    """Of stored token ids."""
+    return np.dtype(np.uint16 if vocabulary.tokens.vocab_size <= 1 << 16 else np.uint32)
 
 
 class Writer:

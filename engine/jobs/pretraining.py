@@ -27,6 +27,7 @@ from ..data.loader import Loader
 from ..data.phrases import open_phrases
 from ..data.stages import Stages
 from ..data.states import open_states
+from ..data.stream import Streamed, seed_of
 from ..data.teacher import Teacher
 from ..data.windows import Windows
 from ..export import export
@@ -54,7 +55,7 @@ class PretrainingJob:
         *shorter, self.corpus = corpora or [self.open(window) for _, window in recipe.stages()]
         stages = zip([*shorter, self.corpus], recipe.stages(), recipe.concepts(), strict=True)
         self.loader = Stages([
-            self.read(corpus.train, first_step, concepts) for corpus, (first_step, _), concepts in stages
+            self.read_stage(corpus, first_step, concepts) for corpus, (first_step, _), concepts in stages
         ])  # fmt: skip
         self.held_out = self.read(self.corpus.validation)
         self.distill = recipe.build_distill()
@@ -65,10 +66,28 @@ class PretrainingJob:
         data = self.recipe.data.model_copy(update={"window": window})
         return self.world.first_then_others(lambda: open_corpus(data))
 
-    def read(self, windows: Windows, first_step: int = 0, concepts: Drawn | Fixed | None = None) -> Loader:
+    def read_stage(self, corpus: Corpus, first_step: int, concepts: Drawn | Fixed | None) -> Loader | Streamed:
+        """The training text of a stage of length."""
+        if corpus.blocks is None:
+            return self.read(corpus.train, first_step, concepts)
+        seed = self.recipe.run.seed
+
+        def read(windows: Windows, first_step: int, number: int) -> Loader:
+            return self.read(windows, first_step, concepts, seed_of(seed, number))
+
+        later = [start for start, _ in self.recipe.stages() if start > first_step]
+        stop = min([*later, self.recipe.train.steps])
+        reads_ahead = self.world.local_rank == 0
+        return Streamed(corpus.blocks, read, first_step, stop, self.recipe.batch.tokens, reads_ahead)
+
+    def read(
+        self, windows: Windows, first_step: int = 0, concepts: Drawn | Fixed | None = None, seed: int | None = None
+    ) -> Loader:
+        """``seed``: left out, the run's."""
         recipe, contrastive = self.recipe, self.contrastive
         return Loader(
-            windows, self.objective, self.corpus.tokens, seed=recipe.run.seed, tokens_per_step=recipe.batch.tokens,
+            windows, self.objective, self.corpus.tokens, seed=recipe.run.seed if seed is None else seed,
+            tokens_per_step=recipe.batch.tokens,
             micro_tokens=recipe.batch.micro_tokens, rank=self.world.rank, world_size=self.world.size,
             first_step=first_step, by_length=recipe.batch.by_length, concepts=concepts, contrastive=contrastive,
             contrastive_from=math.ceil(contrastive.start * recipe.train.steps) if contrastive else 0,
@@ -125,6 +144,8 @@ class PretrainingJob:
 
     def describe(self) -> str:
         millions = self.corpus.train.num_tokens / 1e6
+        if self.corpus.blocks is not None:
+            return f"training text streamed, {millions:.2f} M tokens of it at a time"
         text = f"{millions:.2f} M tokens of training text ({self.loader.at(0).steps_per_epoch} steps an epoch)"
         return f"{text}, distilled from {self.teacher['teacher']}" if self.teacher else text
 
@@ -171,7 +192,7 @@ class PretrainingJob:
         found: dict[str, Any] = {"objective": mixed.names[mixed.place(step)]} if isinstance(mixed, Mixed) else {}
         if isinstance(concepts, Drawn):
             found["tokens_per_concept"] = concepts.ratio(step)
-        elif any(loader.concepts for loader in self.loader.loaders):
+        elif any(self.recipe.concepts()):
             found["num_concepts"] = self.recipe.most_concepts if concepts is None else concepts.count
         return found
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from ...models.regularizers import WITHIN_TEXT
 from ...models.token_source import check_keep
 from ..data.concepts import largest
+from ..data.pydocs import NAMES as PYDOCS
 from ..errors import InputError
 from .schema import Recipe
 
@@ -22,6 +23,7 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield from of_stages(recipe)
     yield from of_concepts(recipe)
     yield from of_states(recipe)
+    yield from of_stream(recipe)
     yield from of_profile(recipe)
     yield from of_model(recipe)
 
@@ -92,6 +94,25 @@ def of_states(recipe: Recipe) -> Iterator[tuple[str, str]]:
     elif recipe.distill is None and not any(part["name"] in WHOLE for _, part in recipe.parts()):
         name = recipe.objective["name"]
         yield "data.states_gb", f"expected nothing with objective {name}, which never reads a window whole"
+
+
+def of_stream(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """What asks for all of the text is not to be had of one that is read piece by piece."""
+    data = recipe.data
+    if data.stream_mb is None:
+        return
+    if data.dedup:
+        yield "data.dedup", "expected false with data.stream_mb, which never sees all of the text"
+    if data.states_gb is not None:
+        yield "data.states_gb", "expected nothing with data.stream_mb, of which nothing is kept"
+    if recipe.distill is not None:
+        yield "data.stream_mb", "expected nothing with distill, whose teacher embeds all windows ahead of the run"
+    if recipe.needs_phrases:
+        yield "data.stream_mb", "expected nothing where objective.phrases are to be counted; give the file of a list"
+    if any(source.max_documents is not None for source in data.sources()):
+        yield "data.max_documents", "expected nothing with data.stream_mb, which reads on and on"
+    if any(source.path in PYDOCS for source in data.sources()):
+        yield "data.stream_mb", "expected nothing with pydocs, which is small"
 
 
 def of_regularization(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -62,6 +62,10 @@ class DataRecipe(BaseModel):
     # states of a frozen model.backbone are computed once for each window and stored, 16 bits a number, up to so many
     # 1e9 bytes; left out: computed in every step
     states_gb: kind(float | None, or_nothing(number(LEAST))) = None
+    # left out: all text is tokenised before the run begins, and each epoch is drawn from all of it. Otherwise it is
+    # read as the run needs it, so many megabytes of each step's mixture at a time, of which the windows are mixed, and
+    # nothing is kept: for text that is too large for the disk, or is read no more than once
+    stream_mb: kind(float | None, or_nothing(number(LEAST))) = None
     dedup: Switch = False  # of documents with the same text one stays, over all sources; what is held out goes first
     processes: CountOrNothing = None  # that tokenise; left out: one a core. The tokens do not depend on it
     cache: PathOrNothing = None  # folder; left out: $XDG_CACHE_HOME/conceptron, else ~/.cache/conceptron

@@ -81,7 +81,7 @@ def refusal(path, overrides) -> str:
      "train.stages.0.window: expected less than 16, the window of the next stage, got 32"),
     (["train.tokens_per_concept=[1, 4]", "model.num_concepts=32"],
      "train.tokens_per_concept: 1 asks for 64 concepts of a window of 64 tokens, and model.num_concepts is 32"),
-    (["train.tokens_per_concept=[0.5, 4]"], "train.tokens_per_concept.0: expected a number of at least 1, got 0.5"),
+    (["train.tokens_per_concept=[0.5, 4]"], "train.tokens_per_concept.0: expected a number in [1, 1e+30], got 0.5"),
     (["train.tokens_per_concept=[]"], "train.tokens_per_concept: expected a list of at least 1"),
     (["train.tokens_per_concept=[4]", "train.stages=[{until: 50, window: 16, num_concepts: 2}]"],
      "train.stages: expected no num_concepts beside train.tokens_per_concept"),
