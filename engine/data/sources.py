@@ -3,6 +3,7 @@
 import glob
 import gzip
 import json
+import logging
 import os
 import re
 import zlib
@@ -65,6 +66,8 @@ class Stream:
             raise InputError(f"{self.where}: {problem}; correct data.source, go online or use local files") from error
         if self.column not in names:
             raise InputError(no_column(self.where, self.column, dict.fromkeys(names, True)))
+        # it warns of what a larger buffer would lose
+        logging.getLogger("datasets.iterable_dataset").setLevel(logging.ERROR)
         dataset = dataset.select_columns(self.column).shuffle(seed=seed, buffer_size=1)
         dataset.set_epoch(epoch)
         return dataset

@@ -94,9 +94,14 @@ class SourceStream:
 
         def read() -> Iterator[str]:
             _, texts = self._open(BEGINNING)
+            num_found = 0
             for _, text in zip(range(count), texts, strict=False):
                 if self.is_held_out(text):
+                    num_found += 1
                     yield text
+            if not num_found:
+                problem = "nothing of the first block is held out; raise it, or data.stream_mb"
+                raise InputError(f"data.validation: {problem}")
 
         return Documents(f"what is held out of {self.documents.name}", identity, read)
 
@@ -199,10 +204,10 @@ class Streamed:
         if known is not None:
             return known
         loader = self.read(self.blocks.windows(number), first, number)
-        if loader.steps_without_repeat < 1:
+        if loader.windows.num_tokens < 2 * loader.tokens_per_step or loader.steps_without_repeat < 1:
             raise InputError(
-                f"data.stream_mb: block {number} holds {loader.windows.num_tokens:,} tokens, which do not fill one "
-                f"step of batch.tokens = {loader.tokens_per_step:,}; raise data.stream_mb"
+                f"data.stream_mb: block {number} holds {loader.windows.num_tokens:,} tokens, not enough for two steps "
+                f"of batch.tokens = {loader.tokens_per_step:,}; raise data.stream_mb"
             )
         if number == len(self._steps):
             self._steps.append(loader.steps_without_repeat)
