@@ -357,3 +357,32 @@ def test_real_files():
     assert bert.plain.encode("[MASK] [SEP]", add_special_tokens=False).tokens == ["[", "mask", "]", "[", "sep", "]"]
     with pytest.raises(InputError, match="smollm2: no mask token"):
         tokenizer.describe(tokenizer.load(f"{root}/tokenizers/smollm2"), "smollm2")
+
+
+def test_one_of_all_equal_documents_stays_if_asked_for(recipe, tmp_path):
+    def write(name, texts):
+        (tmp_path / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        return str(tmp_path / name)
+
+    distinct = make_texts(60)
+    a = write("a.jsonl", distinct[:40] + distinct[:10])
+    b = write("b.jsonl", distinct[30:60] + distinct[30:35])
+    held_out = write("held.jsonl", [*distinct[5:8], *distinct[5:8]])
+    sources = [{"path": a, "validation": held_out}, {"path": b, "validation": 0.2}]
+    every, once = open_corpus(recipe(source=sources)), open_corpus(recipe(source=sources, dedup=True))
+
+    def documents(windows):
+        found = {}
+        for i, document in enumerate(windows.documents(np.arange(len(windows)))):
+            found.setdefault(document, []).extend(windows[i].tolist())
+        return [tuple(each) for each in found.values()]
+
+    train, validation = documents(once.train), documents(once.validation)
+    assert len(set(train + validation)) == len(train + validation) == len({*documents(every.train)} | {*validation})
+    assert len(train) + len(validation) == 60 and set(documents(every.validation)) == set(validation)
+    left_out = [facts["duplicates_left_out"] for facts in once.description["sources"]]
+    assert left_out[0]["validation"] == 3 and left_out[0]["train"] >= 10 + 3
+    assert sum(each["train"] + each["validation"] for each in left_out) == 50 + 6 + 35 - 60
+    assert all("held_out_documents_also_trained_on" not in facts for facts in once.description["sources"])
+    with pytest.raises(InputError, match=r"data.dedup: .*c.jsonl: every document of its train split is in another"):
+        open_corpus(recipe(source=[a, {"path": write("c.jsonl", distinct[:20]), "validation": held_out}], dedup=True))

@@ -170,7 +170,7 @@ def test_what_cannot_be_streamed_is_said(corpus, shards, tmp_path):
         corpus(text_column="body")
     with pytest.raises(InputError, match=r"data.stream_mb: block 0 holds .* tokens, not enough for two steps of batch"):
         steps_of(corpus("txt", validation=str(shards / "jsonl"), stream_mb=1e-5)).step(0)
-    with pytest.raises(InputError, match="data.validation: nothing of the first block is held out; raise it"):
+    with pytest.raises(InputError, match=r"data.validation: nothing of the first block is held out; raise it"):
         corpus("txt", validation=1e-9)
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
     with pytest.raises(InputError, match=r"bad.jsonl, row 2 from there on: expected text in column 'text', got int"):
