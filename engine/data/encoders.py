@@ -12,6 +12,7 @@ from queue import SimpleQueue
 
 from tokenizers import Tokenizer
 
+from ..errors import Interrupted
 from . import encoder_process
 from .encoder_process import Encoded, encode, receive, send
 
@@ -30,6 +31,9 @@ def encoded(
         tokenizer: one of `encoder_process.plain`.
         dtype: of the token ids.
         num_processes: None: one for each core that this process may use.
+
+    Raises:
+        Interrupted: one of the processes was ended.
     """
     queue = batches(documents)
     first = list(islice(queue, 2))
@@ -78,8 +82,10 @@ class Encoders:
             send(process.stdin, texts)
             return Encoded(*receive(process.stdout))
         except (EOFError, BrokenPipeError) as error:
-            code = process.wait()
-            raise RuntimeError(f"a process that turns text into tokens ended with {code}; is memory short?") from error
+            raise Interrupted(
+                f"data.processes: one that turns text into tokens ended with {process.wait()}, perhaps for lack of "
+                "memory; lower data.processes and start again, it goes on where it was"
+            ) from error
         finally:
             self._idle.put(process)
 
