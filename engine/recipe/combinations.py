@@ -181,16 +181,14 @@ def of_concepts(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield "train.tokens_per_concept", "expected nothing with distill.stretch, whose S must divide every C"
         if contrastive is not None and contrastive.similarity == "slots":
             yield "train.tokens_per_concept", "expected nothing with contrastive.similarity = slots: C must be the same"
-    for i, (stage, following) in enumerate(zip(stages, [*counts[1:], most], strict=True)):
-        field, count = f"train.stages.{i}.num_concepts", stage.num_concepts
-        if count is None:
-            continue
-        if count > min(stage.window, most):
+    filled = [count or most for count in counts] + [most]
+    for i, stage in enumerate(stages):
+        field, count, following = f"train.stages.{i}.num_concepts", filled[i], filled[i + 1]
+        if stage.num_concepts and count > min(stage.window, most):
             limit = "model.num_concepts" if most <= stage.window else "the window of this stage"
             yield field, f"expected at most {min(stage.window, most)}, {limit}, got {count}"
-        elif following is None or count > following:
-            found = most if following is None else following
-            yield field, f"expected at most the {found} of the next stage, got {count}: it can only grow"
+        elif count > following:
+            yield field, f"expected at most the {following} of the next stage, got {count}: it can only grow"
         if num_stretches and count % num_stretches:
             yield field, f"expected a multiple of distill.stretches = {num_stretches}, got {count}"
 
