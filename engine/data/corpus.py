@@ -134,6 +134,9 @@ def open_documents(source: Source, vocabulary: Vocabulary, cache: Path, num_proc
     else:
         held_out = train
         rows = hold_out(train.hashes, split.validation, source)
+    lost = dict.fromkeys(file for store in (train, held_out) for file in store.index.get("unreadable", ()))
+    if lost:
+        facts["unreadable"] = list(lost)
     stores = dict(zip(SPLITS, (train, held_out), strict=True))
     return Found(source, stores, dict(zip(SPLITS, rows, strict=True)), facts)
 

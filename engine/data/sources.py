@@ -8,13 +8,14 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, Interrupted
 from ..recipe.data import DEFAULT_VALIDATION, Source
+from .cache import say
 
 KNOWN = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.+-]+)?")
@@ -32,6 +33,7 @@ class Documents:
     read: Callable[[], Iterator[str]]
     count: Callable[[], int | None] = lambda: None  # about how many, where that is quickly told
     stream: "Stream | None" = None  # the same, read piece by piece
+    lost: list[str] = field(default_factory=list)  # files of which the rest could not be read, after they were
 
     def first(self, count: int | None) -> "Documents":
         """The first ``count`` of them; None: all."""
@@ -41,7 +43,7 @@ class Documents:
             known = self.count()
             return None if known is None else min(known, count)
 
-        return Documents(self.name, [self.identity, count], lambda: islice(self.read(), count), fewer)
+        return Documents(self.name, [self.identity, count], lambda: islice(self.read(), count), fewer, lost=self.lost)
 
 
 @dataclass(frozen=True)
@@ -173,12 +175,14 @@ def find(path: str) -> list[Path]:
 
 def read_later(name: str, files: list[Path], source: Source) -> Documents:
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    column = source.text_column or "text"
-    found = {"files": stats, "text_column": column}
+    column, lost = source.text_column or "text", []
+    identity: dict[str, Any] = {"files": stats, "text_column": column}
+    read = lambda: read_files(files, column)  # noqa: E731
+    if source.on_unreadable == "skip":
+        identity["on_unreadable"] = "skip"
+        read = lambda: read_what_can_be(files, column, lost)  # noqa: E731
     stream = Stream(column, lambda: open_stream(files), f"data.source: {name}", is_remote=False)
-    return Documents(name, found, lambda: read_files(files, column), lambda: num_rows(files), stream).first(
-        source.max_documents
-    )
+    return Documents(name, identity, read, lambda: num_rows(files), stream, lost).first(source.max_documents)
 
 
 def open_stream(files: list[Path]) -> Any:
@@ -215,6 +219,17 @@ def read_files(files: Iterable[Path], column: str) -> Iterator[str]:
                 yield text
         if not count:
             raise InputError(f"{file}: no text in this file; remove it or leave it out of data.source")
+
+
+def read_what_can_be(files: Iterable[Path], column: str, lost: list[str]) -> Iterator[str]:
+    """The same, but a file that cannot be read ends there: it is named, and listed in ``lost``."""
+    lost.clear()
+    for file in files:
+        try:
+            yield from read_files([file], column)
+        except InputError as error:
+            lost.append(str(file))
+            say(f"warning: {error}; skipped from there on (data.on_unreadable)")
 
 
 def read_file(file: Path, column: str) -> Iterator[str]:
@@ -369,6 +384,9 @@ def decode(value: bytes, where: str, column: str) -> str:
 
 
 def open_hub(source: Source) -> Split:
+    if source.on_unreadable == "skip":
+        problem = "expected stop with a data set of the hub, whose files are downloaded whole and checked"
+        raise InputError(f"data.on_unreadable: {problem}, got 'skip' for {source.path}")
     validation: Documents | float = DEFAULT_VALIDATION
     if isinstance(source.validation, float):
         validation = source.validation

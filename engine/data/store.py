@@ -76,7 +76,7 @@ def write(
                     say(f"{documents.name}: {writer.done['documents']:,} documents, {writer.done['tokens']:,} tokens")
         if not writer.done["kept"]:
             raise InputError(f"data.source: {documents.name}: no text in it; give a source with at least one document")
-        return writer.finish()
+        return writer.finish() | {"unreadable": documents.lost}
 
 
 def type_of(vocabulary: Vocabulary) -> np.dtype:

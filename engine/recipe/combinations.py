@@ -7,6 +7,7 @@ from ...models.token_source import check_keep
 from ..data.concepts import largest
 from ..data.pydocs import NAMES as PYDOCS
 from ..errors import InputError
+from .finetune import Finetune
 from .schema import Recipe
 
 SHORTEST_SPAN = 3  # tokens, of the uniform ones
@@ -25,6 +26,7 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield from of_states(recipe)
     yield from of_stream(recipe)
     yield from of_profile(recipe)
+    yield from of_best(recipe)
     yield from of_model(recipe)
 
 
@@ -111,6 +113,8 @@ def of_stream(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "data.stream_mb", "expected nothing where objective.phrases are to be counted; give the file of a list"
     if any(source.max_documents is not None for source in data.sources()):
         yield "data.max_documents", "expected nothing with data.stream_mb, which reads on and on"
+    if any(source.on_unreadable == "skip" for source in data.sources()):
+        yield "data.on_unreadable", "expected stop with data.stream_mb: where it goes on must not change"
     if any(source.path in PYDOCS for source in data.sources()):
         yield "data.stream_mb", "expected nothing with pydocs, which is small"
 
@@ -142,6 +146,24 @@ def of_profile(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if not first <= last <= recipe.train.steps:
         expected = f"first and last step, at most train.steps = {recipe.train.steps}"
         yield "profile.steps", f"expected {expected}, got [{first}, {last}]"
+
+
+def of_best(recipe: Recipe | Finetune) -> Iterator[tuple[str, str]]:
+    """Whether evaluations of this run have the figure by which the best is kept."""
+    metric = recipe.checkpoint.keep_best
+    if metric is None:
+        return
+    if isinstance(recipe, Finetune):
+        there = {"loss", "accuracy", "pearson"}
+    else:
+        there = {"loss", "nll_unseen", "nll_seen"} if recipe.has_task else set()
+        there |= {"contrastive", "retrieval"} if recipe.contrastive is not None else set()
+        there |= {"alignment", "alignment_of_stretches"} if recipe.distill is not None else set()
+        there |= {"state_error"} if any(part.get("states") for _, part in recipe.parts()) else set()
+    if metric not in there:
+        yield "checkpoint.keep_best", f"expected one of {', '.join(sorted(there))}, which this run has, got {metric!r}"
+    if not recipe.eval.every:
+        yield "checkpoint.keep_best", f"expected nothing with eval.every = 0, which leaves no choice, got {metric!r}"
 
 
 def of_stages(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -38,6 +38,7 @@ def refusal(path, overrides) -> str:
      "model.hidden_tokens: 'drop' does not fit objective.parts.1.hidden, which is 'mask'"),
     (["data.stream_mb=1"], "data.stream_mb: expected nothing with pydocs, which is small"),
     (["data.source=a", "data.stream_mb=1", "data.dedup=true"], "data.dedup: expected false with data.stream_mb"),
+    (["data.source=a", "data.stream_mb=1", "data.on_unreadable=skip"], "data.on_unreadable: expected stop with"),
     (["data.source=a", "data.stream_mb=1", "data.max_documents=9"], "data.max_documents: expected nothing with"),
     (["data.source=a", "data.stream_mb=1", "distill={teacher: t}"], "data.stream_mb: expected nothing with distill"),
     (["data.source=a", "data.stream_mb=1", "objective={name: mlm, masking: pmi}"],
@@ -116,6 +117,11 @@ def refusal(path, overrides) -> str:
     (["model.num_token_layers=4", "model.funnel=[0, 1, 2, 3]", "data.window=8"],
      "model.funnel: 4 halvings leave no two tokens of a window of 8 apart; use fewer"),
     (["model.num_iterations=3"], "model.num_iterations: expected None without tie_layers = true"),
+    (["checkpoint.keep_best=retrieval"], "checkpoint.keep_best: expected one of loss, nll_seen, nll_unseen, which"),
+    (["checkpoint.keep_best=accuracy", "contrastive={}"], "expected one of contrastive, loss, nll_seen, nll_unseen, "),
+    (["checkpoint.keep_best=loss", "eval.every=0"], "checkpoint.keep_best: expected nothing with eval.every = 0"),
+    (["checkpoint.asyn=false"], "checkpoint.asyn: unknown key; did you mean checkpoint.async?"),
+    (["checkpoint.async_=false"], "checkpoint.async_: unknown key; did you mean checkpoint.async?"),
 ])  # fmt: skip
 def test_refusals(path, overrides, found):
     assert found in refusal(path, overrides)
@@ -131,6 +137,7 @@ def test_refusals(path, overrides, found):
     ["train.stages=[{until: 50, window: 16, num_concepts: 2}, {until: 60, window: 32}]"],
     ["train.tokens_per_concept=[2, 16]", "train.stages=[{until: 50, window: 16}]", "batch.by_length=true"],
     ["data.source=folder", "data.stream_mb=10"],
+    ["checkpoint={async: false, keep_best: retrieval}", "contrastive={}", "train.on_spike=rewind"],
     ["regularization={terms: [vicreg, t_regs], gradient_ratio: null}"],
 ])  # fmt: skip
 def test_what_fits_is_accepted_and_reads_back(path, overrides, tmp_path):
