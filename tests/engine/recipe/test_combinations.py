@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from conceptron.engine.errors import InputError
-from conceptron.engine.recipe.load import load_recipe
+from conceptron.engine.recipe.load import load_any, load_recipe
 
 BASE = {
     "data": {"source": "pydocs", "window": 64}, "objective": {"name": "mlm"}, "train": {"steps": 100},
@@ -166,3 +166,9 @@ def test_how_a_step_is_cut_decides_only_where_a_loss_looks_at_a_micro_batch(path
         (["regularization={terms: [variance], gradient_ratio: null}"], True),
     ):  # fmt: skip
         assert load_recipe(path, overrides).populations(4) == ({"micro-batches of a step": 4} if depends else {})
+
+
+@pytest.mark.parametrize("override", ["train.stages=[{until: 3, window: 16}]", "train.tokens_per_concept=[4]"])
+def test_a_recipe_that_fine_tunes_has_no_lengths_to_grow(override):
+    with pytest.raises(InputError, match=r"train\.(stages|tokens_per_concept): expected nothing with a recipe that fine"):
+        load_any("finetune/stsb.yaml", [override])
