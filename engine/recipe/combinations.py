@@ -116,7 +116,7 @@ def of_stream(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if any(source.on_unreadable == "skip" for source in data.sources()):
         yield "data.on_unreadable", "expected stop with data.stream_mb: where it goes on must not change"
     if any(source.path in PYDOCS for source in data.sources()):
-        yield "data.stream_mb", "expected nothing with pydocs, which is small"
+        yield "data.stream_mb", f"expected nothing with pydocs, which is small, got {data.stream_mb:g}"
 
 
 def of_regularization(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -170,5 +170,5 @@ def test_how_a_step_is_cut_decides_only_where_a_loss_looks_at_a_micro_batch(path
 
 @pytest.mark.parametrize("override", ["train.stages=[{until: 3, window: 16}]", "train.tokens_per_concept=[4]"])
 def test_a_recipe_that_fine_tunes_has_no_lengths_to_grow(override):
-    with pytest.raises(InputError, match=r"train\.(stages|tokens_per_concept): expected nothing with a recipe that fine"):
+    with pytest.raises(InputError, match=r"train\.(stages|tokens_per_concept): expected nothing with a recipe that"):
         load_any("finetune/stsb.yaml", [override])
