@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ...models.objectives import Contrastive, Lesson, Mixed, Pair, SampleKey, SpecialTokens, View
-from ...models.packing import Packed, pack
+from ...models.packing import Packed, pack_flat, positions_within
 from ..errors import InputError
 from .concepts import Drawn, Fixed
 from .lessons import Lessons
@@ -186,7 +186,8 @@ class Loader(Batches):
 
     def texts(self, rows: np.ndarray) -> Packed:
         """These windows, whole. An objective that hides tokens makes a batch of its own, without states."""
-        batch = pack([self.windows[row] for row in rows])
+        ids, lengths = self.windows.ids(rows)
+        batch = pack_flat(ids, positions_within(lengths), lengths)
         return batch if self.states is None or not len(rows) else self.states.attach(batch, rows)
 
     def evaluation(self, max_tokens: int) -> Iterator[dict[str, View]]:
