@@ -159,7 +159,8 @@ class FinetuningJob:
                 )
         return Groups(
             groups, self.is_whole, seed=recipe.run.seed, tokens_per_step=recipe.batch.tokens,
-            micro_tokens=recipe.batch.micro_tokens, rank=self.world.rank, world_size=self.world.size,
+            micro_tokens=recipe.batch.micro_tokens, by_length=recipe.batch.by_length, rank=self.world.rank,
+            world_size=self.world.size,
         )  # fmt: skip
 
     def identity(self) -> dict[str, dict[str, Any]]:
@@ -245,7 +246,7 @@ class FinetuningJob:
         numbers = self.loader.samples(step).windows
         return {"examples": [name for i in numbers for name in self.loader.groups[int(i)].names]}
 
-    def labels(self, step: int) -> dict[str, str]:
+    def labels(self, step: int) -> dict[str, Any]:
         return {}
 
     def prepare(self, engine: Any, step: int, batches: Sequence[Asked], seeds: Sequence[int]) -> list[dict[str, Any]]:

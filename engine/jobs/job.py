@@ -56,7 +56,7 @@ class Job(Protocol):
     def contents(self, step: int) -> dict[str, Any]:
         """What was in a step, for the record of one that went wrong."""
 
-    def labels(self, step: int) -> dict[str, str]:
+    def labels(self, step: int) -> dict[str, Any]:
         """What the log says about a step besides its figures."""
 
     def prepare(self, engine: Any, step: int, batches: Sequence[Any], seeds: Sequence[int]) -> list[dict[str, Any]]:

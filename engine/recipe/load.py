@@ -72,6 +72,9 @@ def load_any(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | Finetu
         tree["run"]["name"] = Path(path).stem + ("-tiny" if size == "tiny" else "")
     if is_finetune(tree):
         finetune = checker.check(Finetune, tree)
+        for name in ("stages", "tokens_per_concept"):
+            if getattr(finetune.train, name):
+                raise InputError(checker.line(f"train.{name}", "expected nothing with a recipe that fine-tunes"))
         for field, problem in of_best(finetune):
             raise InputError(checker.line(field, problem))
         return finetune

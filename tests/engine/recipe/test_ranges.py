@@ -91,7 +91,7 @@ FINE = {
     "true": """train.checkpoint_backbone train.recompute model.normalize_tokens model.tie_layers model.nested_concepts
         model.asked_reading
         model.tie_word_embeddings contrastive.across_ranks contrastive.learnable_temperature regularization.dynamic
-        checkpoint.async""",
+        checkpoint.async batch.by_length data.dedup""",
     "[]": "train.stages",
     "{}": "run model data contrastive regularization optim batch zero eval checkpoint profile",
     '""': "run.name",  # the file's
