@@ -154,6 +154,7 @@ def run(
 ) -> dict[str, Any]:
     """Every figure of one recipe on this device, as a flat row. ``vocabulary``: of synthetic tokens, see above."""
     with launch.world() as world:
+        world = world.divided(recipe.train.sequence_ranks)
         recipe, corpora = settled(recipe, world), None
         if use_synthetic:
             corpora = [synthetic(recipe, vocabulary, window) for _, window in recipe.stages()]

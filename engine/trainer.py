@@ -48,7 +48,7 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     """
     recipe, stop = load_any(recipe_path, overrides), StopRequest()
     with contextlib.ExitStack() as stack:
-        world = stack.enter_context(launch.world(recipe.run.join_minutes))
+        world = stack.enter_context(launch.world(recipe.run.join_minutes)).divided(recipe.train.sequence_ranks)
         world.first_then_others(lambda: check_variables(world))
         typed = [str(recipe_path), *overrides]
         is_finetune = isinstance(recipe, Finetune)
@@ -91,7 +91,7 @@ class Trainer:
         self.job = job
         self.identity = {
             "trajectory": trajectory(recipe),
-            "topology": {"ranks": world.size, "stage": recipe.zero.stage, "micro_tokens": recipe.batch.micro_tokens},
+            "topology": topology(recipe, world),
             **job.identity(),
         }
         for name in job.identity():
@@ -239,6 +239,13 @@ class Trainer:
                 f"going on from {self.run.found}"
                 + ("" if same else ", with other ranks, stage or micro-batches: exact but for rounding")
             )
+
+
+def topology(recipe: Training, world: World) -> dict[str, int]:
+    """What moves nothing but rounding."""
+    ranks, stage, micro_tokens = world.size, recipe.zero.stage, recipe.batch.micro_tokens
+    shared = {"sequence_ranks": world.sequence_ranks} if world.sequence_ranks > 1 else {}
+    return {"ranks": ranks, "stage": stage, "micro_tokens": micro_tokens, **shared}
 
 
 def due(step: int, every: int) -> bool:

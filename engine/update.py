@@ -29,7 +29,7 @@ def update(
     lap("data")
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    seeds = [dropout_seed(seed, step, i, world.rank) for i in range(len(batches))]
+    seeds = [dropout_seed(seed, step, i, world.data_rank) for i in range(len(batches))]
     given = job.prepare(engine, step, batches, seeds)
     sums: dict[str, torch.Tensor] = {}
     for i, of_batch in enumerate(given):

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from ...models.config import ConceptConfig
 from ...models.regularizers import WITHIN_TEXT
+from ...models.sharding import halo
 from ...models.token_source import check_keep
 from ..errors import InputError
 from .schema import Recipe
@@ -22,6 +23,7 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield from of_stages(recipe)
     yield from of_states(recipe)
     yield from of_profile(recipe)
+    yield from of_sequence_ranks(recipe)
     yield from of_model(recipe)
 
 
@@ -120,6 +122,34 @@ def of_profile(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if not first <= last <= recipe.train.steps:
         expected = f"first and last step, at most train.steps = {recipe.train.steps}"
         yield "profile.steps", f"expected {expected}, got [{first}, {last}]"
+
+
+def of_sequence_ranks(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """What is not divided over ranks that share a text."""
+    ranks, model = recipe.train.sequence_ranks, recipe.model
+    if ranks == 1:
+        return
+    with_ranks = f"with train.sequence_ranks = {ranks}"
+    for section in ("contrastive", "distill"):
+        if getattr(recipe, section) is not None:
+            yield section, f"expected none {with_ranks}: it reads texts of its own, which are not divided"
+    mixing = model.get("decoder_mixing", "none")
+    if mixing != "none":
+        yield "model.decoder_mixing", f"expected none {with_ranks}, got {mixing}: rows of other ranks are not seen"
+    if model.get("dropout") and model.get("num_token_layers"):
+        yield "model.dropout", f"expected 0 {with_ranks} and token layers, whose draws differ from rank to rank"
+    if recipe.train.keep in ("states", "ids"):
+        yield "train.keep", f"expected keys or nothing {with_ranks}, got {recipe.train.keep!r}"
+    if model.get("backbone") is not None:
+        yield "model.backbone", f"expected none {with_ranks}: its windows are not divided"
+        return
+    try:
+        halo(recipe.build_config())
+    except ValueError as error:
+        field, _, problem = str(error).partition(": ")
+        yield f"model.{field}", f"{problem}, or train.sequence_ranks = 1"
+    except InputError:
+        return  # a fault of the model by itself, which ``of_model`` names
 
 
 def of_stages(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -36,7 +36,7 @@ from .reader import one_line
 FREE = (
     "run.name", "run.folder", "run.timeout_s", "run.join_minutes", "resume", "eval.", "checkpoint.", "profile.",
     "zero.", "batch.micro_tokens", "data.cache", "data.states_gb", "task.cache", "distill.max_gib", "train.keep",
-    "train.recompute", "train.on_collapse",
+    "train.recompute", "train.on_collapse", "train.sequence_ranks",
 )  # fmt: skip
 
 
@@ -92,6 +92,7 @@ class Train(Section):
     checkpoint_backbone: Switch = False  # what is trained of model.backbone keeps no activations: less memory
     keep: Literal["keys", "states", "ids"] | None = None  # of a token, for the backward pass: `ConceptEncoder.keep`
     recompute: Switch = False  # gradient checkpointing: layers are computed once more in the backward pass
+    sequence_ranks: Count = 1  # that share each text; a pass then has batch.micro_tokens for each of them
     max_bad_steps: Count = 5  # consecutive steps with a non-finite gradient after which the run stops
     on_collapse: Literal["warn", "stop"] = "warn"  # where an evaluation finds that concepts carry next to no content
 
