@@ -34,6 +34,7 @@ import yaml
 from torch import Tensor, nn
 
 from ..engine.errors import InputError
+from ..engine.nvml import watched
 from ..models.config import ConceptConfig
 from ..models.decisions import FIELDS
 from ..models.encoder import ConceptEncoder
@@ -64,7 +65,6 @@ from .measure.exponents import (
     verdicts,
     write_tables,
 )
-from .measure.nvml import watched
 from .measure.peers import Perceiver, Shape, bert, modernbert, ultrabert
 from .measure.results import (
     cell,

@@ -18,6 +18,7 @@ from .jobs.finetuning import FinetuningJob
 from .jobs.job import Job
 from .jobs.pretraining import PretrainingJob, counted
 from .launch import StopRequest, World
+from .meter import Meter, peak_memory_bytes
 from .optimizer import build_optimizer
 from .precision import settled
 from .profiled import Profiled
@@ -27,8 +28,9 @@ from .recipe.schema import Training
 from .record import trajectory
 from .run import RunFolder
 from .schedule import learning_rate
-from .telemetry import Clock, Telemetry, duration, peak_memory_bytes
+from .telemetry import Clock, Telemetry, duration
 from .update import update
+from .weights_and_biases import check_project
 
 MAX_FAILED_SAVES = 3  # in a row, after which the run stops
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
@@ -50,6 +52,7 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(launch.world(recipe.run.join_minutes)).divided(recipe.train.sequence_ranks)
         world.first_then_others(lambda: check_variables(world))
+        world.first_then_share(lambda: check_project(recipe))
         typed = [str(recipe_path), *overrides]
         is_finetune = isinstance(recipe, Finetune)
         recipe = recipe if is_finetune else counted(recipe, world)
@@ -105,6 +108,7 @@ class Trainer:
         if run.found:
             checkpoint.load_moments(run.found, self.engine, self.progress.optimizer_steps)
         compat.set_timeouts(recipe.run.timeout_s)
+        self.meter = Meter(world.device, recipe.train.precision)
         self.clock, self.bad_steps, self.failed_saves = Clock(), 0, 0
 
     def fit(self, notes: Sequence[str]) -> None:
@@ -112,29 +116,32 @@ class Trainer:
         recipe, job, progress, clock, total = self.recipe, self.job, self.progress, self.clock, self.recipe.train.steps
         self.run.create()
         floor = job.loss_floor
-        self.telemetry = telemetry = Telemetry(self.run.path, self.world, progress.step, total, floor)
+        self.telemetry = telemetry = Telemetry(self.run.path, self.world, progress.step, total, floor, recipe)
         self.announce(notes)
-        progress.identity = self.identity
+        progress.identity, meter = self.identity, self.meter
         profiled = Profiled(recipe.profile.steps, self.run.path / "profile", self.world)
         steps = range(progress.step, total)
+        meter.watch.begin()
         for step, batches in zip(steps, job.batches(steps.start, steps.stop), strict=True):
             lr = learning_rate(step, recipe.optim, total)
             profiled.begin(step + 1)
             figures, stopping = update(
-                self.engine, self.world, job, step, batches, lr=lr, seed=recipe.run.seed, stop=self.stop
-            )
+                self.engine, self.world, job, step, batches, lr=lr, seed=recipe.run.seed, stop=self.stop,
+                lap=meter.watch.lap,
+            )  # fmt: skip
             applied = self.engine.was_step_applied()
             if folder := profiled.end(step + 1):
                 telemetry.say(f"profile of steps {profiled.first} to {profiled.last}: {folder}")
 
             tokens = job.num_tokens(step)
-            speed = clock.step(tokens)
+            speed, used = clock.step(tokens), meter.figures(figures.pop("flops", None))
             progress.step, progress.tokens = step + 1, progress.tokens + tokens
             progress.optimizer_steps += applied
             telemetry.record(
                 "train", progress.step, **as_tree(figures), **job.labels(step), lr=lr,
                 grad_norm=float(self.engine.get_global_grad_norm()), tokens=progress.tokens, tokens_per_s=speed,
-                elapsed_s=progress.elapsed_s + clock.elapsed_s, **({"smoothing_floor": floor} if floor else {}),
+                elapsed_s=progress.elapsed_s + clock.elapsed_s, **used,
+                **({"smoothing_floor": floor} if floor else {}),
             )  # fmt: skip
             telemetry.step(progress.step, figures["loss"], clock.tokens_per_s)
             self.check_applied(step, applied)
@@ -149,6 +156,7 @@ class Trainer:
             if stopping and not is_last:
                 self.leave()
             clock.restart()
+            meter.watch.begin()
         self.finish()
 
     def check_applied(self, step: int, applied: bool) -> None:

@@ -74,7 +74,7 @@ def shard(packed: Packed, rank: int, size: int, config: ConceptConfig) -> Packed
 
 
 def shard_view(view: View, rank: int, size: int, config: ConceptConfig) -> View:
-    """What device ``rank`` of ``size`` reads of a view, and which of its targets it answers: M / size of every sequence.
+    """What device ``rank`` of ``size`` reads of a view, and which of its targets it answers: M / size of each sequence.
 
     Targets are dealt by their number, not by where they stand: those of a text may all be at its end. The divisor is
     dealt in equal parts, so that sums over devices are those of the view.

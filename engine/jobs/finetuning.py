@@ -124,6 +124,8 @@ class FinetuningJob:
     def __init__(self, recipe: Finetune, world: World) -> None:
         self.recipe, self.world, self.beginning, self.files = recipe, world, "", {}
         self.loss_floor, self.figures = 0.0, {}
+        if recipe.train.sequence_ranks > 1:
+            raise InputError(f"train.sequence_ranks: expected 1 where a task is learned, got {world.sequence_ranks}")
         self.task = task = recipe.open_task()
         source = finished(recipe.source, f"source: {recipe.source}")
         self.folder = world.first_then_others(lambda: find(source, "source"))
@@ -240,6 +242,9 @@ class FinetuningJob:
 
     def num_tokens(self, step: int) -> int:
         return int(self.loader.windows.lengths[self.loader.samples(step).windows].sum())
+
+    def flops(self, engine: Any, batches: Sequence[Asked]) -> None:
+        """Not counted: heads, questions and stored states differ from task to task."""
 
     def contents(self, step: int) -> dict[str, Any]:
         numbers = self.loader.samples(step).windows

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...models.flops import Sizes, step_flops
 from ...models.masked_lm import ConceptForMaskedLM, smoothing_floor
 from ...models.objectives import Distillation, Mixed, ReadBack, StateReader, View
 from ...models.pretraining import Cached, Pretraining, Totals, cache
@@ -171,6 +172,11 @@ class PretrainingJob:
 
     def num_tokens(self, step: int) -> int:
         return self.loader.num_tokens(step)
+
+    def flops(self, engine: Any, batches: Sequence[View]) -> int:
+        """Of the objective, at the mean number of iterations: not of contrast, a teacher or regularisers."""
+        config = engine.module.model.config
+        return sum(step_flops(config, Sizes.of(view)) for view in batches) if self.recipe.has_task else 0
 
     def contents(self, step: int) -> dict[str, Any]:
         return {"windows": self.loader.windows(step)}

@@ -44,6 +44,12 @@ def digits(value: Any) -> Any:
     return str(value) if is_count(value, 0) else value
 
 
+def ends(value: Any) -> Any:
+    """10-12 is [10, 12]."""
+    return [int(end) for end in value.split("-")] if isinstance(value, str) and SPAN.fullmatch(value) else value
+
+
+SPAN = re.compile(r"\d{1,9}-\d{1,9}")
 NAME = Allowed("a name of up to 100 letters, digits and ._+-", is_name)
 ZERO_OR_POSITIVE = Allowed(f"0, or {number(LEAST).words}", lambda x: is_number(x, LEAST) or (is_number(x) and x == 0))
 Count = kind(int, whole())
@@ -59,4 +65,5 @@ Name = Annotated[kind(str, NAME), BeforeValidator(digits)]
 Path = kind(str, PLACE)
 PathOrNothing = kind(str | None, or_nothing(PLACE))
 Folder = Annotated[Path, BeforeValidator(digits)]
+Span = Annotated[tuple[Count, Count], BeforeValidator(ends)]
 TextOrNothing = kind(str | None, or_nothing(TEXT))

@@ -28,15 +28,16 @@ from .kinds import (
     Seed,
     Share,
     Switch,
+    TextOrNothing,
     kind,
 )  # fmt: skip
 from .reader import one_line
 
 # What may change between an interruption and its resumption: it moves no data and no weight, or only by rounding.
 FREE = (
-    "run.name", "run.folder", "run.timeout_s", "run.join_minutes", "resume", "eval.", "checkpoint.", "profile.",
-    "zero.", "batch.micro_tokens", "data.cache", "data.states_gb", "task.cache", "distill.max_gib", "train.keep",
-    "train.recompute", "train.on_collapse", "train.sequence_ranks",
+    "run.name", "run.folder", "run.timeout_s", "run.join_minutes", "resume", "eval.", "checkpoint.", "logging.",
+    "profile.", "zero.", "batch.micro_tokens", "data.cache", "data.states_gb", "task.cache", "distill.max_gib",
+    "train.keep", "train.recompute", "train.on_collapse", "train.sequence_ranks",
 )  # fmt: skip
 
 
@@ -120,10 +121,17 @@ class Checkpoint(Section):
     keep_every: CountOrZero = 0  # and those of steps that are multiples of it; 0: no others
 
 
-class Profile(Section):
-    """Steps of which a trace, a table and on a GPU a memory snapshot are left in RUN/profile."""
+class Logging(Section):
+    """Where figures go besides metrics.jsonl, TensorBoard and the terminal."""
 
-    steps: tuple[Count, Count] | None = None  # first and last, counted from 1
+    wandb: TextOrNothing = None  # a project of Weights & Biases
+
+
+class Profile(Section):
+    """Steps of which a trace and a table are left in RUN/profile, and on a GPU, of whose allocator it is, a snapshot of
+    memory."""
+
+    steps: kinds.Span | None = None  # first and last, counted from 1: 10-12, or [10, 12]
 
 
 class Training(Section):
@@ -136,6 +144,7 @@ class Training(Section):
     zero: Zero = Zero()
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
+    logging: Logging = Logging()
     profile: Profile = Profile()
     resume: Literal["never", "auto"] = "never"
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from conceptron.bench.measure import nvml as module
-from conceptron.bench.measure.nvml import GpuMonitor, NoMonitor, monitor_of, watched
+from conceptron.engine import nvml as module
+from conceptron.engine.nvml import GpuMonitor, NoMonitor, monitor_of, watched
 
 
 class FakeNvml:

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ...models.backbone import Backbone, cut
-from ...models.config import ConceptConfig
-from ...models.decisions import FIELDS
+from .backbone import Backbone, cut
+from .config import ConceptConfig
+from .decisions import FIELDS
 
 
 class Counted(NamedTuple):
