@@ -46,7 +46,11 @@ def digits(value: Any) -> Any:
 
 def ends(value: Any) -> Any:
     """10-12 is [10, 12]."""
-    return [int(end) for end in value.split("-")] if isinstance(value, str) and SPAN.fullmatch(value) else value
+    if isinstance(value, str) and SPAN.fullmatch(value):
+        return [int(end) for end in value.split("-")]
+    if not isinstance(value, list | tuple):
+        raise PydanticCustomError("range", "expected a first and a last step, such as 10-12")
+    return value
 
 
 SPAN = re.compile(r"\d{1,9}-\d{1,9}")

@@ -120,7 +120,7 @@ def test_what_is_not_divided_is_refused(tmp_path, overrides, found):
 
 def test_ranks_that_it_does_not_divide():
     world = World(0, 0, 3, torch.device("cpu"))
-    with pytest.raises(InputError, match=r"train\.sequence_ranks: expected a divisor of the 3 ranks of this run, got 2"):
+    with pytest.raises(InputError, match=r"sequence_ranks: expected a divisor of the 3 ranks of this run, got 2"):
         world.divided(2)
     with launch.world() as alone:
         assert alone.divided(1) is alone and alone.sequence_group is None

@@ -18,7 +18,7 @@ def run(recipe_in, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     return train(recipe_in(folder), [
         "train.steps=6", "checkpoint.every=1", "checkpoint.keep=1", "checkpoint.keep_every=2", "eval.every=2",
-        "profile.steps=[2, 3]",
+        "profile.steps=2-3",
     ])  # fmt: skip
 
 

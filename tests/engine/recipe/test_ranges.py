@@ -91,7 +91,7 @@ FINE = {
         model.asked_reading
         model.tie_word_embeddings contrastive.across_ranks contrastive.learnable_temperature regularization.dynamic""",
     "[]": "train.stages",
-    "{}": "run model data contrastive regularization optim batch zero eval checkpoint profile",
+    "{}": "run model data contrastive regularization optim batch zero eval checkpoint logging profile",
     '""': "run.name",  # the file's
 }
 TEXTS = """run.name run.folder data.source data.source.0.path data.source.0.text_column data.source.0.split
