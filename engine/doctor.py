@@ -127,8 +127,7 @@ def shared(runs: Path, world: World) -> Finding:
     there = world.first_then_share(lambda: next(place for place in (runs, *runs.parents) if place.exists()))
     with contextlib.ExitStack() as stack:
         def write() -> str:
-            made = tempfile.NamedTemporaryFile(dir=there, prefix=".conceptron-doctor-")
-            return stack.enter_context(made).name
+            return stack.enter_context(tempfile.NamedTemporaryFile(dir=there, prefix=".conceptron-doctor-")).name
 
         try:
             name = world.first_then_share(write)

@@ -21,7 +21,8 @@ def quick(monkeypatch):
 def test_this_machine(quick, capsys):
     assert perform(["doctor"]) == 0
     told = capsys.readouterr().out
-    assert all(name in told for name in ("packages", "Triton", "communication", "shared folder", "run folder", "data cache", "hub"))
+    names = ("packages", "Triton", "communication", "shared folder", "run folder", "data cache", "hub")
+    assert all(name in told for name in names)
     assert told.endswith("this machine can train\n") and FAULT not in told
 
 

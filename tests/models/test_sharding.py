@@ -150,13 +150,15 @@ def count_bytes(rank: int, size: int, group) -> None:
         return real[1](x, **options)
 
     dist.all_gather, dist.all_reduce = all_gather, all_reduce
-    model, totals = build({}), []
-    model.group = group
+    model, totals, objective = Pretraining(ConceptForMaskedLM(configure({}))).double().train(), [], OBJECTIVES["tsdae"]()
+    model.share_texts(group)
     for num_tokens in (1024, 65536):
+        whole = objective.view(texts([num_tokens]), [SampleKey(0, 0, 0)], TOKENS)
+        part = shard_view(whole, rank, size, model.model.config)
+        assert abs(part.encoder.num_tokens - whole.encoder.num_tokens / size) < 1
+        assert abs(part.num_targets - whole.num_targets / size) < 1 and whole.num_targets > num_tokens / 2
         sent.clear()
-        part = shard(texts([num_tokens]), rank, size, model.config)
-        assert part.num_tokens == num_tokens // size
-        model(packed=part).last_hidden_state.sum().backward()
+        model(part).loss.backward()
         totals.append(sum(sent))
     dist.all_gather, dist.all_reduce = real
     rows = C * D * 8  # of one text, float64
