@@ -150,7 +150,8 @@ def count_bytes(rank: int, size: int, group) -> None:
         return real[1](x, **options)
 
     dist.all_gather, dist.all_reduce = all_gather, all_reduce
-    model, totals, objective = Pretraining(ConceptForMaskedLM(configure({}))).double().train(), [], OBJECTIVES["tsdae"]()
+    model, totals = Pretraining(ConceptForMaskedLM(configure({}))).double().train(), []
+    objective = OBJECTIVES["tsdae"]()
     model.share_texts(group)
     for num_tokens in (1024, 65536):
         whole = objective.view(texts([num_tokens]), [SampleKey(0, 0, 0)], TOKENS)
