@@ -70,4 +70,5 @@ Path = kind(str, PLACE)
 PathOrNothing = kind(str | None, or_nothing(PLACE))
 Folder = Annotated[Path, BeforeValidator(digits)]
 Span = Annotated[tuple[Count, Count], BeforeValidator(ends)]
+NameOrNothing = kind(str | None, or_nothing(Allowed(NAME.words, lambda x: is_name(x) and x != "")))
 TextOrNothing = kind(str | None, or_nothing(TEXT))

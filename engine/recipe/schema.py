@@ -22,13 +22,13 @@ from .kinds import (
     CountOrZero,
     Folder,
     Name,
+    NameOrNothing,
     NotNegative,
     Positive,
     PositiveOrZero,
     Seed,
     Share,
     Switch,
-    TextOrNothing,
     kind,
 )  # fmt: skip
 from .reader import one_line
@@ -124,7 +124,7 @@ class Checkpoint(Section):
 class Logging(Section):
     """Where figures go besides metrics.jsonl, TensorBoard and the terminal."""
 
-    wandb: TextOrNothing = None  # a project of Weights & Biases
+    wandb: NameOrNothing = None  # a project of Weights & Biases
 
 
 class Profile(Section):

@@ -83,14 +83,14 @@ def project(monkeypatch):
 
 
 def test_a_project_gets_the_numbers_and_the_same_run_again(project, tmp_path):
-    sections = {"data": {}, "objective": {"name": "mlm"}, "train": {"steps": 9}, "logging": {"wandb": "long texts"}}
+    sections = {"data": {}, "objective": {"name": "mlm"}, "train": {"steps": 9}, "logging": {"wandb": "long-texts"}}
     recipe, world = Recipe.model_validate(sections), World(0, 0, 1, torch.device("cpu"))
     for _ in range(2):
         telemetry = Telemetry(tmp_path, world, 0, 9, recipe=recipe)
         telemetry.record("train", 3, loss=1.5, task={"a": 2}, named="x", gone=math.nan)
         telemetry.close()
     first, second = project.given
-    assert first == second and first["project"] == "long texts" and first["config"]["train"]["steps"] == 9
+    assert first == second and first["project"] == "long-texts" and first["config"]["train"]["steps"] == 9
     assert project.logged == 2 * [(3, {"train/loss": 1.5, "train/task/a": 2})] and project.is_over
     project.fault = "no API key\nconfigured"
     with pytest.raises(InputError, match=r"logging.wandb: no API key configured; wandb login, set WANDB_MODE=offline"):

@@ -97,7 +97,7 @@ FINE = {
 TEXTS = """run.name run.folder data.source data.source.0.path data.source.0.text_column data.source.0.split
     data.source.0.validation data.source.0.revision data.text_column data.split data.validation data.revision
     data.tokenizer data.cache init.source model.backbone distill.teacher"""
-FINE |= {"'1e-3'": TEXTS, "2026-11-29": TEXTS}
+FINE |= dict.fromkeys(("'1e-3'", "2026-11-29"), f"{TEXTS} logging.wandb")
 FINE["~no.such.user/here"] = """data.source.0.text_column data.source.0.split data.source.0.revision data.text_column
     data.split data.revision"""  # no paths
 
