@@ -119,7 +119,7 @@ def together(runs: Path) -> tuple[Finding, Finding]:
     return Finding(OK, f"{wanted}: {answered} of {world.size} processes answered"), is_shared
 
 
-def shared(runs: Path, world: World) -> Finding:
+def shared(runs: Path, world: "World") -> Finding:
     """Whether every process finds what rank 0 has written. Collective."""
     runs = runs.expanduser().resolve()
     if world.size == 1:

@@ -232,10 +232,12 @@ class Trainer:
         say, world = self.telemetry.say, self.world
         for note in notes:
             say(note)
+        ranks = f"{world.size} x {world.device.type}"
+        ranks += f", {world.sequence_ranks} of which share each text" if world.sequence_ranks > 1 else ""
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
         say(
             f"{self.run.path}: {parameters / 1e6:.1f} M parameters, {self.job.describe()}, "
-            f"{world.size} x {world.device.type}, {self.recipe.train.precision}, ZeRO {self.recipe.zero.stage}"
+            f"{ranks}, {self.recipe.train.precision}, ZeRO {self.recipe.zero.stage}"
         )
         if self.job.beginning:
             say(self.job.beginning)

@@ -13,7 +13,10 @@ OTHERWISE = "or leave logging.wandb out"
 
 def check_project(recipe: Training) -> None:
     """Refuses a project where the package is missing, before anything is written."""
-    if recipe.logging.wandb is not None and importlib.util.find_spec("wandb") is None:
+    if recipe.logging.wandb is None:
+        return
+    found = importlib.util.find_spec("wandb")
+    if found is None or found.origin is None:  # without one it is a folder, such as W&B makes where it is used
         raise InputError(f"logging.wandb: the package wandb is not installed; pip install wandb, {OTHERWISE}")
 
 
