@@ -40,5 +40,5 @@ def open_project(folder: Path, recipe: Training) -> Any:
             dir=str(folder), config=recipe.resolved(), settings=wandb.Settings(console="off", silent=True),
         )  # fmt: skip
     except wandb.Error as error:
-        told = " ".join(str(error).split())
+        told = " ".join(str(error).split()).rstrip(".")
         raise InputError(f"logging.wandb: {told}; wandb login, set WANDB_MODE=offline, {OTHERWISE}") from error

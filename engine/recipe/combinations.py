@@ -111,7 +111,7 @@ def room_for_two(recipe: Recipe, field: str, what: str) -> Iterator[tuple[str, s
     """A population of one says nothing."""
     section, name = field.split(".")
     given, needed = getattr(getattr(recipe, section), name), 2 * recipe.data.window
-    if given < needed:
+    if given * (recipe.train.sequence_ranks if name == "micro_tokens" else 1) < needed:
         yield field, f"expected at least {needed}, two windows of data.window, for {what}; got {given}"
 
 
