@@ -124,8 +124,6 @@ class FinetuningJob:
     def __init__(self, recipe: Finetune, world: World) -> None:
         self.recipe, self.world, self.beginning, self.files = recipe, world, "", {}
         self.loss_floor, self.figures = 0.0, {}
-        if recipe.train.sequence_ranks > 1:
-            raise InputError(f"train.sequence_ranks: expected 1 where a task is learned, got {world.sequence_ranks}")
         self.task = task = recipe.open_task()
         source = finished(recipe.source, f"source: {recipe.source}")
         self.folder = world.first_then_others(lambda: find(source, "source"))

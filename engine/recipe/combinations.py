@@ -154,6 +154,14 @@ def of_sequence_ranks(recipe: Recipe) -> Iterator[tuple[str, str]]:
         return  # a fault of the model by itself, which ``of_model`` names
 
 
+def of_task(recipe: Finetune) -> Iterator[tuple[str, str]]:
+    """Conflicts of a recipe that learns a task."""
+    yield from of_best(recipe)
+    if recipe.train.sequence_ranks > 1:
+        found = recipe.train.sequence_ranks
+        yield "train.sequence_ranks", f"expected 1 where a task is learned, whose texts are not divided, got {found}"
+
+
 def of_best(recipe: Recipe | Finetune) -> Iterator[tuple[str, str]]:
     """Whether evaluations of this run have the figure by which the best is kept."""
     metric = recipe.checkpoint.keep_best

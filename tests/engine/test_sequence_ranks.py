@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from conceptron.engine import launch
 from conceptron.engine.errors import InputError
 from conceptron.engine.launch import World
-from conceptron.engine.recipe.load import load_recipe
+from conceptron.engine.recipe.load import load_any, load_recipe
 from conceptron.engine.telemetry import numbers
 from conceptron.engine.trainer import train
 
@@ -116,6 +116,11 @@ def test_what_is_not_divided_is_refused(tmp_path, overrides, found):
     with pytest.raises(InputError) as caught:
         load_recipe(tmp_path / "base.yaml", [*TWO, *overrides])
     assert found in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_task_is_learned_from_whole_texts():
+    with pytest.raises(InputError, match=r"sequence_ranks: expected 1 where a task is learned, whose texts are not"):
+        load_any("finetune/stsb.yaml", TWO)
 
 
 def test_ranks_that_it_does_not_divide():
