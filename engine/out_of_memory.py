@@ -10,7 +10,7 @@ from torch import Tensor
 from .errors import LaunchError
 from .launch import World
 from .recipe.schema import Training
-from .telemetry import peak_memory_bytes
+from .meter import peak_memory_bytes
 
 REST = "activations and the rest"
 ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+) (bytes|[KMGT]iB)")
