@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .errors import LaunchError
 from .launch import World
-from .recipe.schema import Training
 from .meter import peak_memory_bytes
+from .recipe.schema import Training
 
 REST = "activations and the rest"
 ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+) (bytes|[KMGT]iB)")
