@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from .ablation import ablated
 from .masked_lm import ConceptForMaskedLM, ConceptMaskedLMOutput
@@ -242,6 +243,12 @@ class Pretraining(nn.Module):
             return self.contrastive.loss_of(compared.a, compared.b, ids, compared.temperature, totals.num_pairs)
         slope = sum((value * gradient).sum() for value, gradient in zip(compared, cached.gradient, strict=True))
         return cached.loss + slope - slope.detach()  # the value of the one, the gradient of the other
+
+    def share_texts(self, group: ProcessGroup | None) -> None:
+        """From now on the devices of ``group`` each hold a part of every text: views are ``sharding.shard_view``."""
+        self.model.encoder.group = group
+        if self.regularizer is not None:
+            self.regularizer.cap.group = group
 
     @property
     def cap_scale(self) -> Tensor | None:

@@ -150,7 +150,7 @@ class Loader(Batches):
     def __init__(
         self, windows: Windows, objective: Any, tokens: SpecialTokens, *, contrastive: Contrastive | None = None,
         contrastive_from: int = 0, lessons: Lessons | None = None, states: StateStore | None = None,
-        concepts: Drawn | Fixed | None = None, **order: Any,
+        concepts: Drawn | Fixed | None = None, part: Callable[[View], View] | None = None, **order: Any,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -161,12 +161,13 @@ class Loader(Batches):
             lessons: adds to each view what a teacher says of its texts.
             states: adds to the texts what a frozen backbone makes of them, where they are read whole.
             concepts: how many concepts texts are read into in training; None: as many as the model has.
+            part: makes of a view what this rank holds of it, where ranks share texts.
             order: what `Batches` asks for.
         """
         super().__init__(windows, **order)
         self.objective, self.tokens = objective, tokens
         self.contrastive, self.contrastive_from = contrastive, contrastive_from
-        self.lessons, self.states, self.concepts = lessons, states, concepts
+        self.lessons, self.states, self.concepts, self.part = lessons, states, concepts, part
 
     def batch(self, step: int, samples: Samples) -> View:
         batch = self.texts(samples.windows)
@@ -176,6 +177,7 @@ class Loader(Batches):
         view = objective.view(batch, keys, self.tokens)
         if self.concepts is not None:
             view = replace(view, num_concepts=self.concepts.at(step, batch.max_seqlen))
+        view = view if self.part is None else self.part(view)
         if self.lessons is not None:
             texts = None if reads(view.encoder, batch) else batch
             view = replace(view, lesson=self.lessons.lesson(samples.windows, texts))
@@ -193,7 +195,8 @@ class Loader(Batches):
     def evaluation(self, max_tokens: int) -> Iterator[dict[str, View]]:
         """This rank's evaluation views of ``evaluation_rows(max_tokens)``, as many on every rank."""
         for batch, keys, _ in self._evaluation_batches(max_tokens):
-            yield self.objective.evaluation_views(batch, keys, self.tokens)
+            views = self.objective.evaluation_views(batch, keys, self.tokens)
+            yield views if self.part is None else {name: self.part(view) for name, view in views.items()}
 
     def evaluation_pairs(self, max_tokens: int) -> Iterator[Pair]:
         """The same texts in pairs. Where dropout alone would tell two views apart, adjacent spans take their place."""

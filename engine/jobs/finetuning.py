@@ -242,6 +242,9 @@ class FinetuningJob:
     def num_tokens(self, step: int) -> int:
         return int(self.loader.windows.lengths[self.loader.samples(step).windows].sum())
 
+    def flops(self, engine: Any, batches: Sequence[Asked]) -> None:
+        """Not counted: heads, questions and stored states differ from task to task."""
+
     def contents(self, step: int) -> dict[str, Any]:
         numbers = self.loader.samples(step).windows
         return {"examples": [name for i in numbers for name in self.loader.groups[int(i)].names]}

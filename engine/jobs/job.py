@@ -53,6 +53,9 @@ class Job(Protocol):
     def num_tokens(self, step: int) -> int:
         """Read in a step, by all ranks."""
 
+    def flops(self, engine: Any, batches: Sequence[Any]) -> int | None:
+        """Of matrix products in the forward and backward pass of these micro-batches; None: nobody has counted."""
+
     def contents(self, step: int) -> dict[str, Any]:
         """What was in a step, for the record of one that went wrong."""
 

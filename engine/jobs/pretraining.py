@@ -3,7 +3,8 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...models.flops import Sizes, step_flops
 from ...models.masked_lm import ConceptForMaskedLM, smoothing_floor
 from ...models.objectives import Distillation, Mixed, ReadBack, StateReader, View
 from ...models.pretraining import Cached, Pretraining, Totals, cache
 from ...models.recursion import draw_iterations
+from ...models.sharding import shard_view
 from .. import compat
 from ..backbone import KEPT, checkpoint_activations, identity
 from ..beginning import begin
@@ -84,14 +87,23 @@ class PretrainingJob:
         self, windows: Windows, first_step: int = 0, concepts: Drawn | Fixed | None = None, seed: int | None = None
     ) -> Loader:
         """``seed``: left out, the run's."""
-        recipe, contrastive = self.recipe, self.contrastive
+        recipe, contrastive, world = self.recipe, self.contrastive, self.world
         return Loader(
             windows, self.objective, self.corpus.tokens, seed=recipe.run.seed if seed is None else seed,
-            tokens_per_step=recipe.batch.tokens,
-            micro_tokens=recipe.batch.micro_tokens, rank=self.world.rank, world_size=self.world.size,
-            first_step=first_step, by_length=recipe.batch.by_length, concepts=concepts, contrastive=contrastive,
+            tokens_per_step=recipe.batch.tokens, micro_tokens=recipe.batch.micro_tokens * recipe.train.sequence_ranks,
+            rank=world.data_rank, world_size=world.data_size, part=self.part, first_step=first_step,
+            by_length=recipe.batch.by_length, concepts=concepts, contrastive=contrastive,
             contrastive_from=math.ceil(contrastive.start * recipe.train.steps) if contrastive else 0,
         )  # fmt: skip
+
+    @property
+    def part(self) -> Callable[[View], View] | None:
+        """What this rank holds of a view that several share."""
+        world = self.world
+        if world.sequence_group is None:
+            return None
+        config = self.recipe.build_config(vocab_size=self.corpus.tokens.vocab_size)
+        return partial(shard_view, rank=world.sequence_rank, size=world.sequence_ranks, config=config)
 
     def take_lessons(self) -> dict[str, Any]:
         """Gives every loader the teacher's vectors of what it will read, computed where they are missing. Collective.
@@ -137,7 +149,7 @@ class PretrainingJob:
         yield self.held_out, self.held_out.evaluation_rows(self.recipe.eval.tokens)
 
     def identity(self) -> dict[str, dict[str, Any]]:
-        num_micro_batches = self.held_out.num_micro_batches * self.world.size
+        num_micro_batches = self.held_out.num_micro_batches * self.world.data_size
         teacher = {"teacher": {"teacher's weights": self.teacher["fingerprint"]}} if self.teacher else {}
         populations = self.recipe.populations(num_micro_batches)
         return {"text": text_identity(self.corpus), "populations": populations, **teacher}
@@ -170,9 +182,11 @@ class PretrainingJob:
         reader = None
         if self.reads_states:
             reader = StateReader(self.objective, bare.config.hidden_size, bare.config.token_dim)
-        return Pretraining(
+        module = Pretraining(
             bare, self.contrastive, recipe.build_regularization(), recipe.has_task, distillation, reader
         )  # fmt: skip
+        module.share_texts(self.world.sequence_group)
+        return module
 
     @property
     def reads_states(self) -> bool:
@@ -184,6 +198,11 @@ class PretrainingJob:
 
     def num_tokens(self, step: int) -> int:
         return self.loader.num_tokens(step)
+
+    def flops(self, engine: Any, batches: Sequence[View]) -> int:
+        """Of the objective, at the mean number of iterations: not of contrast, a teacher or regularisers."""
+        config = engine.module.model.config
+        return sum(step_flops(config, Sizes.of(view)) for view in batches) if self.recipe.has_task else 0
 
     def contents(self, step: int) -> dict[str, Any]:
         return {"windows": self.loader.windows(step)}

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from ...models.regularizers import WITHIN_TEXT
+from ...models.sharding import halo
 from ...models.token_source import check_keep
 from ..data.concepts import largest
 from ..data.pydocs import NAMES as PYDOCS
@@ -26,6 +27,7 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield from of_states(recipe)
     yield from of_stream(recipe)
     yield from of_profile(recipe)
+    yield from of_sequence_ranks(recipe)
     yield from of_best(recipe)
     yield from of_model(recipe)
 
@@ -135,7 +137,7 @@ def room_for_two(recipe: Recipe, field: str, what: str) -> Iterator[tuple[str, s
     """A population of one says nothing."""
     section, name = field.split(".")
     given, needed = getattr(getattr(recipe, section), name), 2 * recipe.data.window
-    if given < needed:
+    if given * (recipe.train.sequence_ranks if name == "micro_tokens" else 1) < needed:
         yield field, f"expected at least {needed}, two windows of data.window, for {what}; got {given}"
 
 
@@ -146,6 +148,42 @@ def of_profile(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if not first <= last <= recipe.train.steps:
         expected = f"first and last step, at most train.steps = {recipe.train.steps}"
         yield "profile.steps", f"expected {expected}, got [{first}, {last}]"
+
+
+def of_sequence_ranks(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """What is not divided over ranks that share a text."""
+    ranks, model = recipe.train.sequence_ranks, recipe.model
+    if ranks == 1:
+        return
+    with_ranks = f"with train.sequence_ranks = {ranks}"
+    for section in ("contrastive", "distill"):
+        if getattr(recipe, section) is not None:
+            yield section, f"expected none {with_ranks}: it reads texts of its own, which are not divided"
+    mixing = model.get("decoder_mixing", "none")
+    if mixing != "none":
+        yield "model.decoder_mixing", f"expected none {with_ranks}, got {mixing}: rows of other ranks are not seen"
+    if model.get("dropout") and model.get("num_token_layers"):
+        yield "model.dropout", f"expected 0 {with_ranks} and token layers, whose draws differ from rank to rank"
+    if recipe.train.keep in ("states", "ids"):
+        yield "train.keep", f"expected keys or nothing {with_ranks}, got {recipe.train.keep!r}"
+    if model.get("backbone") is not None:
+        yield "model.backbone", f"expected none {with_ranks}: its windows are not divided"
+        return
+    try:
+        halo(recipe.build_config())
+    except ValueError as error:
+        field, _, problem = str(error).partition(": ")
+        yield f"model.{field}", f"{problem}, or train.sequence_ranks = 1"
+    except InputError:
+        return  # a fault of the model by itself, which ``of_model`` names
+
+
+def of_task(recipe: Finetune) -> Iterator[tuple[str, str]]:
+    """Conflicts of a recipe that learns a task."""
+    yield from of_best(recipe)
+    if recipe.train.sequence_ranks > 1:
+        found = recipe.train.sequence_ranks
+        yield "train.sequence_ranks", f"expected 1 where a task is learned, whose texts are not divided, got {found}"
 
 
 def of_best(recipe: Recipe | Finetune) -> Iterator[tuple[str, str]]:

@@ -24,6 +24,7 @@ from .kinds import (
     CountOrZero,
     Folder,
     Name,
+    NameOrNothing,
     NotNegative,
     Positive,
     PositiveOrZero,
@@ -36,9 +37,9 @@ from .reader import one_line
 
 # What may change between an interruption and its resumption: it moves no data and no weight, or only by rounding.
 FREE = (
-    "run.name", "run.folder", "run.hang_minutes", "run.join_minutes", "resume", "eval.", "checkpoint.", "profile.",
-    "zero.", "batch.micro_tokens", "data.cache", "data.processes", "data.states_gb", "data.on_unreadable", "task.cache",
-    "distill.max_gib", "train.keep", "train.recompute", "train.on_collapse",
+    "run.name", "run.folder", "run.hang_minutes", "run.join_minutes", "resume", "eval.", "checkpoint.", "logging.",
+    "profile.", "zero.", "batch.micro_tokens", "data.cache", "data.processes", "data.states_gb", "data.on_unreadable",
+    "task.cache", "distill.max_gib", "train.keep", "train.recompute", "train.on_collapse", "train.sequence_ranks",
     "train.on_spike", "train.spike_",  # a run that diverges may need these
 )  # fmt: skip
 
@@ -100,6 +101,7 @@ class Train(Section):
     checkpoint_backbone: Switch = False  # what is trained of model.backbone keeps no activations: less memory
     keep: Literal["keys", "states", "ids"] | None = None  # of a token, for the backward pass: `ConceptEncoder.keep`
     recompute: Switch = False  # gradient checkpointing: layers are computed once more in the backward pass
+    sequence_ranks: Count = 1  # that share each text; a pass then has batch.micro_tokens for each of them
     max_bad_steps: Count = 5  # consecutive steps with a non-finite gradient after which the run stops
     on_collapse: Literal["warn", "stop"] = "warn"  # where an evaluation finds that concepts carry next to no content
     on_spike: Literal["ignore", "warn", "skip", "rewind"] = "warn"  # where a step's loss or gradient norm is an outlier
@@ -134,10 +136,17 @@ class Checkpoint(Section):
     keep_best: Literal[METRICS] | None = None  # that of the best evaluation, saved right after it: best.json names it
 
 
-class Profile(Section):
-    """Steps of which a trace, a table and on a GPU a memory snapshot are left in RUN/profile."""
+class Logging(Section):
+    """Where figures go besides metrics.jsonl, TensorBoard and the terminal."""
 
-    steps: tuple[Count, Count] | None = None  # first and last, counted from 1
+    wandb: NameOrNothing = None  # a project of Weights & Biases
+
+
+class Profile(Section):
+    """Steps of which a trace and a table are left in RUN/profile, and on a GPU, of whose allocator it is, a snapshot of
+    memory."""
+
+    steps: kinds.Span | None = None  # first and last, counted from 1: 10-12, or [10, 12]
 
 
 class Training(Section):
@@ -150,6 +159,7 @@ class Training(Section):
     zero: Zero = Zero()
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
+    logging: Logging = Logging()
     profile: Profile = Profile()
     resume: Literal["never", "auto"] = "never"
 
