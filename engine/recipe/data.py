@@ -5,13 +5,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ...models.ranges import LEAST, PLACE, Allowed, below, number, or_nothing, whole
-from .kinds import Path, PathOrNothing, Positive, Text, TextOrNothing, kind
+from .kinds import Path, PathOrNothing, Positive, Switch, Text, TextOrNothing, kind
 
 SHARE = below(1, LEAST)
 HELD_OUT = Allowed(f"{SHARE.words}, a text, or nothing", lambda x: SHARE.holds(x) or x is None or PLACE.holds(x))
 HeldOut = kind(float | str | None, HELD_OUT)
 Documents = kind(int | None, or_nothing(whole(2)))
 Window = kind(int, whole(8))
+CountOrNothing = kind(int | None, or_nothing(whole()))
 
 DEFAULT_VALIDATION = 0.02
 
@@ -29,6 +30,7 @@ class Source(BaseModel):
     validation: HeldOut = None
     revision: TextOrNothing = None
     max_documents: Documents = None
+    on_unreadable: Literal["stop", "skip"] | None = None
 
 
 class DataRecipe(BaseModel):
@@ -55,12 +57,19 @@ class DataRecipe(BaseModel):
     validation: HeldOut = None
     revision: TextOrNothing = None  # of hub sources: a commit or tag; left out: the main branch when first read
     max_documents: Documents = None  # read no more than this of each source
+    on_unreadable: Literal["stop", "skip"] = "stop"  # skip: a file that cannot be read ends there, and is counted
     tokenizer: Path = "pydocs"  # `pydocs`, `pydocs-small` (byte-level BPE trained on these), a folder, or a hub id
     vocab_size: kind(int, whole(300, 65536)) = 8192  # of the two `pydocs` tokenizers only
     window: Window = 512  # longest sequence in tokens; a longer document goes on in the next one
     # states of a frozen model.backbone are computed once for each window and stored, 16 bits a number, up to so many
     # 1e9 bytes; left out: computed in every step
     states_gb: kind(float | None, or_nothing(number(LEAST))) = None
+    # left out: all text is tokenised before the run begins, and each epoch is drawn from all of it. Otherwise it is
+    # read as the run needs it, so many megabytes of each step's mixture at a time, of which the windows are mixed, and
+    # nothing is kept: for text that is too large for the disk, or is read no more than once
+    stream_mb: kind(float | None, or_nothing(number(LEAST))) = None
+    dedup: Switch = False  # of documents with the same text one stays, over all sources; what is held out goes first
+    processes: CountOrNothing = None  # that tokenise; left out: one a core. The tokens do not depend on it
     cache: PathOrNothing = None  # folder; left out: $XDG_CACHE_HOME/conceptron, else ~/.cache/conceptron
 
     @field_validator("source", mode="before")
@@ -71,7 +80,7 @@ class DataRecipe(BaseModel):
 
     def sources(self) -> list[Source]:
         """The sources with every field filled in from `data`."""
-        inherited = ("text_column", "split", "validation", "revision", "max_documents")
+        inherited = ("text_column", "split", "validation", "revision", "max_documents", "on_unreadable")
         return [
             source.model_copy(
                 update={name: getattr(self, name) for name in inherited if getattr(source, name) is None}
