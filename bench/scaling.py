@@ -28,8 +28,8 @@ And always, when asked for:
                         and keep=keys, states or ids
 
 On a GPU everything runs under autocast to bfloat16, and NVML's energy of a training step is reported. A call of three
-seconds or more is timed once, beside the one whose memory is recorded. What would take too long or too much memory, as its
-growth so far says, is not run, and its row says so. Rows are written after each length: ``--resume`` goes on.
+seconds or more is timed once, beside the one whose memory is recorded. What would take too long or too much memory, as
+its growth so far says, is not run, and its row says so. Rows are written after each length: ``--resume`` goes on.
 """
 
 import argparse

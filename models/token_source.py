@@ -23,7 +23,7 @@ from .similarity import wide
 
 KEEPS = ("keys", "states", "ids")
 ROWS = 2048  # of tokens that are embedded at one time
-FEW = 1024  # tokens of a call, whose keys weigh less than the concepts: reading in chunks saves nothing and takes longer
+FEW = 1024  # tokens of a call, whose keys weigh less than concepts do: to read in chunks saves little and takes longer
 
 
 def check_keep(config: ConceptConfig, keep: str | None) -> None:

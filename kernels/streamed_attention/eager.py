@@ -22,7 +22,7 @@ from .scratch import scratch
 
 SCORE_BYTES = 2**20  # of the scores that one thread works on at a time
 
-Read = tuple[Tensor, Tensor, Tensor]  # sum of weights times values [P, R, D], of weights [P, R, 1], and the highest score
+Read = tuple[Tensor, Tensor, Tensor]  # sums of weights times values [P, R, D] and of weights [P, R, 1]; highest score
 
 
 def chunk_size(a: Arguments) -> int:

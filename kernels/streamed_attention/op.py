@@ -63,11 +63,13 @@ def streamed_attention(
         on a CPU; on a GPU only with CONCEPTRON_CHECK=1, because that synchronises.
 
     Dtypes: q's decides (autocast's inside autocast). All others may be wider or narrower, are rounded to it where they
-    are multiplied (on the torch backend to float32 at least, but for the projections of bfloat16 on a CPU that has units
-    for it), and get gradients in their own dtype; those of weights and of the table are summed in float32 (float64 for
-    float64), over chunks in the order of the tokens: the same bits every time, on a CPU on any number of threads.
+    are multiplied (on the torch backend to float32 at least, but for the projections of bfloat16 on a CPU that has
+    units for it), and get gradients in their own dtype; those of weights and of the table are summed in float32
+    (float64 for float64), over chunks in the order of the tokens: the same bits every time, on a CPU on any number of
+    threads.
     Memory: backward keeps q, x (or the ids), out and lse. While it runs there are keys, values, their gradients and,
-    where it is no float32, x of one chunk for each thread of a CPU, which keeps these buffers for the next call; float32 gradients of the weights; and one gradient of the states.
+    where it is no float32, x of one chunk, on a CPU of one for each thread, which keeps these buffers for its next
+    chunk; float32 gradients of the weights; and one gradient of the states.
     Source: the exact merge is that of FlashAttention (Dao et al. 2022, arXiv:2205.14135); making keys and values again
     is gradient checkpointing (Chen et al. 2016, arXiv:1604.06174) by chunks of tokens.
     """
