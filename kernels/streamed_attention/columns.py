@@ -44,7 +44,8 @@ def _has_units() -> bool:
 def weights(a: Arguments, dtype: torch.dtype) -> Weights:
     in_products = product_dtype(a)
     return Weights(
-    """Of products with tokens: bfloat16 where that is asked for and a CPU has units for it: at width 512 they are four
+        # copies are aligned: the last bit of a product depends on it
+        *(w.to(in_products, copy=True) for w in (a.w_key, a.w_value)),
         None if a.key_bias is None else a.key_bias.to(dtype).repeat(a.num_kv_heads)[:, None],
         None if a.key_norm is None else a.key_norm.to(dtype)[:, None],
     )  # fmt: skip
