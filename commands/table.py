@@ -98,6 +98,7 @@ COMMANDS = (
         (
             Option("run", Place("folder"), "runs/NAME"),
             Option("--step", Whole(0), "of the checkpoint; left out: the newest"),
+            Option("--average", None, "the weights averaged over the steps, of a run with ema.decay"),
             Option("--out", Place("new folder"), "where the model goes; left out: RUN/model-STEP"),
         ),
     ),

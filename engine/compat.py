@@ -134,6 +134,100 @@ def fragments(engine: Any) -> Iterator[Fragment]:
                     yield Fragment(names[id(parameter)], start, numel, flat, offset)
 
 
+def partitions(engine: Any) -> list[Tensor]:
+    """The flat float32 partitions that this rank updates, the optimizer's own parameters."""
+    return list({id(fragment.flat): fragment.flat for fragment in fragments(engine)}.values())
+
+
+def muon_groups(engine: Any) -> list[bool]:
+    """Of each of the engine's groups of gradients, ``averaged_gradients``: whether Muon updates it."""
+    zero = engine.optimizer
+    if engine.zero_optimization_stage() < 3:
+        return [group.get("use_muon", False) for group in zero.optimizer.param_groups]
+    return list(getattr(zero, "sub_groups_using_muon", [False] * len(zero.fp16_groups)))
+
+
+def momenta(engine: Any) -> list[tuple[str, int, Tensor]]:
+    """(parameter, first element, momentum from there on) of each matrix that this rank updates with Muon.
+
+    Stages 1 and 2 need the momentum of whole matrices, also of those of which the rank holds a part only; stage 3
+    gathers what it needs. Views of DeepSpeed's own buffers, which are made here where there has been no step yet.
+    """
+    zero, of_muon = engine.optimizer, muon_groups(engine)
+    if not any(of_muon):
+        return []
+    if engine.zero_optimization_stage() == 3:
+        own = [zero.fp32_partitioned_groups_flat[i] for i, is_muon in enumerate(of_muon) if is_muon]
+        return [
+            (part.name, part.start, part.of(zero.optimizer.state[part.flat]["momentum_buffer"]))
+            for part in fragments(engine) if any(part.flat is flat for flat in own)
+        ]  # fmt: skip
+    names, found = {id(p): name for name, p in engine.module.named_parameters()}, []
+    for i, is_muon in enumerate(of_muon):
+        parameters = zero.params_in_partition[i]
+        if not is_muon or not parameters:
+            continue
+        flat, start = zero.single_partition_of_fp32_groups[i], 0
+        buffer = zero._muon_momentum_buffer(parameters, i, flat.dtype, flat.device)
+        for parameter in parameters:
+            found.append((names[id(parameter)], 0, buffer.narrow(0, start, parameter.numel())))
+            start += parameter.numel()
+    return found
+
+
+def muon_gradients(engine: Any) -> list[Tensor]:
+    """This rank's parts of the gradients of matrices that Muon is about to take, before the step.
+
+    Fault: on stages 1 and 2 they are gone by then, overwritten with the orthogonal update. What is left of them is the
+    step of the momentum, m <- m + (1 - beta) * (g - m), which is staged until the step is known to be good.
+    """
+    zero, of_muon = engine.optimizer, muon_groups(engine)
+    if engine.zero_optimization_stage() == 3:
+        return [gradient for i, is_muon in enumerate(of_muon) if is_muon for gradient in zero.averaged_gradients[i]]
+    found = []
+    parts = {fragment.name: fragment for fragment in fragments(engine)}
+    names = {id(p): name for name, p in engine.module.named_parameters()}
+    for i, (staged, flat) in zero._muon_pending_momentum.items():
+        before, beta = zero.optimizer.state[flat]["momentum_buffer"], zero.optimizer.param_groups[i]["momentum"]
+        start = 0
+        for parameter in zero.params_in_partition[i]:
+            part = parts[names[id(parameter)]]
+            where = slice(start + part.start, start + part.start + part.numel)
+            found.append(before[where] + (staged[where] - before[where]) / (1 - beta))
+            start += parameter.numel()
+    return found
+
+
+def plain_muon() -> type[torch.optim.Optimizer]:
+    """DeepSpeed's Muon. Fault: importing it wraps its functions in torch.compile, for every shape anew, which on a CPU
+    takes minutes and a compiler; here they are as they are written."""
+    from deepspeed.runtime import compiler
+
+    wrap, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+    try:
+        from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+    finally:
+        compiler.compile = wrap
+    return MuonWithAuxAdam
+
+
+def spread(engine: Any) -> None:
+    """Gives every rank's model what the partitions hold now, as after an update. Collective.
+
+    Fault: DeepSpeed's own ``update_lp_params`` does so for stages 1 and 2 only; the rest is what its stage 3 does at
+    the end of a step.
+    """
+    zero = engine.optimizer
+    if engine.zero_optimization_stage() < 3:
+        zero.update_lp_params()
+        return
+    zero._partition_all_parameters()
+    for group in range(len(zero.fp16_groups)):
+        zero._reassign_or_swap_out_partitioned_parameters(group)
+    if zero.persistent_parameters:
+        zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A copy of a parameter or buffer on the CPU, gathered where ZeRO-3 has divided it. Collective on stage 3."""
     if not hasattr(tensor, "ds_id"):

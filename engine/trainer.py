@@ -13,6 +13,7 @@ import torch
 
 from ..kernels.environment import check_environment
 from . import checkpoint, compat, launch, zero
+from .ema import Average
 from .errors import InputError
 from .jobs.finetuning import FinetuningJob
 from .jobs.job import Job
@@ -104,6 +105,7 @@ class Trainer:
         self.engine = zero.initialize(module, build_optimizer(module, recipe.optim), recipe)
         if run.found:
             checkpoint.load_moments(run.found, self.engine, self.progress.optimizer_steps)
+        self.average = Average(self.engine, recipe.ema)
         compat.set_timeouts(recipe.run.timeout_s)
         self.clock, self.bad_steps, self.failed_saves = Clock(), 0, 0
 
@@ -130,10 +132,13 @@ class Trainer:
             tokens = job.num_tokens(step)
             speed = clock.step(tokens)
             progress.step, progress.tokens = step + 1, progress.tokens + tokens
-            progress.optimizer_steps += applied
+            if applied:
+                progress.optimizer_steps += 1
+                self.average.update(progress.optimizer_steps)
             telemetry.record(
                 "train", progress.step, **as_tree(figures), **job.labels(step), lr=lr,
-                grad_norm=float(self.engine.get_global_grad_norm()), tokens=progress.tokens, tokens_per_s=speed,
+                **({} if "grad_norm" in figures else {"grad_norm": float(self.engine.get_global_grad_norm())}),
+                tokens=progress.tokens, tokens_per_s=speed,
                 elapsed_s=progress.elapsed_s + clock.elapsed_s, **({"smoothing_floor": floor} if floor else {}),
             )  # fmt: skip
             telemetry.step(progress.step, figures["loss"], clock.tokens_per_s)
@@ -141,7 +146,8 @@ class Trainer:
 
             is_last = progress.step == total
             if is_last or due(progress.step, recipe.eval.every):
-                found = job.evaluate(self.engine)
+                with self.average.served():
+                    found = job.evaluate(self.engine)
                 telemetry.evaluation(progress.step, found)
                 self.check_collapse(found.get("collapse", ""))
             if is_last or stopping or due(progress.step, recipe.checkpoint.every):
@@ -209,7 +215,8 @@ class Trainer:
 
     def finish(self) -> None:
         try:
-            model = self.job.export(self.engine.module, self.run.model)
+            with self.average.served():
+                model = self.job.export(self.engine.module, self.run.model)
         except OSError as error:
             raise InputError(f"{self.run.model}: could not be written: {error}; {self.way_back()}") from error
         seconds = self.progress.elapsed_s + self.clock.elapsed_s
@@ -225,9 +232,12 @@ class Trainer:
         for note in notes:
             say(note)
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
+        how = f"ZeRO {self.recipe.zero.stage}" + (", compiled" if self.recipe.train.compile else "")
+        if self.recipe.ema.decay is not None and self.recipe.ema.use:
+            how += f"; evaluations and the model have averaged weights (ema.decay {self.recipe.ema.decay})"
         say(
             f"{self.run.path}: {parameters / 1e6:.1f} M parameters, {self.job.describe()}, "
-            f"{world.size} x {world.device.type}, {self.recipe.train.precision}, ZeRO {self.recipe.zero.stage}"
+            f"{world.size} x {world.device.type}, {self.recipe.train.precision}, {how}"
         )
         if self.job.beginning:
             say(self.job.beginning)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from . import muon
 from .jobs.job import Job
 from .launch import StopRequest, World
 
@@ -16,6 +17,7 @@ def update(
 ) -> tuple[dict[str, float], bool]:  # fmt: skip
     """This rank's micro-batches of a step, forward and backward, then one step of the optimizer. Collective.
 
+    A group of parameters with an "lr_ratio" takes that times ``lr``; beside Muon ``clip`` of `muon.py` clips.
     DeepSpeed averages gradients over ranks and adds them up over micro-batches, which a job's losses are made for.
 
     Args:
@@ -28,7 +30,7 @@ def update(
     batches = [batch.to(world.device, non_blocking=True) for batch in batches]
     lap("data")
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_ratio", 1.0)
     seeds = [dropout_seed(seed, step, i, world.rank) for i in range(len(batches))]
     given = job.prepare(engine, step, batches, seeds)
     sums: dict[str, torch.Tensor] = {}
@@ -41,6 +43,8 @@ def update(
         lap("backward")
         for name, figure in {**figures, **job.after_backward(engine, len(given))}.items():
             sums[name] = sums.get(name, 0) + figure.double() / world.size
+    for name, norm in muon.clip(engine, world).items():
+        sums[name] = norm / world.size
     engine.step()
     sums["stopping"] = torch.tensor(float(stop.pending), dtype=torch.float64, device=world.device)
     values = dict(zip(sums, world.sum(torch.stack(list(sums.values()))).tolist(), strict=True))

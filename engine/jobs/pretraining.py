@@ -14,8 +14,7 @@ from ...models.masked_lm import ConceptForMaskedLM, smoothing_floor
 from ...models.objectives import Distillation, Mixed, ReadBack, StateReader, View
 from ...models.pretraining import Cached, Pretraining, Totals, cache
 from ...models.recursion import draw_iterations
-from .. import compat
-from ..backbone import KEPT, checkpoint_activations, identity
+from ..backbone import KEPT, identity
 from ..beginning import begin
 from ..card import About
 from ..data.cache import cache_folder
@@ -29,6 +28,7 @@ from ..data.teacher import Teacher
 from ..data.windows import Windows
 from ..export import export
 from ..launch import World
+from ..layers import set_up
 from ..recipe.schema import Recipe
 from .evaluation import evaluate, of_states
 from .job import Loss
@@ -131,11 +131,7 @@ class PretrainingJob:
         bare, self.beginning, self.files = begin(recipe, self.corpus, self.world, is_new)
         if recipe.data.states_gb:
             self.take_states(bare, KEPT in self.files)
-        if recipe.train.checkpoint_backbone:
-            checkpoint_activations(bare)
-        bare.encoder.keep = recipe.train.keep
-        if recipe.train.recompute:
-            compat.recompute_layers(bare)
+        set_up(bare, recipe.train, self.world.device)
         distillation = None
         if self.distill:
             bare.config.distilled_from = self.teacher

@@ -22,6 +22,7 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield from of_stages(recipe)
     yield from of_states(recipe)
     yield from of_profile(recipe)
+    yield from of_speed(recipe)
     yield from of_model(recipe)
 
 
@@ -120,6 +121,16 @@ def of_profile(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if not first <= last <= recipe.train.steps:
         expected = f"first and last step, at most train.steps = {recipe.train.steps}"
         yield "profile.steps", f"expected {expected}, got [{first}, {last}]"
+
+
+def of_speed(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    train, offload, stage = recipe.train, recipe.zero.offload, recipe.zero.stage
+    if train.compile and train.keep in ("states", "ids"):
+        yield "train.keep", f"expected keys or nothing with train.compile, got {train.keep!r}"
+    if offload == "parameters" and stage != 3:
+        yield "zero.offload", f"expected optimizer with zero.stage = {stage}: only stage 3 lets go of parameters"
+    if offload is not None and recipe.optim.muon is not None:
+        yield "zero.offload", "expected nothing with optim.muon, which multiplies matrices in every update"
 
 
 def of_stages(recipe: Recipe) -> Iterator[tuple[str, str]]:
