@@ -2,6 +2,7 @@
 
     conceptron bench step RECIPE [section.field=value ...] [--synthetic] [--steps 10] [--out runs/bench/step]
     conceptron bench step seeds-diffusion-l2 --synthetic
+    conceptron bench step demo.yaml --bare 40           beside a bare loop of torch, as ``engine_overhead``
 
 The recipe's own model, data, batches and engine run for a few steps. Reported: tokens per second, model FLOPs
 utilisation (``flops.py`` over the matmul rate measured in the same run), time of data, forward, backward and optimizer,
@@ -48,6 +49,7 @@ from .measure.ceilings import matmul_flops, synchronize
 from .measure.environment import environment
 from .measure.flops import Sizes, step_flops
 from .measure.nvml import monitor_of
+from .measure.overhead import Bare, overhead
 from .measure.results import markdown_table, write_results
 
 PARTS = {  # part -> module of ConceptForMaskedLM
@@ -150,10 +152,16 @@ def padding_waste(loader: Stages, steps: Sequence[int]) -> float:
 
 
 def run(
-    recipe: Recipe, num_steps: int, warm_up: int, use_synthetic: bool, vocabulary: int | None = None
-) -> dict[str, Any]:
-    """Every figure of one recipe on this device, as a flat row. ``vocabulary``: of synthetic tokens, see above."""
+    recipe: Recipe, num_steps: int, warm_up: int, use_synthetic: bool, vocabulary: int | None = None,
+    num_bare: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """Every figure of one recipe on this device, as a flat row. ``vocabulary``: of synthetic tokens, see above.
+
+    ``num_bare``: as many more steps are taken twice, with the engine and with a bare loop.
+    """
     with launch.world() as world:
+        if num_bare and world.size > 1:
+            raise InputError("--bare: expected 0 on several ranks: a bare loop has nobody to share gradients with")
         recipe, corpora = settled(recipe, world), None
         if use_synthetic:
             corpora = [synthetic(recipe, vocabulary, window) for _, window in recipe.stages()]
@@ -164,6 +172,7 @@ def run(
         torch.manual_seed(recipe.run.seed)
         whole = job.build(is_new=True).to(world.device).train()
         model, config = whole.model, whole.model.config
+        bare = Bare(job.build(is_new=True).to(world.device).train(), recipe, world.device) if num_bare else None
         engine = zero.initialize(whole, build_optimizer(whole, recipe.optim), recipe)
         steps = range(warm_up, warm_up + num_steps)
 
@@ -187,7 +196,14 @@ def run(
             watch.begin()
             for step, views in zip(steps, job.batches(steps.start, steps.stop), strict=True):
                 take(step, views)
-        total_s = sum(watch.seconds.values())
+        seconds = dict(watch.seconds)
+        total_s = sum(seconds.values())
+        beside = {}
+        if bare is not None:
+            more = range(steps.stop, steps.stop + num_bare)
+            given = [(step, loader.step(step)) for step in more]
+            bare.step(job, *given[0], 0.0)
+            beside = overhead(bare, job, recipe.optim.lr, given, take)
         view = replace(loader.step(steps.start)[0].to(world.device), pair=None)
         draw = draw_iterations(config, (recipe.run.seed, steps.start))
         parts = part_times(model, engine, view, world.device, draw) if recipe.has_task else {}
@@ -198,9 +214,9 @@ def run(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "tokens_per_step": num_tokens / num_steps, "tokens_per_s": num_tokens / total_s,
         "step_ms": total_s / num_steps * 1e3,
-        **{f"{phase}_ms": seconds / num_steps * 1e3 for phase, seconds in watch.seconds.items()},
+        **{f"{phase}_ms": of_phase / num_steps * 1e3 for phase, of_phase in seconds.items()}, **beside,
         "data_alone_ms": alone_s / num_steps * 1e3, "data_alone_tokens_per_s": num_tokens / alone_s,
-        "starved": watch.seconds["data"] > 0.05 * total_s,
+        "starved": seconds["data"] > 0.05 * total_s,
         "tflops": flops / total_s / 1e12, "matmul_tflops": rate / 1e12, "mfu": flops / total_s / rate,
         "padding_avoided": padding_waste(loader, steps), "batch_filled": loader.at(steps.start).efficiency,
         **parts,
@@ -218,7 +234,7 @@ def main(options: argparse.Namespace) -> int:
     vocabulary = options.vocabulary
     if vocabulary is None and recipe.data.tokenizer == SEEDS_TOKENIZER and options.recipe in PRESETS:
         vocabulary = SEEDS_VOCABULARY
-    row = run(recipe, options.steps, options.warm_up, options.synthetic, vocabulary)
+    row = run(recipe, options.steps, options.warm_up, options.synthetic, vocabulary, options.bare)
     name = Path(options.recipe).stem
     rows = [{"recipe": options.recipe, **row}]
     write_results(options.out, name, rows, stamp, title=f"Training step: {name}")

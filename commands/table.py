@@ -285,6 +285,7 @@ COMMANDS = (
             RECIPE, OVERRIDES,
             Option("--synthetic", None, "random tokens instead of the recipe's data"), VOCABULARY,
             Option("--steps", Whole(1), "that are timed", 10), Option("--warm-up", Whole(0), "that are not", 3),
+            Option("--bare", Whole(0), "steps more, each also by a bare loop of torch on a second model", 0),
             out("runs/bench/step"),
         ),
     ),

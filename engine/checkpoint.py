@@ -3,8 +3,8 @@
     RUN/checkpoints/step-00000100/
         MANIFEST.json                        written last: format, step, size and sha256 of every other file
         trainer.json                         step, tokens, what the run was started with
-        state-00000-of-00002.safetensors     what rank 0 of 2 holds: ranges of the float32 weights, of both moments or of
-                                             Muon's momentum, and of the averaged weights (`ema.py`) if there are any
+        state-00000-of-00002.safetensors     what rank 0 of 2 holds: ranges of the float32 weights, of both moments (or
+                                             Muon's momentum), and of averaged weights (`ema.py`)
 
 A tensor `encoder.w@4096:exp_avg` is the first moment of the flattened parameter `encoder.w` from element 4096 on. Every
 rank writes what it holds, without communication; a reader picks the ranges it needs from all files. There is nothing

@@ -27,7 +27,7 @@ def check_compiler(device: str) -> None:
         raise InputError(f"train.compile: expected false without a {wanted} compiler; install g++, or leave it out")
 
 
-def compile_layers(model: nn.Module) -> list[nn.Module]:
+def compile_layers(model: nn.Module, backend: Any = "inductor") -> list[nn.Module]:
     """Compiles each layer of the encoder and of its tokens, and the decoder, in place; returns what is compiled.
 
     Layers of one kind share their code. In every tensor they are given, the first size counts texts, tokens or rows and
@@ -37,7 +37,7 @@ def compile_layers(model: nn.Module) -> list[nn.Module]:
     shapes.use_duck_shape = False  # else as many texts as heads in the first batch would be a rule for all
     parts = list(compilable(model))
     for part in parts:
-        part.forward = Compiled(part)
+        part.forward = Compiled(part, backend)
     return parts
 
 
@@ -52,9 +52,10 @@ def compilable(model: nn.Module) -> Iterator[nn.Module]:
 class Compiled:
     """What stands in for a module's ``forward``."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, backend: Any) -> None:
         self.plain, self.module = module.forward, module
-        self.compiled = torch.compile(self.plain, dynamic=True, fullgraph=True, options=DETERMINISTIC)
+        options = DETERMINISTIC if backend == "inductor" else None
+        self.compiled = torch.compile(self.plain, dynamic=True, fullgraph=True, backend=backend, options=options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = list(tensors((args, kwargs)))

@@ -37,8 +37,10 @@ def build_muon(model: nn.Module, groups: list[dict[str, Any]], recipe: Optim) ->
         parameter.use_muon = id(parameter) in by_muon  # where DeepSpeed looks
     adam = [{**group, "params": [p for p in group["params"] if id(p) not in by_muon]} for group in groups]
     options = {"lr": recipe.lr, "betas": recipe.betas, "eps": recipe.eps, "use_muon": False}
-    muon = {"params": matrices, "use_muon": True, "lr": recipe.muon.lr, "momentum": recipe.muon.momentum,
-            "weight_decay": recipe.weight_decay, "lr_ratio": recipe.muon.lr / recipe.lr, "clip": recipe.clip}  # fmt: skip
+    muon = {
+        "params": matrices, "use_muon": True, "lr": recipe.muon.lr, "momentum": recipe.muon.momentum,
+        "weight_decay": recipe.weight_decay, "lr_ratio": recipe.muon.lr / recipe.lr, "clip": recipe.clip,
+    }  # fmt: skip
     return compat.plain_muon()(
         [*([muon] if matrices else []), *({**group, **options} for group in adam if group["params"])],
         adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": True},

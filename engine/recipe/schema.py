@@ -35,8 +35,8 @@ from .reader import one_line
 # What may change between an interruption and its resumption: it moves no data and no weight, or only by rounding.
 FREE = (
     "run.name", "run.folder", "run.timeout_s", "run.join_minutes", "resume", "eval.", "checkpoint.", "profile.",
-    "zero.", "ema.", "batch.micro_tokens", "data.cache", "data.states_gb", "task.cache", "distill.max_gib", "train.keep",
-    "train.recompute", "train.compile", "train.on_collapse",
+    "zero.", "ema.", "batch.micro_tokens", "data.cache", "data.states_gb", "task.cache", "distill.max_gib",
+    "train.keep", "train.recompute", "train.compile", "train.on_collapse",
 )  # fmt: skip
 
 

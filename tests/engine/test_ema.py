@@ -71,8 +71,9 @@ AVERAGED = ["train.steps=6", "eval.every=3", "checkpoint.every=2", "ema.decay=0.
 
 
 def figures(folder, kind="eval"):
-    entries = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in e.items() if k not in ("elapsed_s", "tokens_per_s")} for e in entries if e["kind"] == kind]
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    clocks = ("elapsed_s", "tokens_per_s")
+    return [{k: v for k, v in e.items() if k not in clocks} for e in entries if e["kind"] == kind]
 
 
 def test_a_resumed_run_averages_and_exports_as_the_straight_one(recipe, world, monkeypatch, tmp_path):

@@ -1,0 +1,118 @@
+"""Compiled layers: how many graphs all batches need, that they learn the same, and what refuses them."""
+
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from conceptron.engine.compiled import check_compiler, compile_layers
+from conceptron.engine.errors import InputError
+from conceptron.models.config import ConceptConfig
+from conceptron.models.masked_lm import ConceptForMaskedLM
+from conceptron.models.objectives import OBJECTIVES, SampleKey, SpecialTokens, View
+from conceptron.models.packing import pack
+
+TOKENS = SpecialTokens(mask_id=1, special_ids=frozenset({0, 1}), vocab_size=97)
+SHAPE = dict(
+    vocab_size=97, hidden_size=30, num_concepts=5, num_hidden_layers=3, num_attention_heads=3, intermediate_size=33,
+    num_decoder_layers=2, mask_token_id=1, dropout=0.0,
+)  # fmt: skip
+MODELS = {  # kind -> fields, and graphs: of each kind of layer and place among them, and the decoder
+    "cross": ({}, 2),
+    "shared keys": (dict(share_kv=3), 3),
+    "tied": (dict(tie_layers=True, num_iterations=3), 3),
+    "slot": (dict(layer_kind="slot"), 2),
+    "bixt": (dict(layer_kind="bixt"), 3),
+    "token layers": (dict(num_token_layers=2, token_window=4, decoder_mixing="local", decoder_window=4), 3),
+    "timesteps": (dict(timestep_conditioning=True, decoder_mixing="concepts"), 2),
+}
+# ragged, with an empty text, as many texts as heads, as many tokens as another size, and rows that nobody asks for
+SEVERAL = ((7, 40), (30, 30, 12), (9, 0, 44), (20, 4), (3, 9, 10, 44, 2), (15, 15))
+ONE = ((23,), (41,), (5,), (30,))
+
+
+def view(lengths: tuple[int, ...]) -> View:
+    generator = np.random.default_rng(sum(lengths))
+    batch = pack([generator.integers(2, 97, size=n) for n in lengths])
+    keys = [SampleKey(0, sum(lengths), j) for j in range(len(lengths))]
+    return OBJECTIVES["diffusion"]().view(batch, keys, TOKENS)
+
+
+def build(**fields) -> ConceptForMaskedLM:
+    torch.manual_seed(0)
+    model = ConceptForMaskedLM(ConceptConfig(**{**SHAPE, **fields})).double().train()
+    model.encoder.keep = "keys"
+    return model
+
+
+@pytest.fixture(autouse=True)
+def anew():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_graph_serves_every_length(name):
+    fields, num_graphs = MODELS[name]
+    plain, model, counter = build(**fields), build(**fields), CompileCounterWithBackend("aot_eager")
+    compile_layers(model, counter)
+    counts = []
+    for lengths in (*SEVERAL, *ONE, (), *SEVERAL):
+        losses = []
+        for each in (plain, model):
+            each.zero_grad()
+            loss = each(view=view(lengths)).loss
+            loss.backward()
+            losses.append(loss.detach())
+        torch.testing.assert_close(*losses)
+        for (parameter, p), q in zip(plain.named_parameters(), model.parameters(), strict=True):
+            assert (p.grad is None) == (q.grad is None), parameter
+            if p.grad is not None:
+                torch.testing.assert_close(p.grad, q.grad, msg=parameter)
+        counts.append(counter.frame_count)
+    assert counts[0] == num_graphs and set(counts[: len(SEVERAL)]) == {num_graphs}
+    assert counts[-1] == counts[len(SEVERAL)] <= 2 * num_graphs  # once more for a text by itself
+
+
+def test_evaluation_is_not_compiled():
+    model, counter = build(), CompileCounterWithBackend("eager")
+    compile_layers(model, counter)
+    with torch.no_grad():
+        model.eval()(view=view((7, 40)))
+    assert counter.frame_count == 0
+
+
+def test_recomputed_layers_are_compiled_too():
+    """Gradient checkpointing inside: the same gradients, from less memory."""
+    gradients, kept = [], []
+    for is_recomputed in (False, True):
+        model, sizes = build(), {}
+        if is_recomputed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        compile_layers(model, "aot_eager")
+
+        def save(x, sizes=sizes):
+            sizes[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
+            loss = model(view=view((30, 30, 12))).loss
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+        kept.append(sum(sizes.values()))
+    torch.testing.assert_close(*gradients)
+    assert kept[1] < 0.8 * kept[0]
+
+
+def test_without_a_compiler_it_is_refused(monkeypatch):
+    for variable in ("CXX", "CC"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(InputError, match=r"train\.compile: expected false without a C\+\+ compiler"):
+        check_compiler("cpu")
+    with pytest.raises(InputError, match="without a C compiler"):
+        check_compiler("cuda")
+    monkeypatch.setenv("CXX", "/bin/sh")
+    check_compiler("cpu")
