@@ -55,9 +55,10 @@ def clip(engine: Any, world: World) -> dict[str, Tensor]:
     Returns "grad_norm" of all of it, "grad_norms/matrices" and "grad_norms/rest"; nothing without Muon. Where a
     gradient is not finite they mean nothing, and DeepSpeed skips the step.
     """
-    of_muon, zero = compat.muon_groups(engine), engine.optimizer
-    if not any(of_muon):
+    zero = engine.optimizer
+    if not any(group.get("use_muon") for group in zero.param_groups):
         return {}
+    of_muon = compat.muon_groups(engine)
     largest = next(group["clip"] for group in zero.param_groups if "clip" in group)
     rest = [g for i, is_muon in enumerate(of_muon) if not is_muon for g in zero.averaged_gradients[i]]
     squares = torch.stack([square(compat.muon_gradients(engine), world), square(rest, world)])

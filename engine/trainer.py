@@ -125,19 +125,19 @@ class Trainer:
             figures, stopping = update(
                 self.engine, self.world, job, step, batches, lr=lr, seed=recipe.run.seed, stop=self.stop
             )
-            applied = self.engine.was_step_applied()
+            applied, norm = self.engine.was_step_applied(), float(self.engine.get_global_grad_norm())
+            norm = figures.pop("grad_norm", norm) if applied else norm  # the first is measured beside Muon
+            if applied:
+                progress.optimizer_steps += 1
+                self.average.update(progress.optimizer_steps)
             if folder := profiled.end(step + 1):
                 telemetry.say(f"profile of steps {profiled.first} to {profiled.last}: {folder}")
 
             tokens = job.num_tokens(step)
             speed = clock.step(tokens)
             progress.step, progress.tokens = step + 1, progress.tokens + tokens
-            if applied:
-                progress.optimizer_steps += 1
-                self.average.update(progress.optimizer_steps)
             telemetry.record(
-                "train", progress.step, **as_tree(figures), **job.labels(step), lr=lr,
-                **({} if "grad_norm" in figures else {"grad_norm": float(self.engine.get_global_grad_norm())}),
+                "train", progress.step, **as_tree({**figures, "grad_norm": norm}), **job.labels(step), lr=lr,
                 tokens=progress.tokens, tokens_per_s=speed,
                 elapsed_s=progress.elapsed_s + clock.elapsed_s, **({"smoothing_floor": floor} if floor else {}),
             )  # fmt: skip

@@ -1,14 +1,17 @@
 """Runs `train` on several ranks, without a port: one process imports everything, then forks the ranks of each job.
 
-    python ranks.py JOBS.json    JOBS: [{"world": 2, "recipe": PATH, "overrides": [...], "fault": [KIND, RANK, STEP]}]
+    python ranks.py JOBS.json    JOBS: [{"world": 2, "recipe": PATH, "overrides": [...], "fault": [KIND, RANK, STEP],
+                                         "again": [RUN, COPY, STEP]}]
 
-The exit codes of all ranks are printed as JSON, one line a job. `fault` makes one rank send itself SIGTERM ("stop") or
+The exit codes of all ranks are printed as JSON, one line a job. `again` copies a finished run's folder before the job
+begins, as it was after STEP. `fault` makes one rank send itself SIGTERM ("stop") or
 meet a weight that is not a number ("poison"), once, at a step counted from 1.
 """
 
 import importlib
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -49,6 +52,14 @@ def poison(at_step: int) -> None:
     Loader.step = step
 
 
+def again(run: str, to: str, step: int) -> None:
+    shutil.copytree(run, to)
+    shutil.rmtree(f"{to}/model")
+    for checkpoint in os.listdir(f"{to}/checkpoints"):
+        if checkpoint > f"step-{step:08d}":
+            shutil.rmtree(f"{to}/checkpoints/{checkpoint}")
+
+
 def rank_of(job: dict, rank: int, store: str) -> None:
     """Never returns."""
     code = 1
@@ -77,6 +88,8 @@ def main(path: str) -> None:
     with open(path) as file:
         jobs = json.load(file)
     for job in jobs:
+        if "again" in job:
+            again(*job["again"])
         with tempfile.TemporaryDirectory() as folder:
             children = []
             for rank in range(job["world"]):

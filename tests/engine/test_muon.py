@@ -32,7 +32,7 @@ def test_matrices_of_layers_only():
 
 
 def test_an_update_is_orthogonal_and_decays_apart(build, steps):
-    """One step from zero momentum with lr 1: singular values of what a matrix moved by are about sqrt(rows / cols)."""
+    """One step with lr 1: singular values of what a matrix moved by are about 1, as many as its gradient has."""
     engine = build(lr=1e-3, weight_decay=0.0, muon={"lr": 1.0})
     matrix = engine.module.encoder.layers[0].feed.down.weight
     before = matrix.detach().clone()
@@ -40,7 +40,7 @@ def test_an_update_is_orthogonal_and_decays_apart(build, steps):
     for group in engine.optimizer.param_groups:
         assert group["lr"] == (1.0 if group["use_muon"] else 1e-3)
     moved = torch.linalg.svdvals((matrix - before).detach().double())
-    assert moved.min() > 0.5 and moved.max() < 1.5  # of a Newton-Schulz iteration of five steps
+    assert moved.max() < 1.3 and (moved > 0.6).sum() >= 8  # five steps of Newton and Schulz are not exact
 
 
 @STAGES
