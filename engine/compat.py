@@ -199,8 +199,9 @@ def muon_gradients(engine: Any) -> list[Tensor]:
 
 
 def plain_muon() -> type[torch.optim.Optimizer]:
-    """DeepSpeed's Muon. Fault: importing it wraps its functions in torch.compile, for every shape anew, which on a CPU
-    takes minutes and a compiler; here they are as they are written."""
+    """DeepSpeed's Muon. Fault: importing it, which stages 1 and 2 do in every run, wraps its functions in torch.compile:
+    that alone imports a compiler, and to use them takes minutes on a CPU. Here they are as they are written, in a
+    process that has called this before its first step."""
     from deepspeed.runtime import compiler
 
     wrap, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator

@@ -61,6 +61,7 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Train
     """A DeepSpeed engine around a model whose weights are already in place. Needs a process group (`launch.py`)."""
     import deepspeed
 
+    compat.plain_muon()
     num_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config(recipe, num_parameters), dist_init_required=False
