@@ -239,6 +239,14 @@ def whole(tensor: Tensor) -> Tensor:
         return tensor.detach().cpu().clone()
 
 
+def gather_as_one(module: torch.nn.Module) -> None:
+    """Makes ZeRO-3 gather a module's parameters before its forward pass, all that are inside. Fault: it gathers those
+    of each module inside by hooks of that module, and torch.compile breaks its graph at every one of them."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    set_z3_leaf_module(module, True)
+
+
 def recompute_layers(model) -> None:
     """Gradient checkpointing, under the name that this transformers has for it."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

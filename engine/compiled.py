@@ -11,6 +11,7 @@ from torch.fx.experimental import _config as shapes
 
 from ..models.decoder import ConceptDecoder
 from ..models.encoder import ConceptEncoder
+from . import compat
 from .errors import InputError
 
 DETERMINISTIC = {"deterministic": True}  # of inductor: no choice between kernels by the clock
@@ -37,6 +38,7 @@ def compile_layers(model: nn.Module, backend: Any = "inductor") -> list[nn.Modul
     shapes.use_duck_shape = False  # else as many texts as heads in the first batch would be a rule for all
     parts = list(compilable(model))
     for part in parts:
+        compat.gather_as_one(part)
         part.forward = Compiled(part, backend)
     return parts
 
