@@ -1,6 +1,8 @@
 """Compiled layers: how many graphs all batches need, that they learn the same, and what refuses them."""
 
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -15,21 +17,22 @@ from conceptron.models.packing import pack
 
 TOKENS = SpecialTokens(mask_id=1, special_ids=frozenset({0, 1}), vocab_size=97)
 SHAPE = dict(
-    vocab_size=97, hidden_size=30, num_concepts=5, num_hidden_layers=3, num_attention_heads=3, intermediate_size=33,
-    num_decoder_layers=2, mask_token_id=1, dropout=0.0,
+    vocab_size=97, hidden_size=30, num_concepts=5, num_hidden_layers=2, num_attention_heads=3, intermediate_size=33,
+    num_decoder_layers=1, mask_token_id=1, dropout=0.0,
 )  # fmt: skip
-MODELS = {  # kind -> fields, and graphs: of each kind of layer and place among them, and the decoder
-    "cross": ({}, 2),
-    "shared keys": (dict(share_kv=3), 3),
-    "tied": (dict(tie_layers=True, num_iterations=3), 3),
-    "slot": (dict(layer_kind="slot"), 2),
-    "bixt": (dict(layer_kind="bixt"), 3),
-    "token layers": (dict(num_token_layers=2, token_window=4, decoder_mixing="local", decoder_window=4), 3),
-    "timesteps": (dict(timestep_conditioning=True, decoder_mixing="concepts"), 2),
-}
+MODELS = {  # fields, and graphs: of each kind of layer and place among them, and of the decoder
+    "default": ({}, 2),
+    "bixt behind token layers": (
+        dict(layer_kind="bixt", num_token_layers=1, token_window=4, decoder_mixing="local", decoder_window=4), 4,
+    ),
+    "tied slots with timesteps": (
+        dict(layer_kind="slot", tie_layers=True, timestep_conditioning=True, decoder_mixing="concepts"), 3,
+    ),
+}  # fmt: skip
 # ragged, with an empty text, as many texts as heads, as many tokens as another size, and rows that nobody asks for
-SEVERAL = ((7, 40), (30, 30, 12), (9, 0, 44), (20, 4), (3, 9, 10, 44, 2), (15, 15))
-ONE = ((23,), (41,), (5,), (30,))
+SEVERAL = ((7, 40), (30, 30, 12), (9, 0, 44), (3, 9, 10, 44, 2))
+ONE = ((23,), (41,))
+MORE = ((), (11, 29, 5), (37,))
 
 
 def view(lengths: tuple[int, ...]) -> View:
@@ -47,7 +50,9 @@ def build(**fields) -> ConceptForMaskedLM:
 
 
 @pytest.fixture(autouse=True)
-def anew():
+def anew(caplog):
+    """A compiler that knows nothing yet, and none of its traces in pytest's log, which take most of the time."""
+    caplog.set_level(logging.CRITICAL, "torch.__trace")
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -56,10 +61,10 @@ def anew():
 @pytest.mark.parametrize("name", MODELS)
 def test_one_graph_serves_every_length(name):
     fields, num_graphs = MODELS[name]
-    plain, model, counter = build(**fields), build(**fields), CompileCounterWithBackend("aot_eager")
+    plain, model, counter = build(**fields), build(**fields), CompileCounterWithBackend("eager")
     compile_layers(model, counter)
     counts = []
-    for lengths in (*SEVERAL, *ONE, (), *SEVERAL):
+    for lengths in (*SEVERAL, *ONE, *MORE):
         losses = []
         for each in (plain, model):
             each.zero_grad()
@@ -73,7 +78,7 @@ def test_one_graph_serves_every_length(name):
                 torch.testing.assert_close(p.grad, q.grad, msg=parameter)
         counts.append(counter.frame_count)
     assert counts[0] == num_graphs and set(counts[: len(SEVERAL)]) == {num_graphs}
-    assert counts[-1] == counts[len(SEVERAL)] <= 2 * num_graphs  # once more for a text by itself
+    assert counts[-1] == counts[-1 - len(MORE)] <= 2 * num_graphs  # once more for a text by itself
 
 
 def test_evaluation_is_not_compiled():
