@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 SAVING = {"at once": []}  # way -> overrides
-# (stage, ranks, precision, compiled, way of saving); any two values of two columns meet in a row
+# (stage, ranks, precision, compiled, way of saving); any two values of two columns meet in a row. Two ranks have Muon
 ROWS = [
     (1, 1, "fp32", True, "at once"),
     (1, 2, "bf16", False, "at once"),
@@ -34,7 +34,7 @@ def run_all(recipe: Path, rows: list[tuple], folder: Path) -> dict[tuple, list[l
     for row in rows:
         stage, ranks, precision, is_compiled, way = row
         given = [*COMMON, *SAVING[way], f"zero.stage={stage}", f"train.precision={precision}"]
-        given += [f"train.compile={str(is_compiled).lower()}"]
+        given += [f"train.compile={str(is_compiled).lower()}", f"optim.muon={'{}' if ranks == 2 else 'null'}"]
         whole, resumed = name_of(row), f"{name_of(row)}-resumed"
         jobs.append(dict(world=ranks, recipe=str(recipe), overrides=[*given, f"run.name={whole}"]))
         jobs.append(dict(
