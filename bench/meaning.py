@@ -8,12 +8,13 @@ holds the data: ``glue/stsb``, ``sick``, ``openstax_books``, each with parquet f
     sts       Pearson and Spearman of the cosine of two sentences: STS-B dev and test, SICK test; no label is used
     chapters  100 beginnings of chapters, 4 to 7 thousand words, two sentences of each as questions: the chapter found
               by its best part, by its one vector, and the part of it that holds the middle of the sentence, or the
-              place where it stood; with the sentences left in, and taken out; beside BM25 where `bm25s` is installed,
-              the windows of a backbone, and the first 512 tokens
-    geometry  of 128 windows of 512 tokens out of these chapters
+              place where it stood (or has its middle within 128 tokens of it); with the sentences left in, and taken
+              out; beside BM25 where `bm25s` is installed, the windows of a backbone, and the first 512 tokens
+    geometry  of 256 windows of 512 tokens out of these chapters; and out of as many kinds of text as DIR has
     content   words of 128-token texts written again from the concepts alone, against concepts set to zero and those of
               another text
-    speed     tokens per second of CPU time on 8192 tokens, beside ``--backbone`` in windows of 512, interleaved
+    speed     tokens per second of CPU time on 8192 tokens, as `conceptron embed` reads them, beside ``--backbone`` in
+              windows of 512, interleaved, in float32 and, where there are units for it, in bfloat16
 """
 
 import argparse
@@ -29,6 +30,7 @@ import torch
 from scipy.stats import pearsonr, spearmanr
 
 from ..engine.data.teacher import Teacher
+from ..engine.embedding.model import ConceptModel
 from ..engine.errors import InputError
 from ..models.ablation import ablated
 from ..models.objectives import Diffusion, SampleKey
@@ -51,7 +53,9 @@ GEOMETRY = {  # of ``metrics.geometry``
     "dead_slots": "dead concepts",
 }  # fmt: skip
 NUM_CHAPTERS, MIN_WORDS, MAX_WORDS, PER_CHAPTER = 100, 4000, 7000, 2
-WINDOW, NUM_WINDOWS = 512, 128
+WINDOW, NUM_WINDOWS = 512, 256
+KINDS = ("eltec_novels", "govweb", "openstax_books", "plos_articles", "techdocs", "wikipedia_articles")
+FIRST_CHARS = 40_000  # of a text of these kinds: novels are long
 READ_TOKENS, NUM_READ = 128, 64
 FIRST = 512  # tokens, of the floor that reads no further
 LONG, ROUNDS, BACKBONE_WINDOW = 8192, 3, 512
@@ -148,7 +152,7 @@ def retrieval(model: Embedder, texts: Sequence[str], asks: Embedder, parts: int)
             ways["windows of the backbone"] = chapters.search(queries, windows, drawn.questions, is_removed)
         beginnings = model.embed([first_tokens(model, text, FIRST) for text in documents])
         ways[f"first {FIRST} tokens"] = chapters.whole(queries, beginnings, drawn.questions)
-        words = chapters.bm25(documents, drawn.questions, parts, is_removed)
+        words = chapters.bm25(documents, [each.starts for each in found], drawn.questions, parts, is_removed)
         if words:
             ways["BM25"] = words
         yield [
@@ -162,10 +166,19 @@ def mean_of(found: Sequence[Parts]) -> np.ndarray:
     return directions(np.stack([each.vectors.mean(0) for each in found]))
 
 
-def geometry(model: ConceptEmbedder, texts: Sequence[str]) -> list[dict[str, Any]]:
-    windows = cut(model, texts, WINDOW, NUM_WINDOWS)
+def geometry(model: ConceptEmbedder, windows: Sequence[Sequence[int]], of: str) -> list[dict[str, Any]]:
     figures = metrics.geometry(torch.from_numpy(model.concepts(windows)))
-    return [row("geometry", GEOMETRY[name], float(figures[name]), None, len(windows)) for name in GEOMETRY]
+    return [row("geometry", f"{of}, {GEOMETRY[name]}", float(figures[name]), None, len(windows)) for name in GEOMETRY]
+
+
+def mixed(model: ConceptEmbedder, data: Path) -> list[list[int]]:
+    """Windows of every kind of text that ``data`` has, as many of each; none if it has one kind only."""
+    files = [data / name / "test.parquet" for name in KINDS]
+    kinds = [columns(file, "text")[0] for file in files if file.is_file()]
+    each = NUM_WINDOWS // max(1, len(kinds))
+    if len(kinds) < 2:
+        return []
+    return [ids for texts in kinds for ids in cut(model, [text[:FIRST_CHARS] for text in texts[:each]], WINDOW, each)]
 
 
 def cut(model: ConceptEmbedder, texts: Sequence[str], window: int, count: int) -> list[list[int]]:
@@ -204,25 +217,33 @@ def content(model: ConceptEmbedder, texts: Sequence[str]) -> list[dict[str, Any]
 
 def speed(model: Embedder, backbone: str | None, texts: Sequence[str]) -> list[dict[str, Any]]:
     """Tokens per second of CPU time, the best of some rounds that take turns."""
-    timed: dict[str, Callable[[], Any]] = {}
+    readers: dict[str, tuple[Any, Callable[[], Any]]] = {}
     if isinstance(model, ConceptEmbedder):
         (ids,) = cut(model, [" ".join(texts)] * 2, LONG, 1)
-        timed["model"] = lambda: model.concepts([ids])
+        reader = ConceptModel(model.folder, model.device)
+        batch = pack([np.array(ids, dtype=np.int64)])
+        readers["model"] = reader, lambda: reader.forward(batch, reader.config.num_concepts)
     else:
-        timed["model"] = windows_of(model.teacher, texts)
+        readers["model"] = model.teacher, windows_of(model.teacher, texts)
     if backbone:
-        timed["backbone"] = windows_of(Teacher(backbone), texts)
-    seconds: dict[str, list[float]] = {name: [] for name in timed}
+        bare = Teacher(backbone)
+        readers["backbone"] = bare, windows_of(bare, texts)
+    precisions = {"float32": False} | ({"bfloat16": True} if all(each.is_mixed for each, _ in readers.values()) else {})
+    seconds: dict[tuple[str, str], list[float]] = {(kind, name): [] for kind in precisions for name in readers}
     for turn in range(ROUNDS + 1):
-        for name, call in timed.items():
+        for kind, name in seconds:
+            reader, call = readers[name]
+            reader.is_mixed = precisions[kind]
             start = time.process_time()
             call()
             if turn:  # the first is a warm-up
-                seconds[name].append(time.process_time() - start)
-    rates = {name: LONG / min(values) for name, values in seconds.items()}
-    rows = [row("speed", f"tokens per CPU second, {name}", rate, None, ROUNDS) for name, rate in rates.items()]
+                seconds[kind, name].append(time.process_time() - start)
+    rates = {key: LONG / min(values) for key, values in seconds.items()}
+    rows = [row("speed", f"tokens per CPU second, {name}, {kind}", rates[kind, name], None, ROUNDS)
+            for kind, name in rates]  # fmt: skip
     if backbone:
-        rows.append(row("speed", "times the backbone in windows", rates["model"] / rates["backbone"], None, ROUNDS))
+        rows += [row("speed", f"times the backbone in windows, {kind}",
+                     rates[kind, "model"] / rates[kind, "backbone"], None, ROUNDS) for kind in precisions]  # fmt: skip
     return rows
 
 
@@ -252,7 +273,9 @@ def measure(options: argparse.Namespace, model: Embedder) -> Iterator[list[dict[
         return
     texts = read_chapters(options.data, options.chapters)
     if "geometry" in wanted and is_ours:
-        yield geometry(model, texts)
+        yield geometry(model, cut(model, texts, WINDOW, NUM_WINDOWS), "textbooks")
+        if windows := mixed(model, options.data):
+            yield geometry(model, windows, "all kinds of text")
     if "content" in wanted and is_ours and hasattr(model.model, "decode_view"):
         yield content(model, texts)
     if "speed" in wanted:

@@ -15,6 +15,15 @@ backward of the mean square of its output ("train"). All share width, depth, hea
     local + full        ModernBERT-like, SDPA, the padded batch
     local + full, Llama UltraBERT-like, SDPA, the padded batch
     plain Perceiver     torch.nn.MultiheadAttention with a key padding mask, C = 128
+
+With ``--backbone DIR`` three others instead, of the module in DIR with random weights:
+
+    backbone, windows               the module, frozen, in windows of 256 under 128 concepts (`pretrain/read.yaml`)
+    backbone, windows, all trained  the same, whose module is trained too
+    backbone, full attention        the bare module on the padded batch, all trained, its table of positions longer
+
+And always, when asked for:
+
     VARIANT             "concept" with the fields of ConceptConfig that it names: layer_kind=slot, num_token_layers=2;
                         and keep=keys, states or ids
 
@@ -34,6 +43,7 @@ import yaml
 from torch import Tensor, nn
 
 from ..engine.errors import InputError
+from ..models.backbone_config import inner_config
 from ..models.config import ConceptConfig
 from ..models.decisions import FIELDS
 from ..models.encoder import ConceptEncoder
@@ -41,6 +51,7 @@ from ..models.packing import pack_padded
 from ..models.token_source import KEEPS
 from .figures.charts import draw_scaling
 from .measure.allocator import observe
+from .measure.backbone import described, in_windows, whole
 from .measure.clock import device_named, own_stream
 from .measure.environment import (
     environment,
@@ -51,12 +62,15 @@ from .measure.exponents import (
     GROWING,
     LLAMA,
     LOCAL,
+    ON_BACKBONE,
     OURS,
     PEERS,
     PERCEIVER,
     PHASES,
     SHARED,
     UNPADDED,
+    WHOLE_BACKBONE,
+    WINDOWED_TRAINED,
     WITH_KEYS,
     Rows,
     fits,
@@ -93,7 +107,7 @@ def grown_concepts(num_tokens: int) -> int:
 
 
 def concepts_of(name: str, num_tokens: int) -> int | None:
-    if name in (UNPADDED, *TRANSFORMERS):
+    if name in (UNPADDED, WHOLE_BACKBONE, *TRANSFORMERS):
         return None
     return grown_concepts(num_tokens) if name == GROWING else NUM_CONCEPTS
 
@@ -131,8 +145,13 @@ def parse_variant(text: str) -> dict[str, Any]:
     return fields
 
 
-def encoders(shape: Shape, device: torch.device, variants: Sequence[str] = ()) -> dict[str, Callable[[int], Build]]:
-    """name -> (N -> (batch -> (module, call))): the modules that do not depend on N are built once, when asked for."""
+def encoders(
+    shape: Shape, device: torch.device, variants: Sequence[str] = (), backbone: dict[str, Any] | None = None
+) -> dict[str, Callable[[int], Build]]:
+    """name -> (N -> (batch -> (module, call))): the modules that do not depend on N are built once, when asked for.
+
+    ``backbone``: ``ConceptConfig.backbone``, for ``ON_BACKBONE``.
+    """
 
     ours_by_name = {
         OURS: {}, FROM_IDS: {"keep": "ids"}, SHARED: {"share_kv": shape.num_layers}, WITH_KEYS: {"keep": "keys"},
@@ -154,6 +173,10 @@ def encoders(shape: Shape, device: torch.device, variants: Sequence[str] = ()) -
             return Perceiver(shape, NUM_CONCEPTS).to(device)
         if name in TRANSFORMERS:
             return TRANSFORMERS[name](shape).to(device)
+        if name == WHOLE_BACKBONE:
+            return whole(backbone, shape.max_tokens).to(device)
+        if name in ON_BACKBONE:
+            return in_windows(backbone, NUM_CONCEPTS, "all" if name == WINDOWED_TRAINED else "none").to(device)
         return concept(NUM_CONCEPTS, **(ours_by_name[name] if name in ours_by_name else parse_variant(name)))
 
     def ours(module: nn.Module, batch: Batch) -> Encode:
@@ -175,7 +198,8 @@ def encoders(shape: Shape, device: torch.device, variants: Sequence[str] = ()) -
         return lambda batch: (module, build(module, batch))
 
     return {
-        **{name: lambda n, name=name: with_module(fixed(name), ours) for name in (*ours_by_name, *variants)},
+        **{name: lambda n, name=name: with_module(fixed(name), padded if name == WHOLE_BACKBONE else ours)
+           for name in (*ours_by_name, *variants, *ON_BACKBONE)},
         GROWING: lambda n: with_module(concept(grown_concepts(n)), ours),
         **{name: lambda n, name=name: with_module(fixed(name), padded) for name in TRANSFORMERS},
         UNPADDED: lambda n: with_module(fixed(FULL), one_by_one),
@@ -232,13 +256,13 @@ def free_bytes(device: torch.device) -> int:
 def measure(
     shape: Shape, lengths: Sequence[int], device: torch.device, names: Sequence[str], *, budget_s: float,
     limit_s: float, watch_s: float = 0.5, earlier: Rows = (), save: Callable[[list[dict]], object] = len,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] = print, backbone: dict[str, Any] | None = None,
 ) -> list[dict]:  # fmt: skip
     """One flat row for each encoder, phase and N; those that ``earlier`` holds are kept as they are.
 
     ``save`` gets all rows after each length and phase. An encoder that raises (out of memory, say) says what it raised.
     """
-    builders = encoders(shape, device, [name for name in names if name not in NAMES])
+    builders = encoders(shape, device, [name for name in names if name not in (*NAMES, *ON_BACKBONE)], backbone)
     rows = [dict(row) for row in earlier]
     done = {(row["encoder"], row["phase"], row["N"]) for row in rows}
     for num_tokens in lengths:
@@ -287,10 +311,11 @@ def main(options: argparse.Namespace) -> int:
     """The command line."""
     if options.min_tokens > options.max_tokens:
         raise InputError(f"--min-tokens: expected at most --max-tokens {options.max_tokens}, got {options.min_tokens}")
-    names = list(NAMES) if options.only is None else options.only
+    known = NAMES if options.backbone is None else ON_BACKBONE
+    names = list(known) if options.only is None else options.only
     for name in names:
-        if name not in NAMES:
-            raise InputError(f"--only: there is no encoder {name!r}; there are {', '.join(NAMES)}")
+        if name not in known:
+            raise InputError(f"--only: there is no encoder {name!r}; there are {', '.join(known)}")
     try:
         for text in options.variants:
             fields = parse_variant(text)
@@ -304,10 +329,16 @@ def main(options: argparse.Namespace) -> int:
     while lengths[-1] * 2 <= options.max_tokens:
         lengths.append(lengths[-1] * 2)
     shape = Shape.asked(options, lengths[-1])
-    device = device_named(options.device)
+    device, backbone = device_named(options.device), None
+    if options.backbone is not None:
+        backbone = described(options.backbone)
+        inner = inner_config(backbone)
+        shape = Shape(inner.hidden_size, inner.num_hidden_layers, inner.num_attention_heads, 0,
+                      min(shape.vocab_size, inner.vocab_size), lengths[-1])  # fmt: skip
     stamp = {**environment(seed=0), "dtype": "bfloat16 (autocast)" if device.type == "cuda" else "float32",
-             "width": options.width, "layers": options.layers, "heads": options.heads}  # fmt: skip
-    title = (f"Scaling: d={options.width}, {options.layers} layers, {options.heads} heads, "
+             "width": shape.hidden_size, "layers": shape.num_layers, "heads": shape.num_heads,
+             **({"backbone": backbone["name"]} if backbone else {})}  # fmt: skip
+    title = (f"Scaling: d={shape.hidden_size}, {shape.num_layers} layers, {shape.num_heads} heads, "
              "two texts of N and 3N/4 tokens")  # fmt: skip
     earlier = rows_to_resume(options.out / "scaling.json", stamp) if options.resume else []
 
@@ -318,7 +349,7 @@ def main(options: argparse.Namespace) -> int:
     with own_stream(device):
         rows = measure(
             shape, lengths, device, [*names, *options.variants], budget_s=options.seconds,
-            limit_s=options.limit, earlier=earlier, save=save,
+            limit_s=options.limit, earlier=earlier, save=save, backbone=backbone,
         )  # fmt: skip
     draw_scaling(options.out)
     table = fits(rows)

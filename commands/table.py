@@ -98,6 +98,7 @@ COMMANDS = (
         (
             Option("run", Place("folder"), "runs/NAME"),
             Option("--step", Whole(0), "of the checkpoint; left out: the newest"),
+            Option("--best", None, "that of the best evaluation, which checkpoint.keep_best has kept"),
             Option("--average", None, "the weights averaged over the steps, of a run with ema.decay"),
             Option("--out", Place("new folder"), "where the model goes; left out: RUN/model-STEP"),
         ),
@@ -218,10 +219,13 @@ COMMANDS = (
             Option("--model", Text("a model"), "a model folder, a finished run, or any encoder of the hub",
                    required=True),
             Option("settings", Text("field=value"), (
-                "data, cache: folders; train, report: splits; piece: tokens read at once; seeds"
+                "data, cache: folders; train, report: splits; piece: tokens read at once; concepts: of a sentence; "
+                "answer=written; seeds; finetune: a recipe; rates"
             ), (), "*", "field=value"),
             Option("--limit", Whole(1), "only so many pairs, or documents, of every task", shown="N"),
             Option("--no-floors", None, "only the model: no majority, BM25, bag, untrained, ablations"),
+            Option("--protocol", Word(("seeds",)), "fine-tune as the seeds did, to compare with their figures"),
+            Option("--costs", None, "also time and memory of a document of each task, beside full attention"),
             out("runs/evaluate"),
         ),
     ),
@@ -258,6 +262,7 @@ COMMANDS = (
             Option("--variants", Text("field=value"), (
                 "further concept encoders, each by its fields of ConceptConfig: layer_kind=bixt num_token_layers=2"
             ), (), "+", "FIELD=VALUE[,...]"),
+            Option("--backbone", Text("a model"), "instead: this module in windows, in full attention", shown="DIR"),
             Option("--seconds", Number(0.001, 3600), "timed for each case, at least three calls", 1.0),
             Option("--limit", Number(0.001, 86400), "seconds a call may be expected to take", 20.0),
             DEVICE, RESUME, out("runs/bench/scaling"),

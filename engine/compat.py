@@ -199,9 +199,9 @@ def muon_gradients(engine: Any) -> list[Tensor]:
 
 
 def plain_muon() -> type[torch.optim.Optimizer]:
-    """DeepSpeed's Muon. Fault: importing it, which stages 1 and 2 do in every run, wraps its functions in torch.compile:
-    that alone imports a compiler, and to use them takes minutes on a CPU. Here they are as they are written, in a
-    process that has called this before its first step."""
+    """DeepSpeed's Muon. Fault: importing it, which stages 1 and 2 do in every run, wraps its functions in
+    torch.compile: that alone imports a compiler, and to use them takes minutes on a CPU. Here they are as they are
+    written, in a process that has called this before its first step."""
     from deepspeed.runtime import compiler
 
     wrap, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
@@ -251,3 +251,12 @@ def recompute_layers(model) -> None:
     """Gradient checkpointing, under the name that this transformers has for it."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def spare_reduction(engine: Any) -> None:
+    """Fault: a rank that is alone copies all gradients into one buffer, "averages" it and copies them back. On stage 1
+    the mark by which DeepSpeed tells gradients that are not to be reduced yet keeps them where they are."""
+    is_alone = torch.distributed.get_world_size() == 1
+    if is_alone and engine.zero_optimization_stage() == 1 and not engine.optimizer.cpu_offload:
+        for parameter in engine.module.parameters():
+            parameter.ds_grad_is_ready = False

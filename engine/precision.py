@@ -13,7 +13,8 @@ from .launch import World
 from .recipe.reader import read_yaml
 from .recipe.schema import Training
 
-WIDE = 512  # of a CPU's model: from this width on its units for bfloat16 pay for the casts, below they do not
+WIDE = 384  # of a CPU's model: from this width on its units for bfloat16 pay for the casts, below they do not
+WIDE_READ = 256  # of one that is only read: there are no gradients to cast
 
 
 def settled(recipe: Training, world: World) -> Training:
@@ -53,6 +54,11 @@ def begun_with(recipe: Training) -> str | None:
 
 def pays(width: int, device: str) -> bool:
     return has_bf16(device) and (device != "cpu" or width >= WIDE)
+
+
+def reads_mixed(width: int, device: str) -> bool:
+    """Whether a model of this width that is not trained multiplies in bfloat16."""
+    return has_bf16(device) and width >= WIDE_READ
 
 
 def has_bf16(device: str) -> bool:

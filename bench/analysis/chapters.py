@@ -11,6 +11,7 @@ from .embedding import Parts, directions
 
 SENTENCE = re.compile(r"(?<=[.!?]\s)[A-Z][^.!?\n]{58,240}\.(?=\s)")
 EDGE = 2  # characters: a place this near to a part belongs to it
+NEAR = 128  # tokens: from the middle of a part to a place that it found "within" so many
 
 
 class Question(NamedTuple):
@@ -43,19 +44,34 @@ def draw(texts: Sequence[str], per_chapter: int, seed: int = 0) -> Chapters:
 
 
 def search(queries: np.ndarray, documents: Sequence[Parts], questions: Sequence[Question], is_removed: bool) -> dict:
-    """How often the right chapter comes first by its best part, and how often its best part is the right one.
+    """How often the right chapter comes first by its best part, and how often its best part is the right one, or one
+    whose middle is within ``NEAR`` tokens of the place.
 
     ``queries``: [n, e] of norm 1. Returns shares and their standard errors, by the vectors as they are.
     """
     first = np.stack([(queries @ directions(parts.vectors).T).max(1) for parts in documents], axis=1).argmax(1)
     found = first == [question.chapter for question in questions]
-    placed = []
+    best = []
     for query, question in zip(queries, questions, strict=True):
         parts = documents[question.chapter]
-        begin, end = parts.spans[int((directions(parts.vectors) @ query).argmax())]
+        best.append(parts.spans[int((directions(parts.vectors) @ query).argmax())])
+    return {"chapter": share(found), **placed(best, [parts.starts for parts in documents], questions, is_removed)}
+
+
+def placed(
+    best: Sequence[Sequence[int]], starts: Sequence[np.ndarray], questions: Sequence[Question], is_removed: bool
+) -> dict:
+    """How often the ``best`` part of a question, (begin, end) in characters, holds its place, and how often it is near.
+
+    ``starts``: of each chapter, the first characters of its tokens.
+    """
+    hits, near = [], []
+    for (begin, end), question in zip(best, questions, strict=True):
         where = question.removed if is_removed else question.kept
-        placed.append(begin - EDGE <= where <= end + EDGE)
-    return {"chapter": share(found), "place": share(np.array(placed))}
+        hits.append(begin - EDGE <= where <= end + EDGE)
+        middle, place = np.searchsorted(starts[question.chapter], [(begin + end) / 2, where], side="right")
+        near.append(abs(middle - place) <= NEAR)
+    return {"place": share(np.array(hits)), f"place within {NEAR} tokens": share(np.array(near))}
 
 
 def whole(queries: np.ndarray, vectors: np.ndarray, questions: Sequence[Question]) -> dict:
@@ -69,8 +85,14 @@ def centred(documents: Sequence[Parts]) -> list[Parts]:
     return [parts._replace(vectors=parts.vectors - common) for parts in documents]
 
 
-def bm25(documents: Sequence[str], questions: Sequence[Question], num_parts: int, is_removed: bool) -> dict | None:
-    """The same two questions by BM25 over words; None where ``bm25s`` is not installed."""
+def bm25(
+    documents: Sequence[str], starts: Sequence[np.ndarray], questions: Sequence[Question], num_parts: int,
+    is_removed: bool,
+) -> dict | None:  # fmt: skip
+    """The same by BM25 over words, and over those of ``num_parts`` equal parts; None where ``bm25s`` is not installed.
+
+    ``starts``: as for ``placed``.
+    """
     try:
         import bm25s
     except ImportError:
@@ -84,17 +106,17 @@ def bm25(documents: Sequence[str], questions: Sequence[Question], num_parts: int
 
     queries = [question.text for question in questions]
     found = ranked(documents, queries) == [question.chapter for question in questions]
-    placed = []
+    asked, best = [], []
     for number, text in enumerate(documents):
         mine = [question for question in questions if question.chapter == number]
         if not mine:
             continue
         edges = [i * len(text) // num_parts for i in range(num_parts + 1)]
-        best = ranked([text[a:b] for a, b in pairwise(edges)], [each.text for each in mine])
-        for question, part in zip(mine, best, strict=True):
-            where = question.removed if is_removed else question.kept
-            placed.append(edges[part] - EDGE <= where <= edges[part + 1] + EDGE)
-    return {"chapter": share(found), "place": share(np.array(placed))}
+        spans = list(pairwise(edges))
+        parts = ranked([text[a:b] for a, b in spans], [each.text for each in mine])
+        asked += mine
+        best += [spans[part] for part in parts]
+    return {"chapter": share(found), **placed(best, starts, asked, is_removed)}
 
 
 def share(hits: np.ndarray) -> tuple[float, float, int]:

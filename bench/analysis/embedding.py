@@ -14,6 +14,7 @@ from torch import nn
 from ...engine.data.teacher import Teacher
 from ...engine.errors import InputError
 from ...engine.model_folder import kind_of, of_run
+from ...engine.precision import reads_mixed
 from ...engine.saved_model import load_model, load_vocabulary
 from ...models.backbone import cut
 from ...models.config import ConceptConfig
@@ -28,6 +29,7 @@ class Parts(NamedTuple):
 
     vectors: np.ndarray  # [P, e] float32
     spans: np.ndarray  # [P, 2] int64: the characters that each stands for
+    starts: np.ndarray  # [N] int64: the first characters of the text's tokens
     windows: "Parts | None" = None  # of a model on a backbone: what that makes of each of its windows, averaged
 
 
@@ -42,7 +44,8 @@ class ConceptEmbedder:
         self.distilled_from = getattr(self.config, "distilled_from", None)
         self.backbone = (self.config.backbone or {}).get("name")
         self.num_parts = self.config.num_concepts
-        self.device = next(self.encoder.parameters()).device
+        self.device, self.folder = next(self.encoder.parameters()).device, folder
+        self.is_mixed = reads_mixed(self.config.hidden_size, self.device.type)  # of long texts, as `conceptron embed`
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """[n, e] float32 of norm 1."""
@@ -56,20 +59,21 @@ class ConceptEmbedder:
     def parts_of(self, text: str) -> Parts:
         ids, offsets = self.tokens(text)
         batch, windows = pack([np.array(ids, dtype=np.int64)]).to(self.device), None
-        if self.encoder.backbone is not None:
-            batch = batch._replace(states=self.encoder.backbone(batch))
-            windows = self.windows_of(batch.states, offsets)
-        concepts = self.encoder(packed=batch).last_hidden_state
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_mixed):
+            if self.encoder.backbone is not None:
+                batch = batch._replace(states=self.encoder.backbone(batch))
+                windows = self.windows_of(batch.states, offsets)
+            concepts = self.encoder(packed=batch).last_hidden_state
         (vectors,) = self.encoder.meanings(concepts).float().cpu().numpy()
         spans = [span_of(offsets, *bounds) for bounds in stretch_bounds(len(ids), len(vectors))]
-        return Parts(vectors, np.array(spans), windows)
+        return Parts(vectors, np.array(spans), starts_of(offsets), windows)
 
     def windows_of(self, states: torch.Tensor, offsets: Sequence[tuple[int, int]]) -> Parts:
         backbone = self.encoder.backbone
         edges = cut(np.array([len(states)]), backbone.capacity, backbone.overlap)
         bounds = list(zip(edges.first.tolist(), edges.end.tolist(), strict=True))
         vectors = [states[begin:end].mean(0).float().cpu().numpy() for begin, end in bounds]
-        return Parts(np.stack(vectors), np.array([span_of(offsets, *each) for each in bounds]))
+        return Parts(np.stack(vectors), np.array([span_of(offsets, *each) for each in bounds]), starts_of(offsets))
 
     def tokens(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and the characters of each."""
@@ -110,7 +114,8 @@ class SentenceEmbedder:
             _, offsets = self.tokens(text)
             count = max(1, -(-len(offsets) // self.teacher.max_tokens))
             spans = [span_of(offsets, *bounds) for bounds in stretch_bounds(len(offsets), count)]
-            found.append(Parts(self.teacher.embed([text[begin:end] for begin, end in spans]), np.array(spans)))
+            vectors = self.teacher.embed([text[begin:end] for begin, end in spans])
+            found.append(Parts(vectors, np.array(spans), starts_of(offsets)))
         return found
 
     def tokens(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -145,6 +150,11 @@ def open_embedder(place: str) -> ConceptEmbedder | SentenceEmbedder:
 def directions(vectors: np.ndarray) -> np.ndarray:
     norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors / np.where(norms > 0, norms, 1)
+
+
+def starts_of(offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+    """[N] int64."""
+    return np.array([begin for begin, _ in offsets], dtype=np.int64)
 
 
 def span_of(offsets: Sequence[tuple[int, int]], begin: int, end: int) -> tuple[int, int]:

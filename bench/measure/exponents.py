@@ -20,6 +20,9 @@ OURS, GROWING = "concept", "concept, C grows"
 FROM_IDS, SHARED, WITH_KEYS = "concept, from ids", "concept, shared keys", "concept, keys kept"
 FULL, UNPADDED, LOCAL, PERCEIVER = "full attention", "full, no padding", "local + full", "plain Perceiver"
 LLAMA = "local + full, Llama"
+WINDOWED, WINDOWED_TRAINED = "backbone, windows", "backbone, windows, all trained"
+WHOLE_BACKBONE = "backbone, full attention"
+ON_BACKBONE = (WINDOWED, WINDOWED_TRAINED, WHOLE_BACKBONE)
 PEERS = (FULL, UNPADDED, LOCAL, LLAMA, PERCEIVER)
 Rows = Sequence[Mapping[str, Any]]
 PHASES = ("forward", "train")
@@ -127,7 +130,7 @@ def crossover(rows: Rows, ours: str, peer: str, phase: str) -> str:
 def verdicts(rows: Rows) -> list[str]:
     """Where ours passes each peer, and by how much; every concept encoder, losses like wins."""
     names = encoders_of(rows)
-    peers = [name for name in names if name in PEERS]
+    peers = [name for name in names if name in (*PEERS, WHOLE_BACKBONE)]
     return [
         crossover(rows, ours, peer, phase)
         for ours in names if ours not in peers for phase in PHASES for peer in peers

@@ -19,11 +19,10 @@ from ...models.shares import share_bounds
 from ..data.teacher import fingerprint_of
 from ..errors import InputError
 from ..model_folder import find, kind_of, of_run
-from ..precision import has_bf16
+from ..precision import reads_mixed
 from ..saved_model import load_model, load_vocabulary
 
 BATCH_ROWS = 16384  # tokens and concepts of one forward pass, unless one text alone has more
-NARROWEST_MIXED = 256  # of a model that is read with bfloat16 products, where there are units for them
 WINDOW_CHARS = 1 << 20  # of texts that are sorted by length together; bounds the memory
 
 
@@ -60,7 +59,7 @@ class ConceptModel:
         self.has_states = self.config.init_queries == "state"
         if self.has_states and adds_nothing(self.encoder):
             self.encoder.layers = nn.ModuleList()  # as they start: exactly the identity, and a cost
-        self.is_mixed = has_bf16(self.device.type) and self.config.hidden_size >= NARROWEST_MIXED
+        self.is_mixed = reads_mixed(self.config.hidden_size, self.device.type)
 
     @classmethod
     def from_pretrained(cls, place: str | Path, device: torch.device | str | None = None) -> "ConceptModel":

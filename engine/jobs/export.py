@@ -8,6 +8,7 @@ from .. import checkpoint, ema, launch
 from ..errors import InputError
 from ..launch import World
 from ..recipe.load import load_recipe
+from ..retention import best_step
 from ..telemetry import read_history
 from .pretraining import PretrainingJob
 
@@ -54,9 +55,14 @@ def figures_at(file: Path, step: int) -> dict[str, Any]:
 
 def main(options: argparse.Namespace) -> None:
     """The command line."""
-    name = f"model-{'newest' if options.step is None else options.step}{'-average' if options.average else ''}"
-    out = options.out or options.run / name
+    step = options.step
+    if options.best:
+        if step is not None:
+            raise InputError("--best: expected without --step: it chooses the step itself")
+        step = best_step(options.run / "checkpoints")
+    named = "best" if options.best else "newest" if step is None else str(step)
+    out = options.out or options.run / f"model-{named}{'-average' if options.average else ''}"
     with launch.world() as world:
-        folder, step = export_step(options.run, options.step, out, world, options.average)
+        folder, step = export_step(options.run, step, out, world, options.average)
         if world.is_first:
             print(f"step {step} of {options.run}: the model is in {folder}")

@@ -6,6 +6,7 @@ from ...models.config import ConceptConfig
 from ...models.regularizers import WITHIN_TEXT
 from ...models.token_source import check_keep
 from ..errors import InputError
+from .finetune import Finetune
 from .schema import Recipe
 
 SHORTEST_SPAN = 3  # tokens, of the uniform ones
@@ -23,6 +24,7 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield from of_states(recipe)
     yield from of_profile(recipe)
     yield from of_speed(recipe)
+    yield from of_best(recipe)
     yield from of_model(recipe)
 
 
@@ -123,7 +125,7 @@ def of_profile(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "profile.steps", f"expected {expected}, got [{first}, {last}]"
 
 
-def of_speed(recipe: Recipe) -> Iterator[tuple[str, str]]:
+def of_speed(recipe: Recipe | Finetune) -> Iterator[tuple[str, str]]:
     train, offload, stage = recipe.train, recipe.zero.offload, recipe.zero.stage
     if train.compile and train.keep in ("states", "ids"):
         yield "train.keep", f"expected keys or nothing with train.compile, got {train.keep!r}"
@@ -131,6 +133,26 @@ def of_speed(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "zero.offload", f"expected optimizer with zero.stage = {stage}: only stage 3 lets go of parameters"
     if offload is not None and recipe.optim.muon is not None:
         yield "zero.offload", "expected nothing with optim.muon, which multiplies matrices in every update"
+    if train.on_spike in ("skip", "rewind") and recipe.optim.muon is not None:
+        yield "train.on_spike", f"expected ignore or warn with optim.muon, which cannot undo, got {train.on_spike!r}"
+
+
+def of_best(recipe: Recipe | Finetune) -> Iterator[tuple[str, str]]:
+    """Whether evaluations of this run have the figure by which the best is kept."""
+    metric = recipe.checkpoint.keep_best
+    if metric is None:
+        return
+    if isinstance(recipe, Finetune):
+        there = {"loss", "accuracy", "pearson"}
+    else:
+        there = {"loss", "nll_unseen", "nll_seen"} if recipe.has_task else set()
+        there |= {"contrastive", "retrieval"} if recipe.contrastive is not None else set()
+        there |= {"alignment", "alignment_of_stretches"} if recipe.distill is not None else set()
+        there |= {"state_error"} if any(part.get("states") for _, part in recipe.parts()) else set()
+    if metric not in there:
+        yield "checkpoint.keep_best", f"expected one of {', '.join(sorted(there))}, which this run has, got {metric!r}"
+    if not recipe.eval.every:
+        yield "checkpoint.keep_best", f"expected nothing with eval.every = 0, which leaves no choice, got {metric!r}"
 
 
 def of_stages(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -65,7 +65,8 @@ def test_the_whole_command(model, data, tmp_path, monkeypatch, capsys):
     assert {part for part, _ in found} == set(meaning.PARTS)
     assert -1 <= found["sts", "STS-B test, Pearson"] <= 1
     assert found["chapters", "chapter, sentence kept, one vector"] >= 0
-    assert found["geometry", "concepts"] == 8 and found["speed", "tokens per CPU second, model"] > 0
+    assert found["geometry", "textbooks, concepts"] == 8 and ("geometry", "all kinds of text, concepts") not in found
+    assert found["speed", "tokens per CPU second, model, float32"] > 0
     assert 0 <= found["content", "words read back"] <= 1
     assert content["environment"]["distilled_from"] == {"teacher": "some/encoder"}
     assert found["chapters", "chapter, sentence removed, first 512 tokens"] >= 0
@@ -93,6 +94,23 @@ def test_as_many_chapters_as_were_asked_for(data, monkeypatch):
         meaning.read_chapters(data, 4)
     assert meaning.beginning_of("One two. Three four five. Six", 3) == "One two. Three four five."
     assert meaning.beginning_of("One two", 2) == "One two"
+
+
+def test_windows_of_every_kind_of_text(model, data, tmp_path, monkeypatch):
+    """As many of each, and none where there is but one kind."""
+    monkeypatch.setattr(meaning, "WINDOW", 64)
+    monkeypatch.setattr(meaning, "NUM_WINDOWS", 6)
+    embedder = open_embedder(str(model))
+    assert meaning.mixed(embedder, data) == []
+    texts = pq.read_table(data / "openstax_books" / "test.parquet")["text"].to_pylist()
+    for name in ("govweb", "techdocs"):
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.table({"text": [name + text for text in texts] * 3}), tmp_path / name / "test.parquet")
+    windows = meaning.mixed(embedder, tmp_path)
+    assert [len(ids) for ids in windows] == [64] * 6
+    assert len({tuple(ids) for ids in windows}) == 2, "the beginnings of two kinds, three texts of each"
+    first = meaning.geometry(embedder, windows, "two kinds")[0]
+    assert first["what"] == "two kinds, concepts" and first["count"] == 6
 
 
 def test_nothing_is_left(model, data):
@@ -155,15 +173,22 @@ def test_questions_by_hand():
 
 def test_search_by_hand():
     axes = np.eye(3, dtype=np.float32)
+    spans, starts = np.array([[0, 10], [10, 20]]), np.arange(20)
     documents = [
-        Parts(np.stack([axes[0], axes[1]]), np.array([[0, 10], [10, 20]])),
-        Parts(np.stack([0.6 * axes[1] + 0.8 * axes[2], axes[2]]), np.array([[0, 10], [10, 20]])),
+        Parts(np.stack([axes[0], axes[1]]), spans, starts),
+        Parts(np.stack([0.6 * axes[1] + 0.8 * axes[2], axes[2]]), spans, starts),
     ]
     ask = [chapters.Question("", 0, 15, 3), chapters.Question("", 1, 15, 15)]
     found = chapters.search(axes[[1, 2]], documents, ask, is_removed=False)
     assert found["chapter"][0] == 1.0 and found["place"][0] == 1.0
     found = chapters.search(axes[[1, 2]], documents, ask, is_removed=True)
     assert found["place"][0] == 0.5  # the first stood in the other part
+    near = f"place within {chapters.NEAR} tokens"
+    assert found[near][0] == 1.0  # 12 tokens from the middle of the part that was found
+    far = [chapters.Question("", 0, 15, 15 + chapters.NEAR), chapters.Question("", 1, 15, 15 + chapters.NEAR + 1)]
+    long = np.arange(300)
+    assert chapters.placed([(10, 20)] * 2, [long, long], far, is_removed=True)[near][0] == 0.5
+    assert chapters.placed([(10, 20)] * 2, [long[::2], long], far, is_removed=True)[near][0] == 0.5  # tokens of two
     common = chapters.centred(documents)
     np.testing.assert_allclose(common[0].vectors, -common[1].vectors, atol=1e-6)
     share, error, count = chapters.share(np.array([1, 0, 1, 1]))

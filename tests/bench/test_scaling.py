@@ -2,13 +2,17 @@ import pytest
 import torch
 
 from conceptron.bench.measure.allocator import allocator_peak
+from conceptron.bench.measure.exponents import WINDOWED
 from conceptron.bench.measure.peers import Perceiver, Shape, bert, modernbert
 from conceptron.bench.scaling import (
     FULL,
     GROWING,
+    ON_BACKBONE,
     OURS,
     PERCEIVER,
     UNPADDED,
+    WHOLE_BACKBONE,
+    WINDOWED_TRAINED,
     encoders,
     expected,
     grown_concepts,
@@ -64,6 +68,25 @@ def test_measure_skips_what_would_take_too_long():
     assert first["time_ms"] > 0 and first["time_ms_samples"] >= 3 and first["peak_bytes"] > 0
     assert second["status"].startswith("not run: expected about") and second["time_ms"] is second["peak_bytes"] is None
     assert third["status"] == second["status"], "what was skipped once stays skipped, for the same reason"
+
+
+SMALL = {"config": {"model_type": "bert", "vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2,
+                    "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 64},
+         "prefix": [2], "suffix": [3], "name": "small"}  # fmt: skip
+
+
+def test_a_backbone_in_windows_and_in_full_attention():
+    """Texts longer than its table of positions are read by both; a frozen one gets no gradient, a trained one does."""
+    rows = measure(TINY, [128], CPU, ON_BACKBONE, **QUICK, backbone=SMALL)
+    assert [row["encoder"] for row in rows] == [*ON_BACKBONE] * 2 and all(row["time_ms"] > 0 for row in rows)
+    assert [row["C"] for row in rows[:3]] == [128, 128, None]
+    assert len(verdicts(rows)) == 4
+    built, batch = encoders(TINY, CPU, backbone=SMALL), make_batch(128, TINY.vocab_size, CPU)
+    for name, is_trained in ((WINDOWED, False), (WINDOWED_TRAINED, True), (WHOLE_BACKBONE, True)):
+        module, encode = built[name](128)(batch)
+        encode().square().mean().backward()
+        module = module if name == WHOLE_BACKBONE else module.backbone.model
+        assert is_trained == (module.get_input_embeddings().weight.grad is not None)
 
 
 def test_measure_goes_on_where_it_was_cut():

@@ -13,6 +13,7 @@ from conceptron.engine.jobs.export import export_step
 from conceptron.engine.recipe.schema import Ema
 from conceptron.engine.telemetry import Telemetry
 from conceptron.engine.trainer import train
+from conceptron.engine.writer import save
 
 
 def weights(engine) -> list[torch.Tensor]:
@@ -61,7 +62,7 @@ def test_another_stage_reads_the_averages(world, build, steps, tmp_path):
     for n in (1, 2):
         steps(engine, n - 1, n)
         average.update(n)
-    folder = checkpoint.save(world, tmp_path, engine, Progress(step=2, optimizer_steps=2), keep=1)
+    folder = save(world, tmp_path, engine, Progress(step=2, optimizer_steps=2), keep_last=1)
     third = build(3, found=folder)
     with average.served(), Average(third, Ema(decay=0.5)).served():
         assert all(torch.equal(a, b) for a, b in zip(weights(engine), weights(third), strict=True))
@@ -77,7 +78,7 @@ def figures(folder, kind="eval"):
 
 
 def test_a_resumed_run_averages_and_exports_as_the_straight_one(recipe, world, monkeypatch, tmp_path):
-    straight = train(recipe, [*AVERAGED, "run.name=straight", "checkpoint.keep=3"])
+    straight = train(recipe, [*AVERAGED, "run.name=straight", "checkpoint.keep_last=3"])
     monkeypatch.setattr(Telemetry, "step", lambda self, step, *rest: 1 / 0 if step == 5 else None)
     with pytest.raises(ZeroDivisionError):
         train(recipe, AVERAGED)

@@ -10,6 +10,7 @@ from conceptron.engine.checkpoint import Progress
 from conceptron.engine.optimizer import build_optimizer, parameter_groups
 from conceptron.engine.recipe.schema import Optim
 from conceptron.engine.trainer import train
+from conceptron.engine.writer import save
 from conceptron.models.config import ConceptConfig
 from conceptron.models.masked_lm import ConceptForMaskedLM
 
@@ -75,7 +76,7 @@ def test_resumes_bitwise(world, build, steps, tmp_path, stage, precision):
     straight = steps(build(stage, precision, **given), 0, 4)
     engine = build(stage, precision, **given)
     steps(engine, 0, 2)
-    folder = checkpoint.save(world, tmp_path, engine, Progress(step=2, optimizer_steps=2), keep=1)
+    folder = save(world, tmp_path, engine, Progress(step=2, optimizer_steps=2), keep_last=1)
     assert checkpoint.has(folder, checkpoint.MOMENTUM) and checkpoint.has(folder, checkpoint.MOMENTS[0])
     assert steps(build(stage, precision, found=folder, **given), 2, 4) == straight[2:]
 

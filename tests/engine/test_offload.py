@@ -7,6 +7,7 @@ from conceptron.engine import checkpoint, zero
 from conceptron.engine.checkpoint import Progress
 from conceptron.engine.recipe.schema import Recipe
 from conceptron.engine.trainer import train
+from conceptron.engine.writer import save
 
 
 def config(**zero_section) -> dict:
@@ -28,7 +29,7 @@ def test_it_trains_and_resumes_as_without(world, build, steps, tmp_path, stage, 
     straight = steps(build(stage, precision), 0, 4)
     engine = build(stage, precision, offload=offload)
     found = steps(engine, 0, 2)
-    folder = checkpoint.save(world, tmp_path, engine, Progress(step=2, optimizer_steps=2), keep=1)
+    folder = save(world, tmp_path, engine, Progress(step=2, optimizer_steps=2), keep_last=1)
     found += steps(build(stage, precision, found=folder, offload=offload), 2, 4)
     torch.testing.assert_close(torch.tensor(found), torch.tensor(straight), rtol=1e-6, atol=0)
     assert [loss for loss, _ in found] == [loss for loss, _ in straight]

@@ -17,7 +17,7 @@ def recipe(width: int, wanted: str = "auto", folder: str = "runs", resume: str =
     })  # fmt: skip
 
 
-@pytest.mark.parametrize("units, width, found", [(True, 512, "bf16"), (True, 192, "fp32"), (False, 1024, "fp32")])
+@pytest.mark.parametrize("units, width, found", [(True, 384, "bf16"), (True, 192, "fp32"), (False, 1024, "fp32")])
 def test_a_cpu_takes_bf16_where_it_pays(units, width, found, monkeypatch):
     monkeypatch.setattr(precision, "has_bf16", lambda device: units)
     assert precision.settled(recipe(width), CPU).train.precision == found

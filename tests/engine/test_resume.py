@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-SAVING = {"at once": []}  # way -> overrides
+SAVING = {"beside": ["checkpoint.async=true"], "at once": ["checkpoint.async=false"]}  # way -> overrides
 # (stage, ranks, precision, compiled, way of saving); any two values of two columns meet in a row. Two ranks have Muon
 ROWS = [
-    (1, 1, "fp32", True, "at once"),
+    (1, 1, "fp32", True, "beside"),
     (1, 2, "bf16", False, "at once"),
     (2, 1, "bf16", True, "at once"),
-    (2, 2, "fp32", False, "at once"),
+    (2, 2, "fp32", False, "beside"),
     (3, 1, "fp32", False, "at once"),
-    (3, 2, "bf16", True, "at once"),
+    (3, 2, "bf16", True, "beside"),
 ]
 COMMON = ["train.steps=6", "eval.every=0", "checkpoint.every=3", "ema.decay=0.9"]
 

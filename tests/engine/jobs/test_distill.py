@@ -12,6 +12,7 @@ from transformers import AutoModel
 from conceptron.bench.analysis.findings import objective_name
 from conceptron.bench.analysis.subject import open_subject
 from conceptron.engine.data import lessons as stored
+from conceptron.engine.data import tokenizer
 from conceptron.engine.data.lessons import Lessons
 from conceptron.engine.data.teacher import Teacher
 from conceptron.engine.errors import InputError
@@ -49,6 +50,25 @@ def test_vectors_are_those_of_the_encoder_by_itself(save_teacher, tmp_path, pool
             pooled = states.mean(0) if pooling == "mean_tokens" else states[0]
             torch.testing.assert_close(torch.from_numpy(vector), pooled / pooled.norm(), atol=1e-5, rtol=0)
     assert np.allclose(teacher.embed([""]), 0)
+
+
+def test_a_teacher_with_the_tokenizer_of_another_model_is_refused(save_teacher, tmp_path):
+    folder = save_teacher(tmp_path / "t", 16)
+    words = tokenizer.train(["many more words than it has ever seen " + " ".join(map(str, range(2000)))], 900)
+    assert len(words) > len(Teacher(str(folder)).tokenizer)
+    tokenizer.save(words, folder)
+    with pytest.raises(InputError, match=r"its tokenizer is of another model: its largest id is \d+, and there are"):
+        Teacher(str(folder))
+
+
+def test_bfloat16_moves_a_teacher_little(save_teacher, tmp_path):
+    """Only wide ones use it, on a device with units for it; this one is told to."""
+    teacher, texts = Teacher(str(save_teacher(tmp_path / "t", 64))), ["the encoder reads", "a token"]
+    assert not teacher.is_mixed, "narrow"
+    exact = teacher.embed(texts)
+    teacher.is_mixed = True
+    mixed = teacher.embed(texts)
+    assert np.abs(mixed - exact).max() > 0 and (mixed * exact).sum(1).min() > 0.999
 
 
 def test_a_text_longer_than_the_teacher_is_the_mean_of_its_pieces(wide):
