@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conceptron.engine import checkpoint, compat
+from conceptron.engine import compat
 from conceptron.engine.checkpoint import Progress
 from conceptron.engine.ema import KEY, Average
 from conceptron.engine.jobs.export import export_step

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conceptron.engine import checkpoint, zero
+from conceptron.engine import zero
 from conceptron.engine.checkpoint import Progress
 from conceptron.engine.recipe.schema import Recipe
 from conceptron.engine.trainer import train
