@@ -89,14 +89,15 @@ def test_evaluation_is_not_compiled():
     assert counter.frame_count == 0
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers is to rename it
 def test_recomputed_layers_are_compiled_too():
-    """Gradient checkpointing inside: the same gradients, from less memory."""
+    """Gradient checkpointing inside: the same gradients as without either, from less memory."""
     gradients, kept = [], []
-    for is_recomputed in (False, True):
-        model, sizes = build(), {}
-        if is_recomputed:
+    for is_both in (False, True):
+        model, sizes = build(num_hidden_layers=1), {}
+        if is_both:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        compile_layers(model, "aot_eager")
+            compile_layers(model, "eager")
 
         def save(x, sizes=sizes):
             sizes[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
