@@ -14,7 +14,8 @@ from ..models.encoder import ConceptEncoder
 from . import compat
 from .errors import InputError
 
-DETERMINISTIC = {"deterministic": True}  # of inductor: no choice between kernels by the clock
+BACKEND = "inductor"
+DETERMINISTIC = {"deterministic": True}  # of it: no choice between kernels by the clock
 
 
 def check_compiler(device: str) -> None:
@@ -28,7 +29,7 @@ def check_compiler(device: str) -> None:
         raise InputError(f"train.compile: expected false without a {wanted} compiler; install g++, or leave it out")
 
 
-def compile_layers(model: nn.Module, backend: Any = "inductor") -> list[nn.Module]:
+def compile_layers(model: nn.Module, backend: Any = None) -> list[nn.Module]:
     """Compiles each layer of the encoder and of its tokens, and the decoder, in place; returns what is compiled.
 
     Layers of one kind share their code. In every tensor they are given, the first size counts texts, tokens or rows and
@@ -39,7 +40,7 @@ def compile_layers(model: nn.Module, backend: Any = "inductor") -> list[nn.Modul
     parts = list(compilable(model))
     for part in parts:
         compat.gather_as_one(part)
-        part.forward = Compiled(part, backend)
+        part.forward = Compiled(part, backend or BACKEND)
     return parts
 
 

@@ -1,13 +1,13 @@
 """Runs `train` on several ranks, without a port: one process imports everything, then forks the ranks of each job.
 
     python ranks.py JOBS.json    JOBS: [{"world": 2, "recipe": PATH, "overrides": [...], "fault": [KIND, RANK, STEP],
-                                         "again": [RUN, COPY, STEP]}]
+                                         "again": [RUN, COPY, STEP], "backend": NAME}]
 
 The exit codes of all ranks are printed as JSON, one line a job. `again` copies a finished run's folder before the job
-begins, as it was after STEP. `fault` makes one rank send itself a signal ("stop": SIGTERM, "freeze": SIGSTOP, "kill":
-SIGKILL), sleep without end ("sleep"), or meet weights that are not a number ("poison") or a thousand times too large
-("spike"), once, at a step counted from 1. With a "port" ranks meet there, as launchers let them, and not in a file;
-"errors" is a file for what they say; "memory_mb" is how much more they may have.
+begins, as it was after STEP; `backend` is that of torch.compile. `fault` makes one rank send itself a signal ("stop":
+SIGTERM, "freeze": SIGSTOP, "kill": SIGKILL), sleep without end ("sleep"), or meet weights that are not a number
+("poison") or a thousand times too large ("spike"), once, at a step counted from 1. With a "port" ranks meet there, as
+launchers let them, and not in a file; "errors" is a file for what they say; "memory_mb" is how much more they may have.
 """
 
 import importlib
@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from conceptron.engine import trainer
+from conceptron.engine import compiled, trainer
 from conceptron.engine.data.loader import Loader
 from conceptron.engine.errors import InputError
 from conceptron.engine.telemetry import Telemetry
@@ -99,6 +99,7 @@ def rank_of(job: dict, rank: int, store: str) -> None:
         else:
             place = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os.environ.update({name: str(value) for name, value in place.items()})
+        compiled.BACKEND = job.get("backend", compiled.BACKEND)
         kind, where, when = job.get("fault", ("", -1, 0))
         if rank == where:
             arrange(kind, when)

@@ -2,11 +2,13 @@
 
 
 import logging
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 
 from conceptron.engine.compiled import check_compiler, compile_layers
 from conceptron.engine.errors import InputError
@@ -54,6 +56,7 @@ def anew(caplog):
     """A compiler that knows nothing yet, and none of its traces in pytest's log, which take most of the time."""
     caplog.set_level(logging.CRITICAL, "torch.__trace")
     torch._dynamo.reset()
+    counters.clear()
     yield
     torch._dynamo.reset()
 
@@ -79,6 +82,23 @@ def test_one_graph_serves_every_length(name):
         counts.append(counter.frame_count)
     assert counts[0] == num_graphs and set(counts[: len(SEVERAL)]) == {num_graphs}
     assert counts[-1] == counts[-1 - len(MORE)] <= 2 * num_graphs  # once more for a text by itself
+
+
+def test_the_kernels_of_a_cpu_compute_the_same():
+    """Inductor's, of the encoder alone: C++ is built once for the graph, and every length takes it."""
+    if not shutil.which("g++"):
+        pytest.skip("no g++")
+    plain, model = (build().encoder.float() for _ in range(2))
+    compile_layers(model)
+    for lengths in SEVERAL:
+        packed, found = view(lengths).encoder, []
+        for each in (plain, model):
+            each.zero_grad()
+            out = each(packed=packed).last_hidden_state
+            out.square().sum().backward()
+            found.append([out.detach(), *(p.grad for p in each.parameters() if p.grad is not None)])
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_evaluation_is_not_compiled():
