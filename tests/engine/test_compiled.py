@@ -23,7 +23,6 @@ SHAPE = dict(
     num_decoder_layers=1, mask_token_id=1, dropout=0.0,
 )  # fmt: skip
 MODELS = {  # fields, and graphs: of each kind of layer and place among them, and of the decoder
-    "default": ({}, 2),
     "bixt behind token layers": (
         dict(layer_kind="bixt", num_token_layers=1, token_window=4, decoder_mixing="local", decoder_window=4), 4,
     ),
