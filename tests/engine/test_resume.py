@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 SAVING = {"beside": ["checkpoint.async=true"], "at once": ["checkpoint.async=false"]}  # way -> overrides
-# (stage, ranks, precision, compiled, way of saving). Two ranks have Muon. One rank that is not compiled: test_trainer.py
+# (stage, ranks, precision, compiled, way of saving). Two ranks have Muon. One, not compiled: test_trainer.py
 ROWS = [
     (1, 2, "bf16", False, "at once"),
     (2, 2, "fp32", False, "beside"),
