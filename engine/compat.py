@@ -175,25 +175,29 @@ def momenta(engine: Any) -> list[tuple[str, int, Tensor]]:
     return found
 
 
-def muon_gradients(engine: Any) -> list[Tensor]:
-    """This rank's parts of the gradients of matrices that Muon is about to take, before the step.
+def muon_gradients(engine: Any) -> list[tuple[str, Tensor]]:
+    """(name, gradient): this rank's parts of the gradients of matrices that Muon is about to take, before the step.
 
     Fault: on stages 1 and 2 they are gone by then, overwritten with the orthogonal update. What is left of them is the
     step of the momentum, m <- m + (1 - beta) * (g - m), which is staged until the step is known to be good.
     """
     zero, of_muon = engine.optimizer, muon_groups(engine)
+    names = {id(p): name for name, p in engine.module.named_parameters()}
     if engine.zero_optimization_stage() == 3:
-        return [gradient for i, is_muon in enumerate(of_muon) if is_muon for gradient in zero.averaged_gradients[i]]
+        return [
+            (names[id(parameter)], gradient)
+            for i, is_muon in enumerate(of_muon) if is_muon
+            for parameter, gradient in zip(zero.fp16_groups[i], zero.averaged_gradients[i], strict=True)
+        ]  # fmt: skip
     found = []
     parts = {fragment.name: fragment for fragment in fragments(engine)}
-    names = {id(p): name for name, p in engine.module.named_parameters()}
     for i, (staged, flat) in zero._muon_pending_momentum.items():
         before, beta = zero.optimizer.state[flat]["momentum_buffer"], zero.optimizer.param_groups[i]["momentum"]
         start = 0
         for parameter in zero.params_in_partition[i]:
             part = parts[names[id(parameter)]]
             where = slice(start + part.start, start + part.start + part.numel)
-            found.append(before[where] + (staged[where] - before[where]) / (1 - beta))
+            found.append((part.name, before[where] + (staged[where] - before[where]) / (1 - beta)))
             start += parameter.numel()
     return found
 
@@ -227,6 +231,27 @@ def spread(engine: Any) -> None:
         zero._reassign_or_swap_out_partitioned_parameters(group)
     if zero.persistent_parameters:
         zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+def gradient_squares(engine: Any) -> list[tuple[str, Tensor]] | None:
+    """(name, 0-d) of the parameters of which this rank holds a part: the squared norm of its part of the gradient,
+    averaged over ranks, before it is clipped. Between the last backward pass of a step and `engine.step`; None where an
+    optimizer is offloaded, whose gradients are on their way to the host.
+
+    There is no public way: `safe_get_full_grad` gathers each parameter by itself."""
+    zero, names = engine.optimizer, {id(p): name for name, p in engine.module.named_parameters()}
+    if getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False):
+        return None
+    stage, of_muon = engine.zero_optimization_stage(), muon_groups(engine)
+    squares = []
+    if stage < 3 and any(of_muon):
+        squares += [(name, gradient.double().square().sum()) for name, gradient in muon_gradients(engine)]
+    groups = zero.fp16_groups if stage == 3 else zero.params_in_partition
+    for i, group in enumerate(groups):
+        if stage < 3 and of_muon[i]:
+            continue
+        held = [part for part in zero.averaged_gradients[i] if not getattr(part, "_zero_padding", False)]
+        for parameter, norm in zip(group, torch._foreach_norm(held[: len(group)]) if group else (), strict=True):
+            squares.append((names[id(parameter)], norm.double().square()))
+    return squares
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def clip(engine: Any, world: World) -> dict[str, Tensor]:
     """Between the last backward pass and the step: clips what AdamW will take to ``optim.clip``, by its own norm, and
     measures the gradient before it is orthogonalised. Collective.
 
-    Returns "grad_norm" of all of it, "grad_norms/matrices" and "grad_norms/rest"; nothing without Muon. Where a
+    Returns "grad_norm" of all of it, "grad_norm_matrices" and "grad_norm_rest"; nothing without Muon. Where a
     gradient is not finite they mean nothing, and DeepSpeed skips the step.
     """
     zero = engine.optimizer
@@ -61,11 +61,11 @@ def clip(engine: Any, world: World) -> dict[str, Tensor]:
     of_muon = compat.muon_groups(engine)
     largest = next(group["clip"] for group in zero.param_groups if "clip" in group)
     rest = [g for i, is_muon in enumerate(of_muon) if not is_muon for g in zero.averaged_gradients[i]]
-    squares = torch.stack([square(compat.muon_gradients(engine), world), square(rest, world)])
+    squares = torch.stack([square([g for _, g in compat.muon_gradients(engine)], world), square(rest, world)])
     norms = torch.tensor(world.sum(squares).tolist(), dtype=torch.float64, device=world.device).sqrt()
     if 0 < largest < norms[1] < float("inf"):
         torch._foreach_mul_(rest, largest / float(norms[1]))
-    return {"grad_norm": norms.norm(), "grad_norms/matrices": norms[0], "grad_norms/rest": norms[1]}
+    return {"grad_norm": norms.norm(), "grad_norm_matrices": norms[0], "grad_norm_rest": norms[1]}
 
 
 def square(tensors: list[Tensor], world: World) -> Tensor:

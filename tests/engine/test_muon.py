@@ -64,8 +64,8 @@ def test_norms_are_of_the_gradient_and_clip_what_adamw_takes(world, build, steps
         lengths.append(float(torch.stack([m.norm() for m in moved]).norm()))
     assert found[0] == pytest.approx(found[1])
     assert found[0]["grad_norm"] == pytest.approx(whole, rel=1e-4)
-    rest = found[0]["grad_norms/rest"]
-    assert 0.3 < rest < whole and rest**2 + found[0]["grad_norms/matrices"] ** 2 == pytest.approx(whole**2, rel=1e-4)
+    rest = found[0]["grad_norm_rest"]
+    assert 0.3 < rest < whole and rest**2 + found[0]["grad_norm_matrices"] ** 2 == pytest.approx(whole**2, rel=1e-4)
     # AdamW with an eps of 100 moves by about lr / 100 * gradient
     assert lengths[0] == pytest.approx(rest, rel=0.05) and lengths[1] == pytest.approx(0.25, rel=0.05)
 
@@ -100,6 +100,8 @@ def test_a_run_logs_both_norms_and_learns(recipe):
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [entry for entry in entries if entry["kind"] == "train"]
     for entry in steps:
-        both = entry["grad_norms"]
-        assert both["rest"] > 0 and entry["grad_norm"] ** 2 == pytest.approx(both["rest"] ** 2 + both["matrices"] ** 2)
+        whole, rest, matrices = (entry[f"grad_norm{of}"] for of in ("", "_rest", "_matrices"))
+        assert rest > 0 and whole**2 == pytest.approx(rest**2 + matrices**2)
+        parts = entry["grad_norms"].values()  # of embeddings, encoder, decoder
+        assert len(parts) > 2 and sum(norm**2 for norm in parts) == pytest.approx(whole**2, rel=1e-4)
     assert steps[-1]["loss"] < 0.9 * steps[0]["loss"]
