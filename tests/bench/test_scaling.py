@@ -1,6 +1,10 @@
+import json
+
 import pytest
 import torch
+from transformers import BertConfig, BertModel
 
+from conceptron.__main__ import perform
 from conceptron.bench.measure.allocator import allocator_peak
 from conceptron.bench.measure.exponents import WINDOWED
 from conceptron.bench.measure.peers import Perceiver, Shape, bert, modernbert
@@ -22,6 +26,7 @@ from conceptron.bench.scaling import (
     too_much,
     verdicts,
 )  # fmt: skip
+from conceptron.engine.errors import InputError
 
 TINY = Shape(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, vocab_size=128, max_tokens=128)
 
@@ -87,6 +92,24 @@ def test_a_backbone_in_windows_and_in_full_attention():
         encode().square().mean().backward()
         module = module if name == WHOLE_BACKBONE else module.backbone.model
         assert is_trained == (module.get_input_embeddings().weight.grad is not None)
+
+
+def test_a_backbone_is_a_folder(tmp_path, capsys):
+    BertModel(BertConfig(**{name: value for name, value in SMALL["config"].items() if name != "model_type"})
+              ).save_pretrained(tmp_path / "small")  # fmt: skip
+    argv = ["bench", "scaling", "--backbone", str(tmp_path / "small"), "--min-tokens", "96", "--max-tokens", "192",
+            "--seconds", "0.01", "--out", str(tmp_path / "out")]  # fmt: skip
+    assert perform([*argv, "--only", WINDOWED, WHOLE_BACKBONE]) == 0
+    written = json.loads((tmp_path / "out" / "scaling.json").read_text())
+    assert written["environment"]["backbone"] == "small" and written["environment"]["width"] == 32
+    assert {(row["encoder"], row["N"]) for row in written["rows"]} == {
+        (name, n) for name in (WINDOWED, WHOLE_BACKBONE) for n in (96, 192)
+    }
+    assert f"{WINDOWED} is " in capsys.readouterr().out
+    with pytest.raises(InputError, match=f"there is no encoder 'concept'; there are {WINDOWED}, "):
+        perform([*argv, "--only", OURS])
+    with pytest.raises(InputError, match="--backbone: /no/where: no such folder"):
+        perform(["bench", "scaling", "--backbone", "/no/where"])
 
 
 def test_measure_goes_on_where_it_was_cut():

@@ -18,7 +18,7 @@ def run(recipe_in, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     return train(recipe_in(folder), [
         "train.steps=6", "checkpoint.every=1", "checkpoint.keep_last=1", "checkpoint.keep_every=2", "eval.every=2",
-        "profile.steps=[2, 3]", "checkpoint.keep_best=nll_unseen",
+        "profile.steps=2-3", "checkpoint.keep_best=nll_unseen",
     ])  # fmt: skip
 
 
