@@ -43,8 +43,7 @@ from ..engine.recipe.load import load_recipe
 from ..engine.recipe.schema import Recipe
 from ..engine.schedule import learning_rate
 from ..engine.update import update
-from ..models.config import ConceptConfig
-from ..models.flops import Sizes, step_flops
+from ..models.flops import view_flops
 from ..models.objectives.view import View
 from ..models.recursion import draw_iterations
 from .describe import special_tokens
@@ -134,13 +133,6 @@ def padding_waste(loader: Stages, steps: Sequence[int]) -> float:
     return 1 - sum(int(n.sum()) for n in lengths) / sum(int(n.max()) * len(n) for n in lengths)
 
 
-def with_concepts(config: ConceptConfig, view: View) -> ConceptConfig:
-    """The configuration with as many concepts as the texts of this view are read into."""
-    if view.num_concepts in (None, config.num_concepts):
-        return config
-    return ConceptConfig(**{**config.to_dict(), "num_concepts": view.num_concepts})
-
-
 def run(
     recipe: Recipe, num_steps: int, warm_up: int, use_synthetic: bool, vocabulary: int | None = None,
     num_bare: int = 0,
@@ -170,7 +162,7 @@ def run(
         start = time.perf_counter()
         batches = [loader.step(step) for step in steps]
         alone_s = time.perf_counter() - start
-        flops = sum(step_flops(with_concepts(config, view), Sizes.of(view)) for views in batches for view in views)
+        flops = sum(view_flops(config, view) for views in batches for view in views)
         num_tokens = sum(job.num_tokens(step) for step in steps)
         del batches
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...models.flops import Sizes, step_flops
+from ...models.flops import view_flops
 from ...models.masked_lm import ConceptForMaskedLM, smoothing_floor
 from ...models.objectives import Distillation, Mixed, ReadBack, StateReader, View
 from ...models.pretraining import Cached, Pretraining, Totals, cache
@@ -198,7 +198,7 @@ class PretrainingJob:
     def flops(self, engine: Any, batches: Sequence[View]) -> int:
         """Of the objective, at the mean number of iterations: not of contrast, a teacher or regularisers."""
         config = engine.module.model.config
-        return sum(step_flops(config, Sizes.of(view)) for view in batches) if self.recipe.has_task else 0
+        return sum(view_flops(config, view) for view in batches) if self.recipe.has_task else 0
 
     def contents(self, step: int) -> dict[str, Any]:
         return {"windows": self.loader.windows(step)}
