@@ -3,19 +3,21 @@
     OUT/TASK/predictions.json references.json metrics.json     of every task; in SCROLLS' and LongBench's own form too
     OUT/downstream.json .csv .md                                one table: scores, intervals, floors, published figures
     OUT/downstream.png .svg, places.png .svg                    the same drawn; synthetic tasks against length
+    OUT/costs.json .csv .md                             with --costs: time and memory of a document
     OUT/report.md .html                                         all of it as one page
 """
 
 import argparse
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..engine.errors import InputError
 from ..engine.labelled.task import expand, load_task
 from .documents import downstream as page
-from .downstream import figures, submission
+from .downstream import cost, figures, seeds, submission
 from .downstream.grid import tuned
 from .downstream.protocol import Outcome, Settings, run
 from .downstream.readers import open_reader
@@ -26,7 +28,8 @@ COLUMNS = ("task", "row", "metric", "score", "low", "high", "spread over seeds",
            "documents", "tokens seen", "tokens given", "beside it")  # fmt: skip
 FIELDS = {  # field -> what is asked for
     "data": "a folder", "cache": "a folder", "train": "splits", "report": "splits", "piece": "tokens",
-    "seeds": "a whole number", "finetune": "a recipe", "rates": "learning rates with commas between",
+    "concepts": "a whole number", "answer": "written", "seeds": "a whole number", "finetune": "a recipe",
+    "rates": "learning rates with commas between",
 }  # fmt: skip
 
 
@@ -35,12 +38,15 @@ def main(options: argparse.Namespace) -> int:
 
     Args:
         options: ``task`` (names with commas between them), ``model`` (a folder or a hub id), ``settings`` (FIELD=VALUE,
-            see FIELDS), ``limit`` (pairs, or documents, of a task; None: all), ``no_floors`` (only the model), ``out``.
+            see FIELDS), ``limit`` (pairs, or documents, of a task; None: all), ``no_floors`` (only the model), ``protocol`` (None or "seeds"),
+            ``costs``, ``out``.
 
     Raises:
         InputError: one line: an unknown task, a model that cannot be read, data that are missing or broken.
     """
     given = settings_of(options.settings)
+    if options.protocol == "seeds":
+        given = by_seeds(given)
     names = expand(options.task)
     tasks = [load_task(name) for name in names]
     settings = Settings(
@@ -48,25 +54,33 @@ def main(options: argparse.Namespace) -> int:
         train=tuple(given.get("train", "").split(",")) if given.get("train") else (),
         report=tuple(given.get("report", "").split(",")) if given.get("report") else (),
         seeds=whole_number(given, "seeds", 3), with_floors=not options.no_floors,
+        written=is_written(given),
     )  # fmt: skip
-    piece = whole_number(given, "piece", 0) or None
-    reader, floors = open_reader(options.model, piece, given.get("cache"))
-    stamp = environment() | {"model": options.model, "piece": piece, "limit": options.limit}
-    out, rows, places = Path(options.out), [], []
+    how = (whole_number(given, "piece", 0) or None, given.get("cache"), whole_number(given, "concepts", 0) or None)
+    reader, floors = open_reader(options.model, *how)
+    stamp = environment() | {"model": options.model, "piece": how[0], "limit": options.limit}
+    out, rows, places, costs = Path(options.out), [], [], []
     outcomes: list[Outcome] = []
-    for task in tasks:
-        mine, seeds, chosen = reader, [], None
+    of_seeds = options.protocol == "seeds"
+    reports = [seeds.report_of(task) if of_seeds and not settings.report else settings.report for task in tasks]
+    for task, report in zip(tasks, reports, strict=True):
+        mine, others, chosen = reader, [], None
+        settings = replace(settings, report=report)
         if "finetune" in given:
+            fixed = seeds.overrides(task, reader, settings.train, settings.data, settings.limit) if of_seeds else ()
             chosen = tuned(given["finetune"], task, options.model, settings.data, out / task.name / "runs",
-                           rates_of(given), settings.seeds, settings.limit)  # fmt: skip
-            mine, *seeds = [open_reader(str(run), piece, given.get("cache"))[0] for run in chosen.folders]
-        outcome = run(task, settings, mine, floors, seeds)
+                           rates_of(given), settings.seeds, settings.limit, fixed)  # fmt: skip
+            mine, *others = [open_reader(str(run), *how)[0] for run in chosen.folders]
+        outcome = run(task, settings, mine, floors, others)
         if chosen is not None:
             outcome.rows[0]["learning rate"] = chosen.lr
         outcomes.append(outcome)
         write_outcome(out / task.name, outcome, stamp)
         rows += outcome.rows
         places += [{"task": task.name, **each} for each in outcome.places]
+        if options.costs:
+            costs.append({"task": task.name, **cost.of_document(options.model, outcome.median_tokens)})
+            write_results(out, "costs", costs, stamp, title="What reading a document costs")
         print(markdown_table(outcome.rows, shown(outcome.rows)), flush=True)
         write_results(out, "downstream", rows, stamp, title=f"Downstream: {options.model}", columns=shown(rows))
     if places:
@@ -76,6 +90,17 @@ def main(options: argparse.Namespace) -> int:
     page.write(out)
     print(f"written to {out}")
     return 0
+
+
+def by_seeds(given: dict[str, str]) -> dict[str, str]:
+    """
+    Raises:
+        InputError: something is given that the protocol fixes.
+    """
+    fixed = {"finetune": seeds.RECIPE, "rates": str(seeds.RATE), "seeds": "1"}
+    for name in fixed.keys() & given.keys():
+        raise InputError(f"{name}={given[name]}: --protocol seeds has {name}={fixed[name]}; leave it out")
+    return given | fixed
 
 
 def settings_of(texts: Sequence[str]) -> dict[str, str]:
@@ -98,6 +123,12 @@ def whole_number(given: dict[str, str], name: str, default: int) -> int:
     if not re.fullmatch(r"\d+", value) or (name in given and int(value) < 1):
         raise InputError(f"{name}={value}: expected {FIELDS[name]}, at least 1")
     return int(value)
+
+
+def is_written(given: dict[str, str]) -> bool:
+    if given.get("answer", "written") != "written":
+        raise InputError(f"answer={given['answer']}: expected {FIELDS['answer']}, or nothing")
+    return "answer" in given
 
 
 def rates_of(given: dict[str, str]) -> list[float]:

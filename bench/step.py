@@ -34,7 +34,6 @@ from ..engine.data.stages import Stages
 from ..engine.data.windows import Part, Windows, cut
 from ..engine.errors import InputError
 from ..engine.jobs.pretraining import PretrainingJob, counted
-from ..engine.launch import StopRequest
 from ..engine.optimizer import build_optimizer
 from ..engine.precision import settled
 from ..engine.recipe.load import load_recipe
@@ -174,11 +173,11 @@ def run(
         num_tokens = sum(job.num_tokens(step) for step in steps)
         del batches
 
-        watch, monitor, stop = Stopwatch(world.device), monitor_of(world.device), StopRequest()
+        watch, monitor = Stopwatch(world.device), monitor_of(world.device)
 
         def take(step: int, views: list[View]) -> None:
             lr = learning_rate(step, recipe.optim, recipe.train.steps)
-            update(engine, world, job, step, views, lr=lr, seed=recipe.run.seed, stop=stop, lap=watch.lap)
+            update(engine, world, job, step, views, lr=lr, seed=recipe.run.seed, lap=watch.lap)
 
         for step in range(warm_up):
             take(step, loader.step(step))

@@ -98,6 +98,7 @@ COMMANDS = (
         (
             Option("run", Place("folder"), "runs/NAME"),
             Option("--step", Whole(0), "of the checkpoint; left out: the newest"),
+            Option("--best", None, "that of the best evaluation, which checkpoint.keep_best has kept"),
             Option("--out", Place("new folder"), "where the model goes; left out: RUN/model-STEP"),
         ),
     ),
@@ -217,10 +218,13 @@ COMMANDS = (
             Option("--model", Text("a model"), "a model folder, a finished run, or any encoder of the hub",
                    required=True),
             Option("settings", Text("field=value"), (
-                "data, cache: folders; train, report: splits; piece: tokens read at once; seeds"
+                "data, cache: folders; train, report: splits; piece: tokens read at once; concepts: of a sentence; "
+                "answer=written; seeds; finetune: a recipe; rates"
             ), (), "*", "field=value"),
             Option("--limit", Whole(1), "only so many pairs, or documents, of every task", shown="N"),
             Option("--no-floors", None, "only the model: no majority, BM25, bag, untrained, ablations"),
+            Option("--protocol", Word(("seeds",)), "fine-tune as the seeds did, to compare with their figures"),
+            Option("--costs", None, "also time and memory of a document of each task, beside full attention"),
             out("runs/evaluate"),
         ),
     ),

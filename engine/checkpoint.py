@@ -18,6 +18,7 @@ loads silently, loading unpickles, and a change of stage is refused.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -26,16 +27,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import compat
 from .errors import InputError
 from .launch import World
+from .retention import MANIFEST, step_of
 
 FORMAT = 2
-MANIFEST, TRAINER = "MANIFEST.json", "trainer.json"
+TRAINER = "trainer.json"
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 UNFINISHED = ".unfinished-"
 
@@ -49,45 +51,8 @@ class Progress:
     tokens: int = 0
     elapsed_s: float = 0.0
     identity: dict[str, Any] = field(default_factory=dict)  # what must not differ when the run is resumed
-
-
-def save(world: World, parent: Path, engine: Any, progress: Progress, keep: int, keep_every: int = 0) -> Path:
-    """Writes `parent/step-XXXXXXXX`, then removes all but the `keep` newest and those of every `keep_every` steps.
-    Collective.
-
-    The folder appears under its name only when every rank has written and synced its file; if one fails, the unfinished
-    folder is removed and the earlier checkpoints are left alone.
-
-    Raises:
-        OSError: on every rank, with the first failing rank's message.
-    """
-    final = parent / f"step-{progress.step:08d}"
-    unfinished = parent / f"{UNFINISHED}{final.name}"
-    world.first_then_share(lambda: _start(parent, unfinished))
-    try:
-        file = unfinished / f"state-{world.rank:05d}-of-{world.size:05d}.safetensors"
-        outcome = _write_state(engine, file, world.is_first), ""
-    except (OSError, SafetensorError) as error:
-        outcome = None, f"rank {world.rank}: {error}"
-    outcomes = world.gather(outcome)
-    failed = [message for _, message in outcomes if message]
-
-    def publish() -> None:
-        try:
-            if failed:
-                raise OSError(failed[0])
-            _finish(unfinished, final, progress, dict(entry for entry, _ in outcomes), world.size)
-        except OSError:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
-        for old in list_checkpoints(parent)[keep:]:
-            if keep_every and step_of(old) % keep_every == 0:
-                continue
-            (old / MANIFEST).unlink(missing_ok=True)  # first, so that half a folder is never taken for a checkpoint
-            shutil.rmtree(old)
-
-    world.first_then_share(publish)
-    return final
+    spikes: dict[str, Any] = field(default_factory=dict)  # what `Spikes` has seen
+    best: dict[str, Any] = field(default_factory=dict)  # metric, value and step of the best evaluation
 
 
 def list_checkpoints(parent: Path) -> list[Path]:
@@ -95,12 +60,10 @@ def list_checkpoints(parent: Path) -> list[Path]:
     return sorted((path for path in parent.glob("step-*") if path.is_dir()), reverse=True)
 
 
-def step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
-
-
-def find(world: World, parent: Path) -> tuple[Path | None, list[str]]:
+def find(world: World, parent: Path, before: float = math.inf) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is complete and unchanged, with a line for each newer one that is not. Collective.
+
+    ``before``: only those of earlier steps are looked at.
 
     Raises:
         InputError: there are checkpoints, but none that can be trusted.
@@ -109,6 +72,8 @@ def find(world: World, parent: Path) -> tuple[Path | None, list[str]]:
     def search() -> tuple[Path | None, list[str]]:
         warnings: list[str] = []
         for candidate in list_checkpoints(parent):
+            if step_of(candidate) >= before:
+                continue
             fault = verify(candidate)
             if not fault:
                 return candidate, warnings
@@ -210,38 +175,62 @@ class State:
             raise InputError(f"{self.folder}: {name} has {filled} of the {into.numel()} elements this model needs")
 
 
-def _write_state(engine: Any, file: Path, is_first: bool) -> tuple[str, dict[str, Any]]:
-    """Writes what this rank holds; returns the file's line of the manifest."""
-    tensors, optimizer = {}, engine.optimizer.optimizer
+def begin(parent: Path, step: int) -> Path:
+    """An empty folder for the files of a checkpoint; what an interrupted save has left is removed."""
+    parent.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(parent)
+    unfinished = parent / f"{UNFINISHED}step-{step:08d}"
+    unfinished.mkdir()
+    return unfinished
+
+
+def remove_unfinished(parent: Path) -> None:
+    for stale in parent.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(stale)
+
+
+def capture(engine: Any, into: dict[str, Tensor], is_first: bool) -> None:
+    """Copies what this rank holds into ``into``, whose memory of an earlier call is used again. Collective on stage 3.
+
+    Names are those of the file. What is there afterwards is of this very step, whatever training does next.
+    """
+    optimizer = engine.optimizer.optimizer
     for fragment in compat.fragments(engine):
         kinds = {WEIGHT: fragment.flat, **{key: optimizer.state[fragment.flat].get(key) for key in MOMENTS}}
         for kind, flat in kinds.items():
             if flat is not None:  # no moments before the first update
-                # a copy: the fragments of one flat tensor share its storage, which safetensors refuses
-                tensors[f"{fragment.name}@{fragment.start}:{kind}"] = fragment.of(flat).detach().cpu().clone()
+                copy_to_host(into, f"{fragment.name}@{fragment.start}:{kind}", fragment.of(flat).detach())
     for name, tensor in _own_tensors(engine.module):
         if not tensor.requires_grad:  # what no optimizer moves: frozen parameters and buffers
             whole = compat.whole(tensor)
             if is_first:
-                tensors[f"{name}@0:{WEIGHT}"] = whole.flatten()
+                into[f"{name}@0:{WEIGHT}"] = whole.flatten()
+    if compat.uses_cuda():
+        torch.cuda.synchronize()  # the copies run beside this thread
+
+
+def copy_to_host(into: dict[str, Tensor], key: str, tensor: Tensor) -> None:
+    """Into memory of its own: fragments of one flat tensor share theirs, which safetensors refuses."""
+    if key not in into:
+        into[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    into[key].copy_(tensor, non_blocking=True)
+
+
+def write_state(tensors: dict[str, Tensor], file: Path) -> tuple[str, dict[str, Any]]:
+    """Writes and syncs one rank's file; returns its line of the manifest. No collective, so a thread may call it."""
     save_file(tensors, file)
     _sync(file)
     return file.name, {"size": file.stat().st_size, "sha256": sha256(file)}
 
 
-def _start(parent: Path, unfinished: Path) -> None:
-    parent.mkdir(parents=True, exist_ok=True)
-    for stale in parent.glob(f"{UNFINISHED}*"):
-        shutil.rmtree(stale)
-    unfinished.mkdir()
-
-
-def _finish(unfinished: Path, final: Path, progress: Progress, files: dict[str, Any], world_size: int) -> None:
+def publish(unfinished: Path, progress: Progress, files: dict[str, Any], world_size: int) -> Path:
+    """Gives a folder in which every rank has written its file the record, the manifest and its name."""
+    final = unfinished.with_name(unfinished.name.removeprefix(UNFINISHED))
     trainer = unfinished / TRAINER
     _write_json(trainer, vars(progress))
     for name in files:
         shutil.copymode(trainer, unfinished / name)  # safetensors lets only the owner read
-    files[TRAINER] = {"size": trainer.stat().st_size, "sha256": sha256(trainer)}
+    files = {**files, TRAINER: {"size": trainer.stat().st_size, "sha256": sha256(trainer)}}
     _write_json(
         unfinished / MANIFEST, {"format": FORMAT, "step": progress.step, "world_size": world_size, "files": files}
     )
@@ -250,6 +239,7 @@ def _finish(unfinished: Path, final: Path, progress: Progress, files: dict[str, 
         shutil.rmtree(final)
     unfinished.rename(final)
     _sync(final.parent)
+    return final
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -148,3 +148,12 @@ def recompute_layers(model) -> None:
     """Gradient checkpointing, under the name that this transformers has for it."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def spare_reduction(engine: Any) -> None:
+    """Fault: a rank that is alone copies all gradients into one buffer, "averages" it and copies them back. On stage 1
+    the mark by which DeepSpeed tells gradients that are not to be reduced yet keeps them where they are."""
+    is_alone = torch.distributed.get_world_size() == 1
+    if is_alone and engine.zero_optimization_stage() == 1 and not engine.optimizer.cpu_offload:
+        for parameter in engine.module.parameters():
+            parameter.ds_grad_is_ready = False

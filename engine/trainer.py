@@ -3,8 +3,9 @@
 import argparse
 import contextlib
 import errno
+import gc
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,18 +20,24 @@ from .jobs.job import Job
 from .jobs.pretraining import PretrainingJob, counted
 from .launch import StopRequest, World
 from .optimizer import build_optimizer
+from .out_of_memory import OutOfMemory
 from .precision import settled
 from .profiled import Profiled
 from .recipe.finetune import Finetune
 from .recipe.load import load_any
 from .recipe.schema import Training
 from .record import trajectory
+from .retention import Retention
 from .run import RunFolder
 from .schedule import learning_rate
+from .spikes import Spikes
 from .telemetry import Clock, Telemetry, duration, peak_memory_bytes
 from .update import update
+from .watch import Watch
+from .writer import Writer
 
 MAX_FAILED_SAVES = 3  # in a row, after which the run stops
+MAX_REWINDS = 3  # to the same checkpoint
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
@@ -59,9 +66,11 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
             if world.is_first:
                 print(f"{run.path}: finished already ({run.progress.step} steps); the model is in {run.model}")
             return run.path
-        trainer = Trainer(recipe, world, stop, run, (FinetuningJob if is_finetune else PretrainingJob)(recipe, world))
+        memory = stack.enter_context(OutOfMemory(recipe, world))
+        job = (FinetuningJob if is_finetune else PretrainingJob)(recipe, world)
+        memory.trainer = trainer = Trainer(recipe, world, stop, run, job)
         try:
-            with stop:
+            with stop, trainer.watch, trainer.writer:
                 trainer.fit(notes)
         except OSError as error:
             if error.errno not in DISK_FAULTS:
@@ -96,16 +105,27 @@ class Trainer:
         }
         for name in job.identity():
             run.compare(name, self.identity[name])
-        torch.manual_seed(recipe.run.seed)  # the same initial weights on every rank
-        module = job.build(is_new=not run.found)
-        if run.found:
-            checkpoint.load_weights(run.found, module)
-        module.to(world.device).train()
-        self.engine = zero.initialize(module, build_optimizer(module, recipe.optim), recipe)
-        if run.found:
-            checkpoint.load_moments(run.found, self.engine, self.progress.optimizer_steps)
-        compat.set_timeouts(recipe.run.timeout_s)
-        self.clock, self.bad_steps, self.failed_saves = Clock(), 0, 0
+        of = recipe.checkpoint
+        self.retention = Retention(of.keep_last, of.keep_every, of.keep_best)
+        self.writer = Writer(world, run.checkpoints, self.retention, of.async_)
+        self.spikes = Spikes(recipe.train, self.progress.spikes)
+        self.engine = self.open(run.found)
+        self.watch = Watch(world, recipe.run.hang_minutes, lambda: self.way_back(""))
+        self.clock, self.bad_steps, self.failed_saves, self.rewound = Clock(), 0, 0, []
+
+    def open(self, found: Path | None) -> Any:
+        """A DeepSpeed engine with the weights and moments of a checkpoint, or with the first weights. Collective."""
+        torch.manual_seed(self.recipe.run.seed)  # the same initial weights on every rank
+        module = self.job.build(is_new=not found)
+        if found:
+            checkpoint.load_weights(found, module)
+        module.to(self.world.device).train()
+        engine = zero.initialize(module, build_optimizer(module, self.recipe.optim), self.recipe)
+        if found:
+            checkpoint.load_moments(found, engine, self.progress.optimizer_steps)
+        compat.set_timeouts(60 * self.recipe.run.hang_minutes)
+        self.spikes.attach(engine)
+        return engine
 
     def fit(self, notes: Sequence[str]) -> None:
         """The loop, in the order in which things happen."""
@@ -120,51 +140,105 @@ class Trainer:
         for step, batches in zip(steps, job.batches(steps.start, steps.stop), strict=True):
             lr = learning_rate(step, recipe.optim, total)
             profiled.begin(step + 1)
-            figures, stopping = update(
-                self.engine, self.world, job, step, batches, lr=lr, seed=recipe.run.seed, stop=self.stop
-            )
-            applied = self.engine.was_step_applied()
+            figures, asked = update(
+                self.engine, self.world, job, step, batches, lr=lr, seed=recipe.run.seed, asks=self.asks,
+                spikes=self.spikes,
+            )  # fmt: skip
+            is_finite, stopping = self.engine.was_step_applied(), asked["stopping"] > 0
             if folder := profiled.end(step + 1):
                 telemetry.say(f"profile of steps {profiled.first} to {profiled.last}: {folder}")
 
             tokens = job.num_tokens(step)
             speed = clock.step(tokens)
             progress.step, progress.tokens = step + 1, progress.tokens + tokens
-            progress.optimizer_steps += applied
+            progress.optimizer_steps += is_finite and not self.spikes.is_skipped
             telemetry.record(
                 "train", progress.step, **as_tree(figures), **job.labels(step), lr=lr,
                 grad_norm=float(self.engine.get_global_grad_norm()), tokens=progress.tokens, tokens_per_s=speed,
                 elapsed_s=progress.elapsed_s + clock.elapsed_s, **({"smoothing_floor": floor} if floor else {}),
             )  # fmt: skip
             telemetry.step(progress.step, figures["loss"], clock.tokens_per_s)
-            self.check_applied(step, applied)
+            self.check_finite(step, is_finite)
+            self.check_spike()
 
             is_last = progress.step == total
             if is_last or due(progress.step, recipe.eval.every):
                 found = job.evaluate(self.engine)
                 telemetry.evaluation(progress.step, found)
                 self.check_collapse(found.get("collapse", ""))
-            if is_last or stopping or due(progress.step, recipe.checkpoint.every):
+                progress.best = self.retention.improved(progress.best, progress.step, found)
+            if asked["written"] == self.world.size:
+                self.tend(self.writer.advance)
+            is_best = progress.best.get("step") == progress.step
+            if is_last or stopping or is_best or due(progress.step, recipe.checkpoint.every):
                 self.save(must_succeed=is_last or stopping)
             if stopping and not is_last:
                 self.leave()
+            self.watch.pulse(progress.step)
             clock.restart()
         self.finish()
 
-    def check_applied(self, step: int, applied: bool) -> None:
+    def asks(self) -> dict[str, bool]:
+        """What this rank has to say at the end of a step; ranks are counted."""
+        return {"stopping": self.stop.pending, "written": self.writer.is_ready}
+
+    def check_finite(self, step: int, is_finite: bool) -> None:
         """Counts steps that DeepSpeed skipped, on every rank alike, because a gradient was not finite."""
-        self.bad_steps = 0 if applied else self.bad_steps + 1
-        if applied:
+        self.bad_steps = 0 if is_finite else self.bad_steps + 1
+        if is_finite:
             return
         contents = self.job.contents(step)
         named = " and ".join(contents)
         self.telemetry.record("bad_step", step + 1, in_a_row=self.bad_steps, **contents)
         self.telemetry.say(f"step {step + 1}: a gradient is not finite; the step was skipped, its {named} are recorded")
         if self.bad_steps >= self.recipe.train.max_bad_steps:
+            self.tend(self.writer.finish)
             raise InputError(
                 f"{self.run.path}: {self.bad_steps} steps in a row had a gradient that is not finite, stopped at step "
                 f"{step + 1}; lower optim.lr or look at the {named} listed in metrics.jsonl, and start another run.name"
             )
+
+    def check_spike(self) -> None:
+        """Says what `Spikes` has found in a step and done about it; rewinds where a stretch of them is to be undone."""
+        spikes, step = self.spikes, self.progress.step
+        if not spikes.found:
+            return
+        self.telemetry.record("spike", step, **spikes.found, **self.job.contents(step - 1))
+        self.telemetry.say(spikes.in_words())
+        if not spikes.is_stretch:
+            return
+        first = spikes.first
+        if spikes.on == "rewind" and self.rewind(first):
+            return
+        spikes.begin_anew()
+        self.telemetry.say(f"step {step}: it has been so since step {first}; compared with what comes from now on")
+
+    def rewind(self, first: int) -> bool:
+        """Back to the weights and moments of the last checkpoint before step ``first``; False, where there is none."""
+        step = self.progress.step
+        self.tend(self.writer.finish)
+        found, warnings = checkpoint.find(self.world, self.run.checkpoints, before=first)
+        for warning in warnings:
+            self.telemetry.say(f"warning: {warning}")
+        if found is None:
+            self.telemetry.say(f"step {step}: there is no checkpoint from before step {first} to go back to")
+            return False
+        if self.rewound.count(found) == MAX_REWINDS:
+            raise InputError(
+                f"{self.run.path}: stopped at step {step}, after {MAX_REWINDS} times back to {found.name} the loss "
+                "rises again; lower optim.lr, and start another run.name"
+            )
+        self.rewound.append(found)
+        then = checkpoint.load_progress(found)
+        self.progress.optimizer_steps = then.optimizer_steps
+        self.spikes.load(then.spikes)
+        self.engine.destroy()  # its memory is needed for the next
+        self.engine = None
+        gc.collect()
+        self.engine = self.open(found)
+        self.telemetry.record("rewind", step, to=then.step, first=first)
+        self.telemetry.say(f"step {step}: back to the weights of {found.name}; batches up to here are passed over")
+        return True
 
     def check_collapse(self, reason: str) -> None:
         """Says, or ends the run with, why concepts carry next to no content; not in the first tenth of the steps."""
@@ -183,24 +257,32 @@ class Trainer:
         )
 
     def save(self, must_succeed: bool) -> None:
+        """Begins a checkpoint when the one before is done; ``must_succeed``: and waits for its end."""
+        elapsed_s = self.progress.elapsed_s + self.clock.elapsed_s
+        state = replace(self.progress, elapsed_s=elapsed_s, spikes=self.spikes.state())
+        self.tend(self.writer.finish)
+        self.tend(lambda: self.writer.save(self.engine, state), must_succeed)
+        if must_succeed:
+            self.tend(self.writer.finish, must_succeed)
+
+    def tend(self, part: Callable[[], None], must_succeed: bool = False) -> None:
         """A failed periodic save costs a warning; three in a row, or the last one, end the run. Earlier ones stay."""
-        state = replace(self.progress, elapsed_s=self.progress.elapsed_s + self.clock.elapsed_s)
+        saved = self.writer.num_saved
         try:
-            of = self.recipe.checkpoint
-            checkpoint.save(self.world, self.run.checkpoints, self.engine, state, of.keep, of.keep_every)
-            self.failed_saves = 0
+            part()
+            self.failed_saves = 0 if self.writer.num_saved > saved else self.failed_saves
         except OSError as error:
             self.failed_saves += 1
-            problem = f"{self.run.checkpoints}: step {state.step} could not be saved: {error}"
+            problem = f"{self.run.checkpoints}: step {self.writer.step} could not be saved: {error}"
             if must_succeed or self.failed_saves >= MAX_FAILED_SAVES:
                 raise InputError(f"{problem}; {self.way_back()}") from error
             self.telemetry.say(f"warning: {problem}; training goes on, the next attempt is the next checkpoint")
 
-    def way_back(self) -> str:
+    def way_back(self, first: str = "make room and ") -> str:
         kept = checkpoint.list_checkpoints(self.run.checkpoints)
         if not kept:
-            return "there is no checkpoint yet; make room and start again with resume=auto"
-        return f"{kept[0].name} is intact; make room and go on with resume=auto"
+            return f"there is no checkpoint yet; {first}start again with resume=auto"
+        return f"{kept[0].name} is intact; {first}go on with resume=auto"
 
     def leave(self) -> None:
         self.telemetry.say(f"stopped after step {self.progress.step}; go on with resume=auto")

@@ -1,29 +1,33 @@
 """One update of the weights: all micro-batches of a step, forward and backward, then the optimizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
 from .jobs.job import Job
-from .launch import StopRequest, World
+from .launch import World
+from .spikes import Spikes
 
 
 def update(
-    engine: Any, world: World, job: Job, step: int, batches: list[Any], *, lr: float, seed: int, stop: StopRequest,
+    engine: Any, world: World, job: Job, step: int, batches: list[Any], *, lr: float, seed: int,
+    asks: Callable[[], Mapping[str, bool]] = dict, spikes: Spikes | None = None,
     lap: Callable[[str], None] = lambda phase: None,
-) -> tuple[dict[str, float], bool]:  # fmt: skip
+) -> tuple[dict[str, float], dict[str, int]]:  # fmt: skip
     """This rank's micro-batches of a step, forward and backward, then one step of the optimizer. Collective.
 
     DeepSpeed averages gradients over ranks and adds them up over micro-batches, which a job's losses are made for.
 
     Args:
         seed: of the run; dropout is a function of it and of the step.
+        asks: what this rank asks for at the end of the step, under the same names on every rank.
+        spikes: attached to the engine's optimizer, told the loss before that is asked to step.
         lap: told at the end of each phase which it was: "data", then "forward" and "backward" of each micro-batch,
             "optimizer" last. What a job does ahead of a step's micro-batches is forward.
 
-    Returns the figures of the step for the log, "loss" among them, and whether any rank wants to stop.
+    Returns the figures of the step for the log, "loss" among them, and how many ranks ask for what.
     """
     batches = [batch.to(world.device, non_blocking=True) for batch in batches]
     lap("data")
@@ -41,12 +45,16 @@ def update(
         lap("backward")
         for name, figure in {**figures, **job.after_backward(engine, len(given))}.items():
             sums[name] = sums.get(name, 0) + figure.double() / world.size
+    asked = asks()
+    votes = [torch.tensor(float(each), dtype=torch.float64, device=world.device) for each in asked.values()]
+    values = world.sum(torch.stack([*sums.values(), *votes])).tolist()
+    figures = dict(zip(sums, values[: len(sums)], strict=True))
+    counts = dict(zip(asked, map(int, values[len(sums) :]), strict=True))
+    if spikes:
+        spikes.expect(step + 1, str(job.labels(step).get("objective", "")), figures["loss"])
     engine.step()
-    sums["stopping"] = torch.tensor(float(stop.pending), dtype=torch.float64, device=world.device)
-    values = dict(zip(sums, world.sum(torch.stack(list(sums.values()))).tolist(), strict=True))
     lap("optimizer")
-    is_stopping = values.pop("stopping") > 0
-    return values, is_stopping
+    return figures, counts
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:

@@ -55,4 +55,5 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Train
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config(recipe, num_parameters), dist_init_required=False
     )
+    compat.spare_reduction(engine)
     return engine

@@ -59,14 +59,15 @@ def probes(encoder: nn.Module, loader: Loader, seed: int = 0) -> list[Probe]:
     if len(texts) < MIN_TEXTS or not 0 < is_train.sum() < len(texts):
         return []
     asked = questions(texts, encoder.config.num_concepts, sorted(loader.tokens.special_ids))
-    trained = scores(features(encoder, texts), asked, is_train, generator)
+    z_BCd = features(encoder, texts)
+    trained = scores(z_BCd, asked, is_train, generator)
     untrained = {}
     if encoder.config.backbone is None:  # random weights of a pretrained encoder would say nothing
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             fresh = type(encoder)(encoder.config)
         untrained = scores(features(fresh, texts), asked, is_train, generator)
-    chance = scores(features(encoder, texts), shuffled(asked, is_train, generator), is_train, generator)
+    chance = scores(z_BCd, shuffled(asked, is_train, generator), is_train, generator)
     return [Probe(name, ASKS[name], trained[name], untrained.get(name), chance[name]) for name in trained]
 
 

@@ -19,6 +19,12 @@ NOTES = (
     "Quoted rows are what others published, mostly on the full test split; they were not measured here.",
 )
 FIGURES = ("downstream", "places")
+COSTS = "What reading a document costs"
+COSTS_NOTE = (
+    "A text of so many tokens, the median of the task's documents and at most 8,192, once by the model and once by "
+    "full attention (BERT through SDPA, random weights) of the same width and depth. CPU seconds of one process, and "
+    "the MiB that its peak is above what it held before."
+)
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#22262b}"
     "table{border-collapse:collapse;margin:.5rem 0 1.5rem;width:100%}td,th{padding:.25rem .6rem;text-align:right;"
@@ -35,14 +41,29 @@ def write(folder: Path) -> None:
     parts = [f"# {title}\n", *(f"{note}\n" for note in NOTES), *(f"![{name}]({name}.png)\n" for name in there(folder))]
     for task, mine in sections(rows):
         parts += [f"## {task}\n", markdown_table(mine, used(mine))]
+    costs = costs_of(folder)
+    if costs:
+        parts += [f"## {COSTS}\n", f"{COSTS_NOTE}\n", markdown_table(costs, list(costs[0]))]
     write_text(folder / "report.md", "\n".join([*parts, environment_lines(environment)]))
     body = [f"<h1>{html.escape(title)}</h1>", *(f"<p>{html.escape(note)}</p>" for note in NOTES)]
     body += [drawing(folder / f"{name}.svg") for name in there(folder)]
     for task, mine in sections(rows):
         body += [f"<h2>{html.escape(task)}</h2>", html_table(mine)]
+    if costs:
+        body += [f"<h2>{COSTS}</h2>", f"<p>{COSTS_NOTE}</p>", plain_table(costs)]
     body.append(f"<pre>{html.escape(environment_lines(environment))}</pre>")
     head = f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title><style>{STYLE}</style>"
     write_text(folder / "report.html", "\n".join([head, *body]))
+
+
+def costs_of(folder: Path) -> list[dict[str, Any]]:
+    return read_results(folder / "costs.json")[0] if (folder / "costs.json").is_file() else []
+
+
+def plain_table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = ["<table>", f"<tr>{''.join(f'<th>{html.escape(name)}</th>' for name in rows[0])}</tr>"]
+    lines += [f"<tr>{''.join(f'<td>{html.escape(text(value))}</td>' for value in row.values())}</tr>" for row in rows]
+    return "\n".join([*lines, "</table>"])
 
 
 def there(folder: Path) -> list[str]:

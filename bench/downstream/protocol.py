@@ -20,7 +20,7 @@ import numpy as np
 from ...engine.errors import InputError
 from ...engine.labelled.examples import Example, examples, several
 from ...engine.labelled.task import Task
-from .answers import choice, extract, head, labels, place, retrieval, shots, similarity
+from .answers import choice, extract, head, labels, place, retrieval, shots, similarity, write
 from .intervals import interval
 from .metrics.scrolls import DISPLAYED
 from .readers import Ablated, Reader
@@ -39,6 +39,7 @@ class Settings:
     train: tuple[str, ...] = ()  # splits in place of the task's
     report: tuple[str, ...] = ()
     seeds: int = 3
+    written: bool = False  # answers and summaries are written by the model's decoder, not taken from the document
     with_floors: bool = True
 
 
@@ -52,6 +53,7 @@ class Outcome:
     score: dict[str, Any]
     rows: list[dict[str, Any]] = field(default_factory=list)  # of the table
     places: list[dict[str, Any]] = field(default_factory=list)  # of a synthetic task: length, depth, score
+    median_tokens: int = 0  # of a document
 
 
 def run(
@@ -65,17 +67,23 @@ def run(
     Raises:
         InputError: the task needs what this model or this folder does not have.
     """
-    if task.answer == "written":
-        raise InputError(f"{task.name}: wants text to be written; `conceptron score` scores what another program wrote")
+    is_written = settings.written or task.answer == "written"
+    if is_written:
+        write.check(task, reader)
     started = time.perf_counter()
     report = settings.report or tuple(task.splits.report)
     given = several(task, report, settings.data, settings.limit)
-    asked = Asked(task, given, learned_from(task, settings))
+    asked = Asked(task, given, learned_from(task, settings), is_written)
     fitted = asked.fit(reader, settings.seeds)
     predictions = asked.predict(reader, reader, fitted)
     scored = score(task, predictions, asked.references)
     outcome = Outcome(task, predictions, asked.references, scored.score)
-    seen, total = reader.count(list(dict.fromkeys(each.document for each in given)))
+    documents = list(dict.fromkeys(each.document for each in given))
+    seen, total = reader.count(documents)
+    middle = sorted(documents, key=len)[len(documents) // 2]
+    outcome.median_tokens = reader.count([middle])[1]
+    if is_written:
+        seen, total = write.count(given, reader)
     add = asked.row
     outcome.rows.append(add(MODEL if reader.name == MODEL else "encoder", scored, predictions) | {
         "tokens seen": seen, "tokens given": total, "seconds": round(time.perf_counter() - started, 1),
@@ -88,7 +96,7 @@ def run(
             found = score(task, other, asked.references)
             outcome.rows.append(add(name, found, other))
             outcome.rows[0] |= asked.above(name, (scored, predictions), (found, other), outcome.rows[0])
-        for name, open_floor in floors.items():
+        for name, open_floor in ({} if is_written else floors).items():
             floor = open_floor()
             other = asked.predict(floor, floor, asked.fit(floor, 1))
             outcome.rows.append(add(name, score(task, other, asked.references), other))
@@ -119,8 +127,10 @@ def learned_from(task: Task, settings: Settings) -> list[Example]:
 class Asked:
     """A task's questions, and what answers them: one branch a kind of answer."""
 
-    def __init__(self, task: Task, given: Sequence[Example], train: Sequence[Example]) -> None:
-        self.task, self.given, self.train = task, list(given), list(train)
+    def __init__(
+        self, task: Task, given: Sequence[Example], train: Sequence[Example], is_written: bool = False
+    ) -> None:
+        self.task, self.given, self.train, self.is_written = task, list(given), list(train), is_written
         self.references = {each.id: each.reference for each in given}
         if task.answer == "retrieval":
             self.references = retrieval.references(given)
@@ -140,6 +150,8 @@ class Asked:
 
     def predict(self, reader: Reader, asks: Reader, fitted: Any) -> dict[str, Any]:
         task, given = self.task, self.given
+        if self.is_written:
+            return write.predict(task, given, reader)
         if head.has_head(asks, task):
             return head.predict(task, given, reader)
         match task.answer:

@@ -26,6 +26,7 @@ from ...models.shares import share_means
 from ..analysis.embedding import span_of
 
 BATCH_TOKENS = 8192
+AT_ONCE = 1024  # sentences that are kept in one file
 CONCEPTS = "concepts"  # the names of the readers of one model
 BAG, UNTRAINED = "bag of embeddings", "untrained encoder"
 
@@ -74,11 +75,15 @@ class Stored:
         return [self.near[name] for name in names]
 
     def at_once(self, texts: Sequence[str], make: Callable[[list[str]], np.ndarray]) -> np.ndarray:
-        """What ``make`` makes of all texts."""
-        name = name_of("\0".join(texts))
-        if not self.load(name):
-            self.save(name, (make(list(texts)),))
-        return self.near[name][0]
+        """What ``make`` makes of all texts, in files of AT_ONCE."""
+        found = []
+        for start in range(0, len(texts), AT_ONCE):
+            some = list(texts[start : start + AT_ONCE])
+            name = name_of("\0".join(some))
+            if not self.load(name):
+                self.save(name, (make(some),))
+            found.append(self.near[name][0])
+        return np.concatenate(found)
 
     def load(self, name: str) -> bool:
         path = self.folder / f"{name}.npz"
@@ -121,10 +126,14 @@ class ConceptReader:
             with weights as they are drawn.
         piece: a longer text is cut into equal pieces of at most so many tokens, whose concepts are put one after the
             other; None: read at once.
+        concepts: of a question or a sentence, of which only the pooled vector is asked; None: as many as of a document.
     """
 
-    def __init__(self, folder: Path, kind: str = CONCEPTS, piece: int | None = None, cache: str | None = None) -> None:
-        self.name, self.kind, self.piece = kind, kind, piece
+    def __init__(
+        self, folder: Path, kind: str = CONCEPTS, piece: int | None = None, cache: str | None = None,
+        concepts: int | None = None,
+    ) -> None:  # fmt: skip
+        self.name, self.kind, self.piece, self.concepts = kind, kind, piece, concepts
         model = load_model(folder)
         self.model, self.encoder = model, getattr(model, "encoder", model)
         self.config, self.vocabulary = model.config, load_vocabulary(folder, model.config)
@@ -136,13 +145,15 @@ class ConceptReader:
             self.config = ConceptConfig.from_dict({**self.config.to_dict(), "task": None})  # the head is not theirs
         key = fingerprint([fingerprint_of(folder), kind, piece])
         self.stored = Stored(cache_folder(cache) / f"downstream-{key}")
+        key = fingerprint([fingerprint_of(folder), kind, piece, *([concepts] if concepts else [])])
+        self.pooled = Stored(cache_folder(cache) / f"downstream-{key}")
 
     def count(self, texts: Sequence[str]) -> tuple[int, int]:
         given = sum(len(ids) for ids in self.vocabulary.encode(list(texts)))
         return given, given
 
     def whole(self, texts: Sequence[str]) -> np.ndarray:
-        return self.stored.at_once(texts, self.read_whole)
+        return self.pooled.at_once(texts, self.read_whole)
 
     def parts(self, texts: Sequence[str]) -> list[Read]:
         made = self.stored.one_by_one(texts, self.read_parts)
@@ -184,12 +195,13 @@ class ConceptReader:
         for start, stop in batches([len(texts[i]) for i in order]):
             members = order[start:stop]
             batch = pack([np.array(texts[i], dtype=np.int64) for i in members]).to(device)
+            num_concepts = None if with_parts else self.concepts
             if self.kind == BAG:
                 rows = self.encoder.get_input_embeddings()(batch.input_ids)
-                found = share_means(rows, batch, self.config.num_concepts)
+                found = share_means(rows, batch, num_concepts or self.config.num_concepts)
                 means = found.mean(1)
             else:
-                encoded = self.encoder(packed=batch, return_dict=True)
+                encoded = self.encoder(packed=batch, num_concepts=num_concepts, return_dict=True)
                 found, means = self.as_vectors(encoded.last_hidden_state), encoded.pooler_output
             for i, of_text, mean in zip(members, found.float().cpu().numpy(), means.float().cpu().numpy(), strict=True):
                 vectors[i], pooled[i] = (of_text if with_parts else None), mean
@@ -272,7 +284,9 @@ def moved(read: Read, other: Read) -> np.ndarray:
     return (other.spans * (int(read.spans[-1, 1]) / end)).astype(np.int64)
 
 
-def open_reader(place: str, piece: int | None, cache: str | None) -> tuple[Reader, dict[str, Callable[[], Reader]]]:
+def open_reader(
+    place: str, piece: int | None, cache: str | None, concepts: int | None = None
+) -> tuple[Reader, dict[str, Callable[[], Reader]]]:
     """The reader of a model, and its floors by name, which are opened when they are asked for.
 
     Raises:
@@ -284,6 +298,6 @@ def open_reader(place: str, piece: int | None, cache: str | None) -> tuple[Reade
         raise InputError(f"--model {place}: expected a model folder, there is no config.json")
     if kind != ConceptConfig.model_type:
         return PeerReader(str(folder), cache), {}
-    kinds = {kind: functools.cache(functools.partial(ConceptReader, folder, kind, piece, cache))
+    kinds = {kind: functools.cache(functools.partial(ConceptReader, folder, kind, piece, cache, concepts))
              for kind in (BAG, UNTRAINED)}  # fmt: skip
-    return ConceptReader(folder, CONCEPTS, piece, cache), kinds
+    return ConceptReader(folder, CONCEPTS, piece, cache, concepts), kinds

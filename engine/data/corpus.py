@@ -91,6 +91,9 @@ def open_parts(
     else:
         held_out = train
         rows = hold_out(train.hashes, split.validation, source)
+    lost = dict.fromkeys(file for store in (train, held_out) for file in store.index.get("unreadable", ()))
+    if lost:
+        facts["unreadable"] = list(lost)
     parts = []
     for name, store, documents in (("train", train, rows[0]), ("validation", held_out, rows[1])):
         if source.unit == "sentence":

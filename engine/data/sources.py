@@ -7,13 +7,14 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
 from ..recipe.data import DEFAULT_VALIDATION, Source
+from .cache import say
 
 KNOWN = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.+-]+)?")
@@ -29,12 +30,13 @@ class Documents:
     name: str  # as the user wrote it
     identity: Any  # JSON; changes when the texts may have changed
     read: Callable[[], Iterator[str]]
+    lost: list[str] = field(default_factory=list)  # files of which the rest could not be read, after they were
 
     def first(self, count: int | None) -> "Documents":
         """The first ``count`` of them; None: all."""
         if count is None:
             return self
-        return Documents(self.name, [self.identity, count], lambda: islice(self.read(), count))
+        return Documents(self.name, [self.identity, count], lambda: islice(self.read(), count), self.lost)
 
 
 @dataclass(frozen=True)
@@ -123,10 +125,13 @@ def find(path: str) -> list[Path]:
 
 def read_later(name: str, files: list[Path], source: Source) -> Documents:
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    column = source.text_column or "text"
-    return Documents(name, {"files": stats, "text_column": column}, lambda: read_files(files, column)).first(
-        source.max_documents
-    )
+    column, lost = source.text_column or "text", []
+    identity: dict[str, Any] = {"files": stats, "text_column": column}
+    read = lambda: read_files(files, column)  # noqa: E731
+    if source.on_unreadable == "skip":
+        identity["on_unreadable"] = "skip"
+        read = lambda: read_what_can_be(files, column, lost)  # noqa: E731
+    return Documents(name, identity, read, lost).first(source.max_documents)
 
 
 def read_files(files: Iterable[Path], column: str) -> Iterator[str]:
@@ -138,6 +143,17 @@ def read_files(files: Iterable[Path], column: str) -> Iterator[str]:
                 yield text
         if not count:
             raise InputError(f"{file}: no text in this file; remove it or leave it out of data.source")
+
+
+def read_what_can_be(files: Iterable[Path], column: str, lost: list[str]) -> Iterator[str]:
+    """The same, but a file that cannot be read ends there: it is named, and listed in ``lost``."""
+    lost.clear()
+    for file in files:
+        try:
+            yield from read_files([file], column)
+        except InputError as error:
+            lost.append(str(file))
+            say(f"warning: {error}; skipped from there on (data.on_unreadable)")
 
 
 def read_file(file: Path, column: str) -> Iterator[str]:
@@ -292,6 +308,9 @@ def decode(value: bytes, where: str, column: str) -> str:
 
 
 def open_hub(source: Source) -> Split:
+    if source.on_unreadable == "skip":
+        problem = "expected stop with a data set of the hub, whose files are downloaded whole and checked"
+        raise InputError(f"data.on_unreadable: {problem}, got 'skip' for {source.path}")
     validation: Documents | float = DEFAULT_VALIDATION
     if isinstance(source.validation, float):
         validation = source.validation

@@ -64,7 +64,7 @@ def write(folder: Path, documents: Documents, encode: Encode, vocab_size: int) -
     np.save(folder / "hashes.npy", np.array(hashes, dtype=np.uint64))
     return {
         "format": FORMAT, "dtype": dtype.name, "num_documents": len(lengths), "num_tokens": int(offsets[-1]),
-        "num_bytes": num_bytes,
+        "num_bytes": num_bytes, "unreadable": documents.lost,
     }  # fmt: skip
 
 

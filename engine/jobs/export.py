@@ -8,6 +8,7 @@ from .. import checkpoint, launch
 from ..errors import InputError
 from ..launch import World
 from ..recipe.load import load_recipe
+from ..retention import best_step
 from ..telemetry import read_history
 from .pretraining import PretrainingJob
 
@@ -49,8 +50,13 @@ def figures_at(file: Path, step: int) -> dict[str, Any]:
 
 def main(options: argparse.Namespace) -> None:
     """The command line."""
-    out = options.out or options.run / (f"model-{options.step}" if options.step is not None else "model-newest")
+    step = options.step
+    if options.best:
+        if step is not None:
+            raise InputError("--best: expected without --step: it chooses the step itself")
+        step = best_step(options.run / "checkpoints")
+    named = "best" if options.best else "newest" if step is None else str(step)
     with launch.world() as world:
-        folder, step = export_step(options.run, options.step, out, world)
+        folder, step = export_step(options.run, step, options.out or options.run / f"model-{named}", world)
         if world.is_first:
             print(f"step {step} of {options.run}: the model is in {folder}")

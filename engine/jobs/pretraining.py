@@ -124,6 +124,8 @@ class PretrainingJob:
     def describe(self) -> str:
         millions = self.corpus.train.num_tokens / 1e6
         text = f"{millions:.2f} M tokens of training text ({self.loader.at(0).steps_per_epoch} steps an epoch)"
+        lost = sum(len(source.get("unreadable", ())) for source in self.corpus.description["sources"])
+        text += f" without the rest of {lost} unreadable files" if lost else ""
         return f"{text}, distilled from {self.teacher['teacher']}" if self.teacher else text
 
     def build(self, is_new: bool) -> Pretraining:
@@ -213,10 +215,13 @@ def look_ahead(
 
 def described(corpus: Corpus) -> list[str]:
     """One line a source, for the model card."""
-    return [
-        f"{source['path']}: {source['train']['tokens']:,} tokens in {source['train']['documents']:,} documents"
-        for source in corpus.description["sources"]
-    ]
+
+    def of(source: dict[str, Any]) -> str:
+        text = f"{source['path']}: {source['train']['tokens']:,} tokens in {source['train']['documents']:,} documents"
+        lost = len(source.get("unreadable", ()))
+        return text + (f"; {lost} of its files could not be read to their end" if lost else "")
+
+    return [of(source) for source in corpus.description["sources"]]
 
 
 def text_identity(corpus: Corpus) -> dict[str, Any]:

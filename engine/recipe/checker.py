@@ -123,7 +123,7 @@ def valid_names(schema: Any, keys: Sequence[str]) -> list[str]:
     for key in keys:
         fields = getattr(schema, "model_fields", {})
         schema = fields[key].annotation if key in fields else element(schema)
-    return list(getattr(element(schema), "model_fields", {}))
+    return [field.alias or name for name, field in getattr(element(schema), "model_fields", {}).items()]
 
 
 def element(schema: Any) -> Any:

@@ -6,6 +6,7 @@ from ...models.config import ConceptConfig
 from ...models.regularizers import WITHIN_TEXT
 from ...models.token_source import check_keep
 from ..errors import InputError
+from .finetune import Finetune
 from .schema import Recipe
 
 SHORTEST_SPAN = 3  # tokens, of the uniform ones
@@ -22,6 +23,7 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield from of_stages(recipe)
     yield from of_states(recipe)
     yield from of_profile(recipe)
+    yield from of_best(recipe)
     yield from of_model(recipe)
 
 
@@ -120,6 +122,24 @@ def of_profile(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if not first <= last <= recipe.train.steps:
         expected = f"first and last step, at most train.steps = {recipe.train.steps}"
         yield "profile.steps", f"expected {expected}, got [{first}, {last}]"
+
+
+def of_best(recipe: Recipe | Finetune) -> Iterator[tuple[str, str]]:
+    """Whether evaluations of this run have the figure by which the best is kept."""
+    metric = recipe.checkpoint.keep_best
+    if metric is None:
+        return
+    if isinstance(recipe, Finetune):
+        there = {"loss", "accuracy", "pearson"}
+    else:
+        there = {"loss", "nll_unseen", "nll_seen"} if recipe.has_task else set()
+        there |= {"contrastive", "retrieval"} if recipe.contrastive is not None else set()
+        there |= {"alignment", "alignment_of_stretches"} if recipe.distill is not None else set()
+        there |= {"state_error"} if any(part.get("states") for _, part in recipe.parts()) else set()
+    if metric not in there:
+        yield "checkpoint.keep_best", f"expected one of {', '.join(sorted(there))}, which this run has, got {metric!r}"
+    if not recipe.eval.every:
+        yield "checkpoint.keep_best", f"expected nothing with eval.every = 0, which leaves no choice, got {metric!r}"
 
 
 def of_stages(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -29,6 +29,7 @@ class Source(BaseModel):
     validation: HeldOut = None
     revision: TextOrNothing = None
     max_documents: Documents = None
+    on_unreadable: Literal["stop", "skip"] | None = None
 
 
 class DataRecipe(BaseModel):
@@ -55,6 +56,7 @@ class DataRecipe(BaseModel):
     validation: HeldOut = None
     revision: TextOrNothing = None  # of hub sources: a commit or tag; left out: the main branch when first read
     max_documents: Documents = None  # read no more than this of each source
+    on_unreadable: Literal["stop", "skip"] = "stop"  # skip: a file that cannot be read ends there, and is counted
     tokenizer: Path = "pydocs"  # `pydocs`, `pydocs-small` (byte-level BPE trained on these), a folder, or a hub id
     vocab_size: kind(int, whole(300, 65536)) = 8192  # of the two `pydocs` tokenizers only
     window: Window = 512  # longest sequence in tokens; a longer document goes on in the next one
@@ -71,7 +73,7 @@ class DataRecipe(BaseModel):
 
     def sources(self) -> list[Source]:
         """The sources with every field filled in from `data`."""
-        inherited = ("text_column", "split", "validation", "revision", "max_documents")
+        inherited = ("text_column", "split", "validation", "revision", "max_documents", "on_unreadable")
         return [
             source.model_copy(
                 update={name: getattr(self, name) for name in inherited if getattr(source, name) is None}

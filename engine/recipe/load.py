@@ -16,7 +16,7 @@ from ...models.ranges import PLACE
 from ...models.regularizers import Regularization
 from ..errors import InputError
 from .checker import Checker
-from .combinations import conflicts
+from .combinations import conflicts, of_best
 from .finetune import Finetune, is_finetune
 from .reader import describe, dump, parse, read_yaml
 from .schema import Recipe
@@ -71,7 +71,10 @@ def load_any(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | Finetu
     if isinstance(tree["run"], dict) and tree["run"].get("name") in (None, ""):
         tree["run"]["name"] = Path(path).stem + ("-tiny" if size == "tiny" else "")
     if is_finetune(tree):
-        return checker.check(Finetune, tree)
+        finetune = checker.check(Finetune, tree)
+        for field, problem in of_best(finetune):
+            raise InputError(checker.line(field, problem))
+        return finetune
     model, data = tree.get("model"), tree.get("data")
     if isinstance(model, dict) and isinstance(data, dict) and PLACE.holds(model.get("backbone")):
         asked = "tokenizer" in (tiny.get("data") or {}) or any(text.startswith("data.tokenizer=") for text in overrides)

@@ -7,7 +7,7 @@ unknown key, the nearest valid one.
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from ...models.config import ConceptConfig
 from ...models.objectives import OBJECTIVES, Distill, Mixed, NoTask
@@ -15,6 +15,7 @@ from ...models.pretraining import ContrastiveTerm
 from ...models.ranges import number, whole
 from ...models.regularizers import Regularization
 from ..errors import InputError
+from ..retention import METRICS
 from . import kinds
 from .data import DataRecipe, Window
 from .kinds import (
@@ -34,14 +35,15 @@ from .reader import one_line
 
 # What may change between an interruption and its resumption: it moves no data and no weight, or only by rounding.
 FREE = (
-    "run.name", "run.folder", "run.timeout_s", "run.join_minutes", "resume", "eval.", "checkpoint.", "profile.",
-    "zero.", "batch.micro_tokens", "data.cache", "data.states_gb", "task.cache", "distill.max_gib", "train.keep",
-    "train.recompute", "train.on_collapse",
+    "run.name", "run.folder", "run.hang_minutes", "run.join_minutes", "resume", "eval.", "checkpoint.", "profile.",
+    "zero.", "batch.micro_tokens", "data.cache", "data.states_gb", "data.on_unreadable", "task.cache",
+    "distill.max_gib", "train.keep", "train.recompute", "train.on_collapse",
+    "train.on_spike", "train.spike_",  # a run that diverges may need these
 )  # fmt: skip
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
 
 
 class Run(Section):
@@ -50,8 +52,8 @@ class Run(Section):
     name: Name = ""  # the folder's name; empty: the recipe file's name
     folder: Folder = "runs"
     seed: Seed = 0
-    timeout_s: kind(float, number(1, 30 * 24 * 3600)) = 1800.0  # how long a rank waits for the others in training
-    join_minutes: kind(float, number(0.01, 24 * 60)) = 10.0  # how long it waits for them at the start
+    hang_minutes: kind(float, number(0.01, 30 * 24 * 60)) = 30.0  # without a step, of several ranks: `watch.py`
+    join_minutes: kind(float, number(0.01, 24 * 60)) = 10.0  # how long a rank waits for the others at the start
 
 
 class Optim(Section):
@@ -94,6 +96,9 @@ class Train(Section):
     recompute: Switch = False  # gradient checkpointing: layers are computed once more in the backward pass
     max_bad_steps: Count = 5  # consecutive steps with a non-finite gradient after which the run stops
     on_collapse: Literal["warn", "stop"] = "warn"  # where an evaluation finds that concepts carry next to no content
+    on_spike: Literal["ignore", "warn", "skip", "rewind"] = "warn"  # where a step's loss or gradient norm is an outlier
+    spike_window: kind(int, whole(8, 10000)) = 128  # steps that it is compared with, and: `spikes.py`
+    spike_deviations: kind(float, number(1, 1000)) = 6.0  # how many standard deviations above their mean are too many
 
 
 class Zero(Section):
@@ -114,9 +119,13 @@ class Init(Section):
 
 
 class Checkpoint(Section):
+    """Those that stay are the newest, and what `keep_every` and `keep_best` name."""
+
     every: CountOrZero = 500  # steps; 0: only after the last step
-    keep: Count = 2  # the newest
-    keep_every: CountOrZero = 0  # and those of steps that are multiples of it; 0: no others
+    async_: Switch = Field(True, alias="async")  # written beside training, from a copy in memory
+    keep_last: Count = 2  # the newest
+    keep_every: CountOrZero = 0  # those of steps that are multiples of it; 0: none
+    keep_best: Literal[METRICS] | None = None  # that of the best evaluation, saved right after it: best.json names it
 
 
 class Profile(Section):

@@ -127,7 +127,7 @@ optim: {{lr: 3e-3, warmup_steps: 3}}
 batch: {{tokens: 256, micro_tokens: 64}}
 train: {{steps: 12, precision: fp32, label_smoothing: 0.05}}
 eval: {{every: 5, tokens: 400}}
-checkpoint: {{every: 4, keep: 2}}
+checkpoint: {{every: 4, keep_last: 2}}
 """
         )
         return path

@@ -12,6 +12,7 @@ from conceptron.engine import checkpoint
 from conceptron.engine.checkpoint import Progress
 from conceptron.engine.errors import InputError
 from conceptron.engine.launch import World
+from conceptron.engine.writer import save
 from conceptron.models.config import ConceptConfig
 from conceptron.models.masked_lm import ConceptForMaskedLM
 
@@ -28,7 +29,7 @@ def saved(world, build, steps, tmp_path):
     engine = build()
     for step in (1, 2, 3):
         steps(engine, step - 1, step)
-        checkpoint.save(world, tmp_path, engine, at(step), keep=3)
+        save(world, tmp_path, engine, at(step), keep_last=3)
     return tmp_path
 
 
@@ -37,7 +38,7 @@ def test_resumes_bitwise(world, build, steps, tmp_path, stage, precision):
     straight = steps(build(stage, precision), 0, 4)
     engine = build(stage, precision)
     before = steps(engine, 0, 2)
-    folder = checkpoint.save(world, tmp_path, engine, at(2), keep=1)
+    folder = save(world, tmp_path, engine, at(2), keep_last=1)
     after_saving = steps(engine, 2, 4)
     resumed = steps(build(stage, precision, found=folder), 2, 4)
     assert before + after_saving == straight  # saving changes nothing
@@ -49,11 +50,11 @@ def test_resumes_bitwise(world, build, steps, tmp_path, stage, precision):
 def test_another_stage_reads_the_same_state(world, build, steps, tmp_path, before, after):
     engine = build(before)
     steps(engine, 0, 2)
-    folder = checkpoint.save(world, tmp_path, engine, at(2), keep=1)
+    folder = save(world, tmp_path, engine, at(2), keep_last=1)
     torch.testing.assert_close(
         torch.tensor(steps(build(after, found=folder), 2, 4)), torch.tensor(steps(engine, 2, 4)), rtol=1e-5, atol=1e-6
     )
-    again = checkpoint.save(world, tmp_path / "again", build(after, found=folder), at(2), keep=1)
+    again = save(world, tmp_path / "again", build(after, found=folder), at(2), keep_last=1)
     first, second = (load_file(path / "state-00000-of-00001.safetensors") for path in (folder, again))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
@@ -62,7 +63,7 @@ def test_reads_ranges_across_the_files_of_several_ranks(world, build, steps, tmp
     """What two ranks wrote, cut at odd places, is read by one as if it had been whole."""
     engine = build()
     steps(engine, 0, 2)
-    whole = checkpoint.save(world, tmp_path / "whole", engine, at(2), keep=1)
+    whole = save(world, tmp_path / "whole", engine, at(2), keep_last=1)
     parts: list[dict[str, torch.Tensor]] = [{}, {}]
     for key, tensor in load_file(whole / "state-00000-of-00001.safetensors").items():
         name, start, kind = key.split("@")[0], int(key.split("@")[1].split(":")[0]), key.split(":")[1]
@@ -79,7 +80,7 @@ def test_reads_ranges_across_the_files_of_several_ranks(world, build, steps, tmp
 
 def test_keeps_the_newest(world, build, saved):
     assert [path.name for path in checkpoint.list_checkpoints(saved)] == [f"step-0000000{n}" for n in (3, 2, 1)]
-    checkpoint.save(world, saved, build(), at(4), keep=2)
+    save(world, saved, build(), at(4), keep_last=2)
     assert sorted(path.name for path in saved.iterdir()) == ["step-00000003", "step-00000004"]
 
 
@@ -143,7 +144,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(world, build, saved):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
         with pytest.raises(OSError, match="rank 0: "):
-            checkpoint.save(world, saved, build(), at(4), keep=1)
+            save(world, saved, build(), at(4), keep_last=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
@@ -155,11 +156,11 @@ def test_a_save_cut_off_before_its_name_is_not_a_checkpoint(world, build, saved,
     """As if the process had been killed when everything but the rename was done."""
     monkeypatch.setattr("pathlib.Path.rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(world, saved, build(), at(4), keep=3)
+        save(world, saved, build(), at(4), keep_last=3)
     monkeypatch.undo()
     assert (saved / ".unfinished-step-00000004" / "MANIFEST.json").exists()
     assert checkpoint.find(world, saved)[0] == saved / "step-00000003"
-    checkpoint.save(world, saved, build(), at(5), keep=3)  # cleans up behind it
+    save(world, saved, build(), at(5), keep_last=3)  # cleans up behind it
     assert not list(saved.glob(".unfinished-*"))
 
 
@@ -169,6 +170,6 @@ def test_one_failing_rank_fails_all(build, saved, world, monkeypatch):
             return [value, (None, "rank 1: No space left on device")]
 
     with pytest.raises(OSError, match="rank 1: No space left on device"):
-        checkpoint.save(Pair(0, 0, 1, world.device), saved, build(), at(4), keep=1)
+        save(Pair(0, 0, 1, world.device), saved, build(), at(4), keep_last=1)
     assert json.loads((saved / "step-00000003" / "MANIFEST.json").read_text())["step"] == 3
     assert not (saved / "step-00000004").exists()

@@ -111,6 +111,25 @@ def test_canary_the_stage_3_setter_ignores_padding():
     assert "fp32_opt_state_partition.numel() * my_rank" in source and "pad" not in source
 
 
+def test_canary_a_rank_that_is_alone_reduces_its_gradients(build, steps, monkeypatch):
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    buckets, reduce = [], DeepSpeedZeroOptimizer.allreduce_bucket
+    monkeypatch.setattr(
+        DeepSpeedZeroOptimizer, "allreduce_bucket", lambda self, *a, **k: buckets.append(1) or reduce(self, *a, **k)
+    )
+    spared = build(1)
+    without = steps(spared, 0, 3)
+    assert not buckets
+    plain = build(1)
+    for parameter in plain.module.parameters():
+        del parameter.ds_grad_is_ready
+    assert steps(plain, 0, 3) == without
+    assert buckets
+    pairs = zip(spared.module.parameters(), plain.module.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 def test_canary_the_launcher_ignores_sigterm_on_one_node():
     """test_launch.py shows what follows from it."""
     import deepspeed.launcher.runner as runner

@@ -89,6 +89,26 @@ def test_the_deepspeed_launcher_and_torchrun(recipe, tmp_path):
     assert [entry["loss"] for entry in steps(folder)] == pytest.approx([entry["loss"] for entry in one], rel=1e-4)
 
 
+@pytest.mark.parametrize("launcher, signum, what", [
+    ([BIN / "torchrun", "--standalone", "--nproc_per_node", 2, "-m", "conceptron"], signal.SIGSTOP, "is stopped"),
+    ([BIN / "deepspeed", "--num_gpus", 2, "--module", "conceptron"], signal.SIGKILL, "has died"),
+])  # fmt: skip
+def test_a_rank_that_is_gone_is_named_and_leaves_nobody_behind(recipe, tmp_path, launcher, signum, what):
+    process = start([*launcher, "train", recipe, *LONG, "train.steps=9000", "run.hang_minutes=0.05"], tmp_path)
+    wait_for(process, tmp_path, 4)
+    (victim,) = [pid for pid in running(recipe) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(victim, signum)
+    assert process.wait(timeout=90) != 0
+    deadline = time.monotonic() + 30
+    while running(recipe):
+        assert time.monotonic() < deadline, "somebody is left"
+        time.sleep(0.05)
+    said = (tmp_path / "output").read_text()
+    (line,) = [line for line in said.splitlines() if line.startswith("conceptron: error: ")]
+    assert f"rank 1 (process {victim} on " in line and f"{what}, after step " in line, said
+    assert " is intact; go on with resume=auto" in line
+
+
 def running(recipe: Path) -> list[int]:
     """Processes that have this recipe on their command line."""
     found = []

@@ -27,6 +27,8 @@ TERMS = "regularization={terms: [orthogonality, t_regs], gradient_ratio: null, w
 PARTS = "objective={name: mixed, parts: [{name: tsdae}, {name: mlm}]}"  # deletion pairs share the first one's encoder
 ADDED = [*COMMON, CONTRAST, TERMS, PARTS]
 ALONE = [*COMMON, CONTRAST, "objective={name: none}", "data.window=24"]
+EVERY = ["checkpoint.every=1", "checkpoint.keep_last=9"]
+WATCHED = ["train.on_spike=skip", "train.spike_window=8", "train.spike_deviations=20"]
 STOPPED = [*COMMON, "model.dropout=0.1", "zero.stage=2", "train.precision=bf16"]
 
 
@@ -49,6 +51,9 @@ def ran(recipe_in, tmp_path_factory):
         "whole": dict(world=2, overrides=STOPPED),
         "stopped": dict(world=2, overrides=STOPPED, fault=["stop", 1, 3]),
         "resumed": dict(world=2, overrides=[*STOPPED, "resume=auto", "run.name=stopped"]),
+        "beside": dict(world=2, overrides=[*STOPPED, *EVERY, "zero.stage=3"]),
+        "at once": dict(world=2, overrides=[*STOPPED, *EVERY, "zero.stage=3", "checkpoint.async=false"]),
+        "spiked": dict(world=2, overrides=[*COMMON, *WATCHED], fault=["spike", 1, 7]),
         "poisoned": dict(world=2, overrides=[*COMMON, "zero.stage=2"], fault=["poison", 1, 3]),
     }
     for name, job in jobs.items():
@@ -113,6 +118,26 @@ def test_a_bad_value_on_one_rank_is_skipped_on_both(ran):
     assert codes == [0, 0]
     progress = checkpoint.load_progress(folder / "checkpoints" / "step-00000008")
     assert progress.optimizer_steps == 7
+    assert all(tensor.isfinite().all() for tensor in weights(folder).values())
+
+
+def test_what_is_written_beside_training_is_what_would_be_written_at_once(ran):
+    assert ran["beside"][0] == ran["at once"][0] == [0, 0]
+    of_runs = [checkpoint.list_checkpoints(ran[name][1] / "checkpoints") for name in ("beside", "at once")]
+    assert len(of_runs[0]) == len(of_runs[1]) == 8
+    for beside, at_once in zip(*of_runs, strict=True):
+        assert not checkpoint.verify(beside)
+        files = [json.loads((folder / "MANIFEST.json").read_text())["files"] for folder in (beside, at_once)]
+        states = [{name: of for name, of in each.items() if name.startswith("state-")} for each in files]
+        assert len(states[0]) == 2 and states[0] == states[1]  # to the last bit
+
+
+def test_an_outlier_on_one_rank_is_skipped_on_both(ran):
+    codes, folder = ran["spiked"]
+    assert codes == [0, 0]
+    (spike,) = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if '"spike"' in line]
+    assert spike["step"] == 7 and spike["action"] == "skipped" and spike["what"] == "loss"
+    assert checkpoint.load_progress(folder / "checkpoints" / "step-00000008").optimizer_steps == 7
     assert all(tensor.isfinite().all() for tensor in weights(folder).values())
 
 

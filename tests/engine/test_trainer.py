@@ -291,15 +291,15 @@ def test_collapsed_concepts_are_told_or_end_the_run(recipe, monkeypatch, capfd):
 
 
 def fill_disk(at_steps: set[int], monkeypatch) -> None:
-    write = checkpoint._write_state
+    write = checkpoint.write_state
 
-    def failing(engine, file, is_first):
+    def failing(tensors, file):
         if any(f"{step:08d}" in str(file) for step in at_steps):
             file.write_bytes(b"half a file")
             raise OSError(errno.ENOSPC, "No space left on device")
-        return write(engine, file, is_first)
+        return write(tensors, file)
 
-    monkeypatch.setattr(checkpoint, "_write_state", failing)
+    monkeypatch.setattr(checkpoint, "write_state", failing)
 
 
 def test_a_full_disk_costs_one_checkpoint(straight, recipe, monkeypatch, capfd):

@@ -4,6 +4,8 @@ Source: Shaham et al. 2022, arXiv:2201.03533; metrics of the dataset repository 
 tau-nlp/scrolls at bfc0da0.
 """
 
+import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from statistics import fmean
@@ -14,6 +16,11 @@ from . import words
 
 TASKS = ("gov_report", "summ_screen_fd", "qmsum", "narrative_qa", "qasper", "quality", "contract_nli")
 DISPLAYED = ("rouge1", "rouge2", "rougeL")  # whose geometric mean is the score of a summary
+CURLY = r"\u2018\u2019\u201c\u201d\xab\xbb"  # as NLTK's patterns write them
+NO_LSUM = (
+    "rouge/rougeLsum is left out: NLTK has no punkt_tab here (python -m nltk.downloader punkt_tab, or NLTK_DATA=FOLDER "
+    "that holds tokenizers/punkt_tab); no score is made of it"
+)
 Values = dict[str, float]  # of one example
 Score = dict[str, Any]  # of a task
 
@@ -22,8 +29,8 @@ def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> tu
     """ROUGE-1, -2 and -L of every example, each the best over its references, and of the task: their means, and the
     geometric mean of the three.
 
-    ROUGE-Lsum is shown beside them, as the evaluator does, where the sentence splitter that it needs has its data
-    (``python -m nltk.downloader punkt_tab``); it is no part of the score.
+    ROUGE-Lsum is shown beside them, as the evaluator does, where the sentence splitter that it needs has its data; it
+    is no part of the score. Where it has not, it is left out, and one line says so.
     """
     split = sentence_splitter()
     kinds = (*DISPLAYED, "rougeLsum") if split else DISPLAYED
@@ -92,11 +99,26 @@ def rouge_scorer(kinds: Sequence[str]) -> Any:
 
 @cache
 def sentence_splitter() -> Callable[[str], list[str]] | None:
-    """NLTK's, as the evaluator uses it; None where its data are not installed."""
-    from nltk import sent_tokenize
+    """NLTK's for English, as the evaluator's NLTK 3 splits; None, and a line on stderr, where its data are not found.
+
+    NLTK 3.10 came to count curly quotes and guillemets as closing ones, which moves sentences and with them
+    ROUGE-Lsum: they are taken out of its patterns again.
+    """
+    from nltk.data import find
+    from nltk.tokenize.punkt import PunktLanguageVars, PunktSentenceTokenizer, load_punkt_params
+
+    class Quotes(PunktLanguageVars):
+        re_boundary_realignment = re.compile(
+            PunktLanguageVars.re_boundary_realignment.pattern.replace(CURLY, ""), re.MULTILINE
+        )
+
+        @property
+        def _re_non_word_chars(self) -> str:
+            return super()._re_non_word_chars.replace(CURLY, "")
 
     try:
-        sent_tokenize("One. Two.")
+        params = load_punkt_params(find("tokenizers/punkt_tab/english/"))
     except LookupError:
+        print(NO_LSUM, file=sys.stderr)
         return None
-    return sent_tokenize
+    return PunktSentenceTokenizer(params, lang_vars=Quotes()).tokenize

@@ -78,12 +78,14 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(folder, task, *settings, out="out", model="model", limit=None, no_floors=False, data=True):
+def run(
+    folder, task, *settings, out="out", model="model", limit=None, no_floors=False, data=True, protocol=None, costs=False
+):
     """The rows of the table by their names, and the folder of the results."""
     places = [f"cache={folder}/cache", *([f"data={folder}"] if data else [])]
     options = argparse.Namespace(
         task=task, model=str(folder / model), settings=[*places, *settings], limit=limit, no_floors=no_floors,
-        out=folder / out,
+        out=folder / out, protocol=protocol, costs=costs,
     )  # fmt: skip
     assert evaluate.main(options) == 0
     rows = json.loads((folder / out / "downstream.json").read_text())["rows"]

@@ -1,8 +1,13 @@
 """pydocs on a small tree of made-up packages: what is taken, what is left out, what counts as repeated."""
 
+import ast
+import email
 import io
+import json
+import py_compile
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,8 +59,7 @@ def corpus(packages):
 # --- docstrings
 
 
-def test_docstrings_come_in_the_order_of_the_file():
-    source = '''
+SOURCE = '''
 """Of the module."""
 import never_there
 class A(Base):
@@ -77,7 +81,9 @@ class A(Base):
         """
         def inner():
             """Of the inner function."""
+            return self
     async def g(self): """Of the coroutine."""
+    h = lambda self: "not a docstring"
 if sys.platform == "win32":
     def h(): """On Windows."""
 else:
@@ -86,6 +92,30 @@ try:
     import fast
 except ImportError:
     def k(): """In a handler."""
+else:
+    class B:
+        def m(self): return "not a docstring"
+finally:
+    @decorated
+    class C(metaclass=M):
+        __slots__ = ()
+        def m(self): """In the last clause."""
+for x in range(3):
+    def m(): """In a loop."""
+'''
+SECTIONS = [
+    ("", ["Of the module."]),
+    ("A", ["Of the class."]),
+    ("A.f", ["Of the method.", "Parameters", "x : torch.Tensor\n    With `code`, see the text.", "After it."]),
+    ("A.f.inner", ["Of the inner function."]),
+    ("A.g", ["Of the coroutine."]),
+    ("h", ["On Windows."]),
+    ("h", ["Elsewhere."]),
+    ("k", ["In a handler."]),
+    ("C.m", ["In the last clause."]),
+    ("m", ["In a loop."]),
+]
+SETTERS = '''
 add_docstr(torch.abs, r"""abs(input)
 
 Computes the absolute value of each element in the input given here.""".format(**common))
@@ -93,20 +123,39 @@ add_newdoc("numpy._core", "ufunc", """Functions that operate element by element 
 add_newdoc("numpy._core", "ndarray", ("T", "View of the transposed array."))
 print("not a docstring either")
 '''
-    found = docstrings.sections(source.encode())
-    assert found == [
-        ("", ["Of the module."]),
-        ("A", ["Of the class."]),
-        ("A.f", ["Of the method.", "Parameters", "x : torch.Tensor\n    With `code`, see the text.", "After it."]),
-        ("A.f.inner", ["Of the inner function."]),
-        ("A.g", ["Of the coroutine."]),
-        ("h", ["On Windows."]),
-        ("h", ["Elsewhere."]),
-        ("k", ["In a handler."]),
-        ("torch.abs", ["abs(input)", "Computes the absolute value of each element in the input given here."]),
-        ("ufunc", ["Functions that operate element by element on whole arrays."]),
-        ("ndarray.T", ["View of the transposed array."]),
-    ]
+SET = [
+    ("torch.abs", ["abs(input)", "Computes the absolute value of each element in the input given here."]),
+    ("ufunc", ["Functions that operate element by element on whole arrays."]),
+    ("ndarray.T", ["View of the transposed array."]),
+]
+
+
+def test_docstrings_come_in_the_order_of_the_file(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text(SOURCE)
+    assert docstrings.sections(str(path)) == SECTIONS  # compiled here
+    py_compile.compile(str(path), doraise=True)
+    assert docstrings.sections(str(path)) == SECTIONS  # by an installer
+    path.write_text(SOURCE + SETTERS)
+    assert docstrings.sections(str(path)) == SECTIONS + SET
+
+
+def test_what_is_compiled_of_another_source_or_damaged_is_not_read(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text('"""Of the old module."""\n')
+    place = Path(py_compile.compile(str(path), doraise=True))
+    path.write_text('"""Of the new one, longer."""\n')
+    assert docstrings.sections(str(path)) == [("", ["Of the new one, longer."])]
+    py_compile.compile(str(path), doraise=True)
+    place.write_bytes(place.read_bytes()[:20])
+    assert docstrings.sections(str(path)) == [("", ["Of the new one, longer."])]
+
+
+def test_both_ways_to_read_a_file_find_the_same():
+    for path in sorted(Path(json.__file__).parent.glob("*.py")) + sorted(Path(email.__file__).parent.glob("*.py")):
+        parsed: list = []
+        docstrings.visit(ast.parse(path.read_bytes()), "", parsed)
+        assert docstrings.sections(str(path)) == parsed
 
 
 @pytest.mark.parametrize("text", ["1.0  2.5\n4.0  5.5", "+---+---+\n| a | b |", ">>> f()\n[1, 2]", ".. image:: a.png"])

@@ -17,7 +17,7 @@ from conceptron.models.masked_lm import ConceptForMaskedLM
 def run(recipe_in, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     return train(recipe_in(folder), [
-        "train.steps=6", "checkpoint.every=1", "checkpoint.keep=1", "checkpoint.keep_every=2", "eval.every=2",
+        "train.steps=6", "checkpoint.every=1", "checkpoint.keep_last=1", "checkpoint.keep_every=2", "eval.every=2",
         "profile.steps=[2, 3]",
     ])  # fmt: skip
 

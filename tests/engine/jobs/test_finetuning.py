@@ -27,7 +27,7 @@ optim: {{lr: 1e-2, warmup_steps: 2}}
 batch: {{tokens: 400, micro_tokens: 200}}
 train: {{steps: {steps}, precision: fp32}}
 eval: {{every: 0}}
-checkpoint: {{every: 3, keep: 2}}
+checkpoint: {{every: 3, keep_last: 2}}
 """
 
 

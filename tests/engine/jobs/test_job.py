@@ -125,8 +125,8 @@ def test_phases_are_told_in_their_order(world):
 
     job, laps, engine = Lines(), [], Engine()
     (batches,) = job.batches(5, 6)
-    figures, stopping = update(
-        engine, world, job, 5, batches, lr=0.125, seed=0, stop=StopRequest(), lap=laps.append
+    figures, asked = update(
+        engine, world, job, 5, batches, lr=0.125, seed=0, asks=lambda: {"written": True}, lap=laps.append
     )
     assert laps == ["data", "forward", "backward", "forward", "backward", "optimizer"]
-    assert engine.optimizer.param_groups[0]["lr"] == 0.125 and not stopping and figures["loss"] > 0
+    assert engine.optimizer.param_groups[0]["lr"] == 0.125 and asked == {"written": 1} and figures["loss"] > 0

@@ -88,6 +88,11 @@ def refusal(path, overrides) -> str:
     (["model.num_token_layers=4", "model.funnel=[0, 1, 2, 3]", "data.window=8"],
      "model.funnel: 4 halvings leave no two tokens of a window of 8 apart; use fewer"),
     (["model.num_iterations=3"], "model.num_iterations: expected None without tie_layers = true"),
+    (["checkpoint.keep_best=retrieval"], "checkpoint.keep_best: expected one of loss, nll_seen, nll_unseen, which"),
+    (["checkpoint.keep_best=accuracy", "contrastive={}"], "expected one of contrastive, loss, nll_seen, nll_unseen, "),
+    (["checkpoint.keep_best=loss", "eval.every=0"], "checkpoint.keep_best: expected nothing with eval.every = 0"),
+    (["checkpoint.asyn=false"], "checkpoint.asyn: unknown key; did you mean checkpoint.async?"),
+    (["checkpoint.async_=false"], "checkpoint.async_: unknown key; did you mean checkpoint.async?"),
 ])  # fmt: skip
 def test_refusals(path, overrides, found):
     assert found in refusal(path, overrides)
@@ -100,6 +105,7 @@ def test_refusals(path, overrides, found):
     [PARTS.format("{name: tsdae}, {name: tsdae, probability: 0.9, weight: 3}, {name: mlm, hidden: mask}")],
     ["objective={name: prefix_diffusion, context: true}", "model.decoder_mixing=local"],
     ["train.stages=[{until: 50, window: 16}, {until: 60, window: 32}]"],
+    ["checkpoint={async: false, keep_best: retrieval}", "contrastive={}", "train.on_spike=rewind"],
     ["regularization={terms: [vicreg, t_regs], gradient_ratio: null}"],
 ])  # fmt: skip
 def test_what_fits_is_accepted_and_reads_back(path, overrides, tmp_path):

@@ -29,7 +29,8 @@ VALUES = (
 
 def schema_fields(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted name and field, of every field inside; items of a list under the number 0."""
-    for name, field in schema.model_fields.items():
+    for key, field in schema.model_fields.items():
+        name = field.alias or key
         inner = element(field.annotation)
         yield f"{prefix}{name}", field
         if inner is not None:
@@ -89,7 +90,8 @@ FINE = {
     "-1": "model.label_offset",
     "true": """train.checkpoint_backbone train.recompute model.normalize_tokens model.tie_layers model.nested_concepts
         model.asked_reading
-        model.tie_word_embeddings contrastive.across_ranks contrastive.learnable_temperature regularization.dynamic""",
+        model.tie_word_embeddings contrastive.across_ranks contrastive.learnable_temperature regularization.dynamic
+        checkpoint.async""",
     "[]": "train.stages",
     "{}": "run model data contrastive regularization optim batch zero eval checkpoint profile",
     '""': "run.name",  # the file's
