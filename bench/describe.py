@@ -37,13 +37,14 @@ from ..engine.recipe.schema import Recipe
 from ..models.backbone_config import inner_config
 from ..models.config import ConceptConfig
 from ..models.encoder import ConceptEncoder
+from ..models.flops import Sizes, encoder_flops, forward_flops, full_attention_flops, training_flops
 from ..models.masked_lm import ConceptForMaskedLM
 from ..models.objectives import Lesson, Mixed
 from ..models.objectives.view import OPENS_WORD, SampleKey, SpecialTokens, View
 from ..models.packing import Packed, pack
+from ..models.parts import PARTS
 from .measure.environment import environment
-from .measure.flops import Sizes, encoder_flops, forward_flops, full_attention_flops, training_flops
-from .measure.parameters import PARTS, parameters
+from .measure.parameters import parameters
 from .measure.peers import Shape, bert
 from .measure.results import write_results
 from .memory import saved_by_part

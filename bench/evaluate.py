@@ -20,7 +20,7 @@ from .documents import downstream as page
 from .downstream import cost, figures, seeds, submission
 from .downstream.grid import tuned
 from .downstream.protocol import Outcome, Settings, run
-from .downstream.readers import open_reader
+from .downstream.readers import BAG, UNTRAINED, open_reader
 from .measure.environment import environment
 from .measure.results import markdown_table, write_json, write_results
 
@@ -29,8 +29,9 @@ COLUMNS = ("task", "row", "metric", "score", "low", "high", "spread over seeds",
 FIELDS = {  # field -> what is asked for
     "data": "a folder", "cache": "a folder", "train": "splits", "report": "splits", "piece": "tokens",
     "concepts": "a whole number", "answer": "written", "seeds": "a whole number", "finetune": "a recipe",
-    "rates": "learning rates with commas between",
+    "rates": "learning rates with commas between", "without": "floors with commas between",
 }  # fmt: skip
+FLOORS = {"bag": BAG, "untrained": UNTRAINED}  # a word of the command line -> the row's name
 
 
 def main(options: argparse.Namespace) -> int:
@@ -38,8 +39,8 @@ def main(options: argparse.Namespace) -> int:
 
     Args:
         options: ``task`` (names with commas between them), ``model`` (a folder or a hub id), ``settings`` (FIELD=VALUE,
-            see FIELDS), ``limit`` (pairs, or documents, of a task; None: all), ``no_floors`` (only the model), ``protocol`` (None or "seeds"),
-            ``costs``, ``out``.
+            see FIELDS), ``limit`` (pairs, or documents, of a task; None: all), ``no_floors`` (only the model),
+            ``protocol`` (None or "seeds"), ``costs``, ``out``.
 
     Raises:
         InputError: one line: an unknown task, a model that cannot be read, data that are missing or broken.
@@ -58,6 +59,7 @@ def main(options: argparse.Namespace) -> int:
     )  # fmt: skip
     how = (whole_number(given, "piece", 0) or None, given.get("cache"), whole_number(given, "concepts", 0) or None)
     reader, floors = open_reader(options.model, *how)
+    floors = without(given, floors)
     stamp = environment() | {"model": options.model, "piece": how[0], "limit": options.limit}
     out, rows, places, costs = Path(options.out), [], [], []
     outcomes: list[Outcome] = []
@@ -123,6 +125,15 @@ def whole_number(given: dict[str, str], name: str, default: int) -> int:
     if not re.fullmatch(r"\d+", value) or (name in given and int(value) < 1):
         raise InputError(f"{name}={value}: expected {FIELDS[name]}, at least 1")
     return int(value)
+
+
+def without(given: dict[str, str], floors: dict[str, Any]) -> dict[str, Any]:
+    """The floors that are read, which takes as long as the model itself, but for those that are left out."""
+    named = [name.strip() for name in given["without"].split(",")] if "without" in given else []
+    for name in named:
+        if name not in FLOORS:
+            raise InputError(f"without={name}: expected of {', '.join(FLOORS)}")
+    return {name: floor for name, floor in floors.items() if name not in [FLOORS[each] for each in named]}
 
 
 def is_written(given: dict[str, str]) -> bool:

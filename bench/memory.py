@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.errors import InputError
+from ..engine.nvml import watched
 from ..kernels.linear_cross_entropy.op import linear_cross_entropy
 from ..models.config import ConceptConfig
 from ..models.encoder import ConceptEncoder
@@ -50,7 +51,6 @@ from .measure.allocator import allocator_peak
 from .measure.clock import device_named
 from .measure.environment import environment
 from .measure.exponents import FROM_IDS, FULL, OURS, PERCEIVER, SHARED, WITH_KEYS
-from .measure.nvml import watched
 from .measure.peers import Shape, bert
 from .measure.resident import resident_peak, return_free_pages
 from .measure.results import MEASURED, markdown_table, rows_to_resume, write_results

@@ -43,6 +43,7 @@ import yaml
 from torch import Tensor, nn
 
 from ..engine.errors import InputError
+from ..engine.nvml import watched
 from ..models.backbone_config import inner_config
 from ..models.config import ConceptConfig
 from ..models.decisions import FIELDS
@@ -78,7 +79,6 @@ from .measure.exponents import (
     verdicts,
     write_tables,
 )
-from .measure.nvml import watched
 from .measure.peers import Perceiver, Shape, bert, modernbert, ultrabert
 from .measure.results import (
     cell,

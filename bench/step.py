@@ -34,19 +34,20 @@ from ..engine.data.stages import Stages
 from ..engine.data.windows import Part, Windows, cut
 from ..engine.errors import InputError
 from ..engine.jobs.pretraining import PretrainingJob, counted
+from ..engine.meter import Stopwatch, matmul_flops, synchronize
+from ..engine.nvml import monitor_of
 from ..engine.optimizer import build_optimizer
 from ..engine.precision import settled
 from ..engine.recipe.load import load_recipe
 from ..engine.recipe.schema import Recipe
 from ..engine.schedule import learning_rate
 from ..engine.update import update
+from ..models.config import ConceptConfig
+from ..models.flops import Sizes, step_flops
 from ..models.objectives.view import View
 from ..models.recursion import draw_iterations
 from .describe import special_tokens
-from .measure.ceilings import matmul_flops, synchronize
 from .measure.environment import environment
-from .measure.flops import Sizes, step_flops
-from .measure.nvml import monitor_of
 from .measure.results import markdown_table, write_results
 
 PARTS = {  # part -> module of ConceptForMaskedLM
@@ -125,27 +126,17 @@ def part_times(
     return {f"{name}_ms".replace(" ", "_"): value for name, value in ms.items()}
 
 
-class Stopwatch:
-    """Seconds by phase; waits for the device at every lap."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.seconds, self.mark = device, {}, 0.0
-
-    def begin(self) -> None:
-        synchronize(self.device)
-        self.mark = time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        synchronize(self.device)
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.mark
-        self.mark = now
-
-
 def padding_waste(loader: Stages, steps: Sequence[int]) -> float:
     """Share of rows that would be padding if each step's windows were padded to its longest."""
     lengths = [loader.at(step).windows.lengths[loader.windows(step)] for step in steps]
     return 1 - sum(int(n.sum()) for n in lengths) / sum(int(n.max()) * len(n) for n in lengths)
+
+
+def with_concepts(config: ConceptConfig, view: View) -> ConceptConfig:
+    """The configuration with as many concepts as the texts of this view are read into."""
+    if view.num_concepts in (None, config.num_concepts):
+        return config
+    return ConceptConfig(**{**config.to_dict(), "num_concepts": view.num_concepts})
 
 
 def run(
@@ -153,6 +144,7 @@ def run(
 ) -> dict[str, Any]:
     """Every figure of one recipe on this device, as a flat row. ``vocabulary``: of synthetic tokens, see above."""
     with launch.world() as world:
+        world = world.divided(recipe.train.sequence_ranks)
         recipe, corpora = settled(recipe, world), None
         if use_synthetic:
             corpora = [synthetic(recipe, vocabulary, window) for _, window in recipe.stages()]
@@ -169,7 +161,7 @@ def run(
         start = time.perf_counter()
         batches = [loader.step(step) for step in steps]
         alone_s = time.perf_counter() - start
-        flops = sum(step_flops(config, Sizes.of(view)) for views in batches for view in views)
+        flops = sum(step_flops(with_concepts(config, view), Sizes.of(view)) for views in batches for view in views)
         num_tokens = sum(job.num_tokens(step) for step in steps)
         del batches
 
@@ -181,12 +173,12 @@ def run(
 
         for step in range(warm_up):
             take(step, loader.step(step))
-        watch.seconds.clear()
         with monitor:
             watch.begin()
             for step, views in zip(steps, job.batches(steps.start, steps.stop), strict=True):
                 take(step, views)
-        total_s = sum(watch.seconds.values())
+            seconds = watch.take()
+        total_s = sum(seconds.values())
         view = replace(loader.step(steps.start)[0].to(world.device), pair=None)
         draw = draw_iterations(config, (recipe.run.seed, steps.start))
         parts = part_times(model, engine, view, world.device, draw) if recipe.has_task else {}
@@ -197,9 +189,9 @@ def run(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "tokens_per_step": num_tokens / num_steps, "tokens_per_s": num_tokens / total_s,
         "step_ms": total_s / num_steps * 1e3,
-        **{f"{phase}_ms": seconds / num_steps * 1e3 for phase, seconds in watch.seconds.items()},
+        **{f"{phase}_ms": passed / num_steps * 1e3 for phase, passed in seconds.items()},
         "data_alone_ms": alone_s / num_steps * 1e3, "data_alone_tokens_per_s": num_tokens / alone_s,
-        "starved": watch.seconds["data"] > 0.05 * total_s,
+        "starved": seconds["data"] > 0.05 * total_s,
         "tflops": flops / total_s / 1e12, "matmul_tflops": rate / 1e12, "mfu": flops / total_s / rate,
         "padding_avoided": padding_waste(loader, steps), "batch_filled": loader.at(steps.start).efficiency,
         **parts,

@@ -219,7 +219,7 @@ COMMANDS = (
                    required=True),
             Option("settings", Text("field=value"), (
                 "data, cache: folders; train, report: splits; piece: tokens read at once; concepts: of a sentence; "
-                "answer=written; seeds; finetune: a recipe; rates"
+                "answer=written; seeds; finetune: a recipe; rates; without=bag,untrained"
             ), (), "*", "field=value"),
             Option("--limit", Whole(1), "only so many pairs, or documents, of every task", shown="N"),
             Option("--no-floors", None, "only the model: no majority, BM25, bag, untrained, ablations"),

@@ -202,9 +202,9 @@ def capture(engine: Any, into: dict[str, Tensor], is_first: bool) -> None:
                 copy_to_host(into, f"{fragment.name}@{fragment.start}:{kind}", fragment.of(flat).detach())
     for name, tensor in _own_tensors(engine.module):
         if not tensor.requires_grad:  # what no optimizer moves: frozen parameters and buffers
-            whole = compat.whole(tensor)
+            value = compat.whole(tensor) if hasattr(tensor, "ds_id") else tensor.detach()
             if is_first:
-                into[f"{name}@0:{WEIGHT}"] = whole.flatten()
+                copy_to_host(into, f"{name}@0:{WEIGHT}", value.flatten())
     if compat.uses_cuda():
         torch.cuda.synchronize()  # the copies run beside this thread
 

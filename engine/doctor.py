@@ -1,23 +1,29 @@
 """Whether this machine can train: each check says what it found and, where something is missing, what to do."""
 
 import argparse
+import contextlib
 import fcntl
+import functools
 import importlib.metadata
 import os
 import platform
 import shutil
+import socket
 import subprocess
 import tempfile
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from packaging.requirements import Requirement
 
 from .data.cache import cache_folder
 from .errors import InputError
 from .place import is_first
+
+if TYPE_CHECKING:
+    from .launch import World
 
 GB = 10**9
 ENOUGH_BYTES = 5 * GB  # of checkpoints and cache, before a run is likely to end for want of room
@@ -53,10 +59,13 @@ def packages() -> Finding:
 def gpu() -> Finding:
     import torch
 
+    from .environment import first_line
+
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         old = [name for i, name in enumerate(names) if torch.cuda.get_device_capability(i) < (8, 0)]
-        found = f"{len(names)} x {names[0]}, CUDA {torch.version.cuda}"
+        driver = first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+        found = f"{len(names)} x {names[0]}, CUDA {torch.version.cuda}, driver {driver or 'of unknown version'}"
         if old:
             return Finding(WARNING, found, f"{old[0]} has no bfloat16 matrix units; set train.precision=fp32")
         return Finding(OK, found)
@@ -87,23 +96,49 @@ def triton() -> Finding:
     return Finding(OK, version)
 
 
-def communication() -> Finding:
+def together(runs: Path) -> tuple[Finding, Finding]:
+    """Whether the processes that this one was started with answer, and whether all see the same folder of runs."""
+    unknown = Finding(OK, "not looked for: the processes do not answer")
     import torch
     import torch.distributed as dist
 
     if not dist.is_available():
-        return Finding(FAULT, "torch was built without torch.distributed", "install another build of torch")
+        return Finding(FAULT, "torch was built without torch.distributed", "install another build of torch"), unknown
     from . import compat, launch
 
     wanted = "nccl" if compat.uses_cuda() else "gloo"
     if wanted == "nccl" and not dist.is_nccl_available():
-        return Finding(FAULT, "torch has no NCCL", "install a Linux CUDA build of torch, or set DS_ACCELERATOR=cpu")
+        remedy = "install a Linux CUDA build of torch, or set DS_ACCELERATOR=cpu"
+        return Finding(FAULT, "torch has no NCCL", remedy), unknown
     try:
         with launch.world() as world:
             answered = int(world.sum(torch.ones((), device=world.device)))
+            is_shared = shared(runs, world)
     except InputError as error:
-        return Finding(FAULT, str(error), "start the doctor as the run will be started")
-    return Finding(OK, f"{wanted}: {answered} of {world.size} processes answered")
+        return Finding(FAULT, str(error), "start the doctor as the run will be started"), unknown
+    return Finding(OK, f"{wanted}: {answered} of {world.size} processes answered"), is_shared
+
+
+def shared(runs: Path, world: "World") -> Finding:
+    """Whether every process finds what rank 0 has written. Collective."""
+    runs = runs.expanduser().resolve()
+    if world.size == 1:
+        return Finding(OK, "one process: start the doctor as the run will be started, to look from all of them")
+    there = world.first_then_share(lambda: next(place for place in (runs, *runs.parents) if place.exists()))
+    with contextlib.ExitStack() as stack:
+        def write() -> str:
+            return stack.enter_context(tempfile.NamedTemporaryFile(dir=there, prefix=".conceptron-doctor-")).name
+
+        try:
+            name = world.first_then_share(write)
+        except OSError as error:
+            return Finding(FAULT, f"{there}: {error.strerror}", "choose a folder that can be written")
+        sees = world.gather((world.rank, socket.gethostname(), os.path.exists(name)))
+    blind = [f"rank {rank} on {host}" for rank, host, is_seen in sees if not is_seen]
+    if blind:
+        remedy = "put run.folder on a disk that all machines mount at the same place"
+        return Finding(FAULT, f"{there}: what rank 0 writes there is not seen by {', '.join(blind)}", remedy)
+    return Finding(OK, f"{there}: seen by all {world.size} processes")
 
 
 def cores() -> Finding:
@@ -166,7 +201,7 @@ def recipe(path: str, overrides: list[str]) -> dict[str, Callable[[], Finding]]:
         loaded = load_recipe(path, overrides)
     except InputError as error:
         told = str(error)
-        return {"recipe": lambda: Finding(FAULT, told, "mend the recipe")}
+        return {"recipe": lambda: Finding(FAULT, told, "mend the recipe"), **of_all(Path("runs"))}
 
     def words() -> Finding:
         if loaded.data.tokenizer in NAMES:
@@ -179,16 +214,23 @@ def recipe(path: str, overrides: list[str]) -> dict[str, Callable[[], Finding]]:
 
     return {
         "recipe": lambda: Finding(OK, f"{path}: {loaded.train.steps} steps of {loaded.batch.tokens} tokens"),
-        "run folder": lambda: folder(loaded.path), "tokenizer": words,
+        "run folder": lambda: folder(loaded.path), "tokenizer": words, **of_all(loaded.path),
     }  # fmt: skip
+
+
+def of_all(runs: Path) -> dict[str, Callable[[], Finding]]:
+    """Two checks of one meeting: processes meet once."""
+    meeting = functools.cache(lambda: together(runs))
+    return {"communication": lambda: meeting()[0], "shared folder": lambda: meeting()[1]}
 
 
 def checks(path: str | None = None, overrides: Sequence[str] = ()) -> dict[str, Callable[[], Finding]]:
     """name -> check, cheapest first."""
-    of_recipe = {"run folder": lambda: folder(Path("runs"))} if path is None else recipe(path, list(overrides))
+    runs = Path("runs")
+    of_recipe = {"run folder": lambda: folder(runs), **of_all(runs)} if path is None else recipe(path, list(overrides))
     return {
-        "packages": packages, "GPU": gpu, "Triton": triton, "communication": communication, "cores": cores,
-        **of_recipe, "data cache": lambda: folder(cache_folder(None)), "hub": hub,
+        "packages": packages, "GPU": gpu, "Triton": triton, "cores": cores, **of_recipe,
+        "data cache": lambda: folder(cache_folder(None)), "hub": hub,
     }  # fmt: skip
 
 

@@ -11,5 +11,9 @@ class InputError(ValueError):
     of_all = False  # whether every rank has met it together, so that rank 0 says it and no other
 
 
+class Interrupted(InputError):
+    """What may come right by itself, such as a network that is down: what was done so far is kept, to go on from."""
+
+
 class LaunchError(InputError):
     """What one rank meets and others may not: its place among them. Each rank that meets one says it."""

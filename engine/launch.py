@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -22,16 +22,54 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers."""
+    """This process among its peers: a grid of ``size / sequence_ranks`` groups, each of which reads the same texts.
+
+    The ranks of a group follow each other, so that they are on one machine where it has room for them.
+    """
 
     rank: int
     local_rank: int
     size: int
     device: torch.device
+    sequence_ranks: int = 1  # that hold a part of each text
+    sequence_group: dist.ProcessGroup | None = None  # this rank's; None where it is alone in it
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """The number of this rank's group."""
+        return self.rank // self.sequence_ranks
+
+    @property
+    def data_size(self) -> int:
+        """How many groups there are."""
+        return self.size // self.sequence_ranks
+
+    @property
+    def sequence_rank(self) -> int:
+        """This rank's number in its group: which part of a text it holds."""
+        return self.rank % self.sequence_ranks
+
+    def divided(self, sequence_ranks: int) -> "World":
+        """The same ranks, so many of which share each text. Collective.
+
+        DeepSpeed is not told: it averages gradients over all ranks, which the losses are made for (`models/sharding`).
+
+        Raises:
+            InputError: they are no divisor of the ranks.
+        """
+        if self.size % sequence_ranks:
+            raise InputError(
+                f"train.sequence_ranks: expected a divisor of the {self.size} ranks of this run, got {sequence_ranks}"
+            )
+        if sequence_ranks == 1:
+            return self
+        firsts = range(0, self.size, sequence_ranks)
+        groups = [dist.new_group(list(range(first, first + sequence_ranks))) for first in firsts]
+        return replace(self, sequence_ranks=sequence_ranks, sequence_group=groups[self.rank // sequence_ranks])
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, in place, on whatever device `values` is."""

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .errors import LaunchError
 from .launch import World
+from .meter import peak_memory_bytes
 from .recipe.schema import Training
-from .telemetry import peak_memory_bytes
 
 REST = "activations and the rest"
 ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+) (bytes|[KMGT]iB)")

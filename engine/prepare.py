@@ -9,7 +9,8 @@ from .recipe.load import load_recipe
 
 def main(options: argparse.Namespace) -> None:
     """The command line: tokenises the text, trains the tokenizer and counts phrases where they are asked for, and
-    embeds what a teacher is to say, into the cache that the run will read."""
+    embeds what a teacher is to say, into the cache that the run will read. Of text that is streamed, the first block.
+    Stopped or killed, it goes on with the text that is not tokenised yet when it is started again."""
     recipe = load_recipe(options.recipe, options.overrides)
     with launch.world(recipe.run.join_minutes) as world:
         job = PretrainingJob(counted(recipe, world), world)

@@ -111,6 +111,11 @@ class Spikes:
         return self.found is not None and self.on in ("skip", "rewind")
 
     @property
+    def is_open(self) -> bool:
+        """Whether this may be undone. What would be saved now is no place to go back to, and might push one out."""
+        return self.on == "rewind" and self.in_a_row > 0
+
+    @property
     def is_stretch(self) -> bool:
         """Whether this step's outlier makes a stretch of them."""
         return self.found is not None and self.in_a_row >= STRETCH

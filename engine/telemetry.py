@@ -1,19 +1,19 @@
-"""What a run tells: metrics.jsonl, TensorBoard, and a progress bar or plain lines."""
+"""What a run tells: metrics.jsonl, TensorBoard, Weights & Biases if asked for, and a progress bar or plain lines."""
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from .errors import InputError
 from .files import as_json, in_words, is_lost
 from .launch import World
+from .recipe.schema import Training
+from .weights_and_biases import open_project
 
 ERRORS = ("state_error", "state_error_without")
 UNCOUNTED_STEPS = 3  # of each start: allocation, compilation and caches
@@ -54,7 +54,8 @@ class Telemetry:
     """Writes on rank 0; on the others every call does nothing. ``floor``: the least that the loss can be, if not 0."""
 
     def __init__(
-        self, folder: Path, world: World, first_step: int, total_steps: int, floor: float = 0.0
+        self, folder: Path, world: World, first_step: int, total_steps: int, floor: float = 0.0,
+        recipe: Training | None = None,
     ) -> None:  # fmt: skip
         self.active = world.is_first
         if not self.active:
@@ -66,6 +67,7 @@ class Telemetry:
             forget_after(metrics, first_step)
         self._file = metrics.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tb"), purge_step=first_step + 1 if first_step else None)
+        self._project = open_project(folder, recipe) if recipe and recipe.logging.wandb else None
         self._is_tty = sys.stderr.isatty()
         self._bar = tqdm(
             total=total_steps, initial=first_step, unit="step", disable=not self._is_tty, dynamic_ncols=True, leave=True
@@ -75,13 +77,16 @@ class Telemetry:
         self._started = self._printed = time.perf_counter()
 
     def record(self, kind: str, step: int, **values: Any) -> None:
-        """One line of metrics.jsonl, on the disk's queue at once, and the numbers in it to TensorBoard."""
+        """One line of metrics.jsonl, on the disk's queue at once, and the numbers in it to the boards."""
         if not self.active:
             return
         self._file.write(as_json({"kind": kind, "step": step, **values}) + "\n")
         self._file.flush()
-        for name, number in numbers(kind, values):
+        figures = dict(numbers(kind, values))
+        for name, number in figures.items():
             self._board.add_scalar(name, number, step)
+        if self._project is not None:
+            self._project.log(figures, step=step)
 
     def step(self, step: int, loss: float, tokens_per_s: float | None) -> None:
         """Moves the bar; without a terminal, a plain line every ten seconds."""
@@ -126,6 +131,8 @@ class Telemetry:
         if self.active:
             self._bar.close()
             self._board.close()
+            if self._project is not None:
+                self._project.finish()
             self._file.close()
 
 
@@ -165,14 +172,6 @@ def forget_after(metrics: Path, step: int) -> None:
     replacement = metrics.with_suffix(".new")
     replacement.write_text("".join(kept), encoding="utf-8")
     replacement.replace(metrics)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this process has held: of the GPU's allocator, or of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def duration(seconds: float) -> str:

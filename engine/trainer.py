@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import errno
-import gc
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,6 +18,7 @@ from .jobs.finetuning import FinetuningJob
 from .jobs.job import Job
 from .jobs.pretraining import PretrainingJob, counted
 from .launch import StopRequest, World
+from .meter import Meter, peak_memory_bytes
 from .optimizer import build_optimizer
 from .out_of_memory import OutOfMemory
 from .precision import settled
@@ -28,16 +28,17 @@ from .recipe.load import load_any
 from .recipe.schema import Training
 from .record import trajectory
 from .retention import Retention
+from .rewind import rewind
 from .run import RunFolder
 from .schedule import learning_rate
 from .spikes import Spikes
-from .telemetry import Clock, Telemetry, duration, peak_memory_bytes
+from .telemetry import Clock, Telemetry, duration
 from .update import update
 from .watch import Watch
+from .weights_and_biases import check_project
 from .writer import Writer
 
 MAX_FAILED_SAVES = 3  # in a row, after which the run stops
-MAX_REWINDS = 3  # to the same checkpoint
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
@@ -55,8 +56,9 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     """
     recipe, stop = load_any(recipe_path, overrides), StopRequest()
     with contextlib.ExitStack() as stack:
-        world = stack.enter_context(launch.world(recipe.run.join_minutes))
+        world = stack.enter_context(launch.world(recipe.run.join_minutes)).divided(recipe.train.sequence_ranks)
         world.first_then_others(lambda: check_variables(world))
+        world.first_then_share(lambda: check_project(recipe))
         typed = [str(recipe_path), *overrides]
         is_finetune = isinstance(recipe, Finetune)
         recipe = recipe if is_finetune else counted(recipe, world)
@@ -100,7 +102,7 @@ class Trainer:
         self.job = job
         self.identity = {
             "trajectory": trajectory(recipe),
-            "topology": {"ranks": world.size, "stage": recipe.zero.stage, "micro_tokens": recipe.batch.micro_tokens},
+            "topology": topology(recipe, world),
             **job.identity(),
         }
         for name in job.identity():
@@ -111,6 +113,7 @@ class Trainer:
         self.spikes = Spikes(recipe.train, self.progress.spikes)
         self.engine = self.open(run.found)
         self.watch = Watch(world, recipe.run.hang_minutes, lambda: self.way_back(""))
+        self.meter = Meter(world.device, recipe.train.precision)
         self.clock, self.bad_steps, self.failed_saves, self.rewound = Clock(), 0, 0, []
 
     def open(self, found: Path | None) -> Any:
@@ -123,7 +126,7 @@ class Trainer:
         engine = zero.initialize(module, build_optimizer(module, self.recipe.optim), self.recipe)
         if found:
             checkpoint.load_moments(found, engine, self.progress.optimizer_steps)
-        compat.set_timeouts(60 * self.recipe.run.hang_minutes)
+        compat.set_timeouts(60 * self.recipe.run.hang_minutes + 60)  # `Watch` knows more, and speaks first
         self.spikes.attach(engine)
         return engine
 
@@ -132,30 +135,35 @@ class Trainer:
         recipe, job, progress, clock, total = self.recipe, self.job, self.progress, self.clock, self.recipe.train.steps
         self.run.create()
         floor = job.loss_floor
-        self.telemetry = telemetry = Telemetry(self.run.path, self.world, progress.step, total, floor)
+        self.telemetry = telemetry = Telemetry(self.run.path, self.world, progress.step, total, floor, recipe)
         self.announce(notes)
-        progress.identity = self.identity
+        progress.identity, meter = self.identity, self.meter
         profiled = Profiled(recipe.profile.steps, self.run.path / "profile", self.world)
         steps = range(progress.step, total)
+        meter.watch.begin()
         for step, batches in zip(steps, job.batches(steps.start, steps.stop), strict=True):
             lr = learning_rate(step, recipe.optim, total)
             profiled.begin(step + 1)
             figures, asked = update(
                 self.engine, self.world, job, step, batches, lr=lr, seed=recipe.run.seed, asks=self.asks,
-                spikes=self.spikes,
+                spikes=self.spikes, lap=meter.watch.lap,
             )  # fmt: skip
             is_finite, stopping = self.engine.was_step_applied(), asked["stopping"] > 0
+            if asked["written"] == self.world.size:
+                self.tend(self.writer.advance)
             if folder := profiled.end(step + 1):
                 telemetry.say(f"profile of steps {profiled.first} to {profiled.last}: {folder}")
 
             tokens = job.num_tokens(step)
-            speed = clock.step(tokens)
+            speed, used = clock.step(tokens), meter.figures(figures.pop("flops", None))
             progress.step, progress.tokens = step + 1, progress.tokens + tokens
+            self.watch.pulse(progress.step)
             progress.optimizer_steps += is_finite and not self.spikes.is_skipped
             telemetry.record(
                 "train", progress.step, **as_tree(figures), **job.labels(step), lr=lr,
                 grad_norm=float(self.engine.get_global_grad_norm()), tokens=progress.tokens, tokens_per_s=speed,
-                elapsed_s=progress.elapsed_s + clock.elapsed_s, **({"smoothing_floor": floor} if floor else {}),
+                elapsed_s=progress.elapsed_s + clock.elapsed_s, **used,
+                **({"smoothing_floor": floor} if floor else {}),
             )  # fmt: skip
             telemetry.step(progress.step, figures["loss"], clock.tokens_per_s)
             self.check_finite(step, is_finite)
@@ -167,15 +175,14 @@ class Trainer:
                 telemetry.evaluation(progress.step, found)
                 self.check_collapse(found.get("collapse", ""))
                 progress.best = self.retention.improved(progress.best, progress.step, found)
-            if asked["written"] == self.world.size:
-                self.tend(self.writer.advance)
             is_best = progress.best.get("step") == progress.step
-            if is_last or stopping or is_best or due(progress.step, recipe.checkpoint.every):
+            is_due = due(progress.step, recipe.checkpoint.every) and not self.spikes.is_open
+            if is_last or stopping or is_best or is_due:
                 self.save(must_succeed=is_last or stopping)
             if stopping and not is_last:
                 self.leave()
-            self.watch.pulse(progress.step)
             clock.restart()
+            meter.watch.begin()
         self.finish()
 
     def asks(self) -> dict[str, bool]:
@@ -208,37 +215,10 @@ class Trainer:
         if not spikes.is_stretch:
             return
         first = spikes.first
-        if spikes.on == "rewind" and self.rewind(first):
+        if spikes.on == "rewind" and rewind(self, first):
             return
         spikes.begin_anew()
         self.telemetry.say(f"step {step}: it has been so since step {first}; compared with what comes from now on")
-
-    def rewind(self, first: int) -> bool:
-        """Back to the weights and moments of the last checkpoint before step ``first``; False, where there is none."""
-        step = self.progress.step
-        self.tend(self.writer.finish)
-        found, warnings = checkpoint.find(self.world, self.run.checkpoints, before=first)
-        for warning in warnings:
-            self.telemetry.say(f"warning: {warning}")
-        if found is None:
-            self.telemetry.say(f"step {step}: there is no checkpoint from before step {first} to go back to")
-            return False
-        if self.rewound.count(found) == MAX_REWINDS:
-            raise InputError(
-                f"{self.run.path}: stopped at step {step}, after {MAX_REWINDS} times back to {found.name} the loss "
-                "rises again; lower optim.lr, and start another run.name"
-            )
-        self.rewound.append(found)
-        then = checkpoint.load_progress(found)
-        self.progress.optimizer_steps = then.optimizer_steps
-        self.spikes.load(then.spikes)
-        self.engine.destroy()  # its memory is needed for the next
-        self.engine = None
-        gc.collect()
-        self.engine = self.open(found)
-        self.telemetry.record("rewind", step, to=then.step, first=first)
-        self.telemetry.say(f"step {step}: back to the weights of {found.name}; batches up to here are passed over")
-        return True
 
     def check_collapse(self, reason: str) -> None:
         """Says, or ends the run with, why concepts carry next to no content; not in the first tenth of the steps."""
@@ -306,10 +286,12 @@ class Trainer:
         say, world = self.telemetry.say, self.world
         for note in notes:
             say(note)
+        ranks = f"{world.size} x {world.device.type}"
+        ranks += f", {world.sequence_ranks} of which share each text" if world.sequence_ranks > 1 else ""
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
         say(
             f"{self.run.path}: {parameters / 1e6:.1f} M parameters, {self.job.describe()}, "
-            f"{world.size} x {world.device.type}, {self.recipe.train.precision}, ZeRO {self.recipe.zero.stage}"
+            f"{ranks}, {self.recipe.train.precision}, ZeRO {self.recipe.zero.stage}"
         )
         if self.job.beginning:
             say(self.job.beginning)
@@ -321,6 +303,13 @@ class Trainer:
                 f"going on from {self.run.found}"
                 + ("" if same else ", with other ranks, stage or micro-batches: exact but for rounding")
             )
+
+
+def topology(recipe: Training, world: World) -> dict[str, int]:
+    """What moves nothing but rounding."""
+    ranks, stage, micro_tokens = world.size, recipe.zero.stage, recipe.batch.micro_tokens
+    shared = {"sequence_ranks": world.sequence_ranks} if world.sequence_ranks > 1 else {}
+    return {"ranks": ranks, "stage": stage, "micro_tokens": micro_tokens, **shared}
 
 
 def due(step: int, every: int) -> bool:

@@ -1,11 +1,14 @@
 """One update of the weights: all micro-batches of a step, forward and backward, then the optimizer."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..models.parts import part_of
+from . import compat
 from .jobs.job import Job
 from .launch import World
 from .spikes import Spikes
@@ -27,15 +30,18 @@ def update(
         lap: told at the end of each phase which it was: "data", then "forward" and "backward" of each micro-batch,
             "optimizer" last. What a job does ahead of a step's micro-batches is forward.
 
-    Returns the figures of the step for the log, "loss" among them, and how many ranks ask for what.
+    Returns the figures of the step for the log, and how many ranks ask for what. Among the figures are "loss",
+    "grad_norms/..." of each part, before clipping, and "flops" of one rank, where the job counts them.
     """
     batches = [batch.to(world.device, non_blocking=True) for batch in batches]
     lap("data")
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    seeds = [dropout_seed(seed, step, i, world.rank) for i in range(len(batches))]
+    seeds = [dropout_seed(seed, step, i, world.data_rank) for i in range(len(batches))]
     given = job.prepare(engine, step, batches, seeds)
     sums: dict[str, torch.Tensor] = {}
+    if (flops := job.flops(engine, batches)) is not None:
+        sums["flops"] = torch.tensor(flops / world.size, dtype=torch.float64, device=world.device)
     for i, of_batch in enumerate(given):
         torch.manual_seed(seeds[i])
         engine.set_gradient_accumulation_boundary(i == len(given) - 1)
@@ -45,16 +51,40 @@ def update(
         lap("backward")
         for name, figure in {**figures, **job.after_backward(engine, len(given))}.items():
             sums[name] = sums.get(name, 0) + figure.double() / world.size
+    squares = squares_by_part(engine)
+    sums |= squares
     asked = asks()
     votes = [torch.tensor(float(each), dtype=torch.float64, device=world.device) for each in asked.values()]
     values = world.sum(torch.stack([*sums.values(), *votes])).tolist()
     figures = dict(zip(sums, values[: len(sums)], strict=True))
+    figures |= {name: math.sqrt(figures[name]) for name in squares}
     counts = dict(zip(asked, map(int, values[len(sums) :]), strict=True))
     if spikes:
         spikes.expect(step + 1, str(job.labels(step).get("objective", "")), figures["loss"])
     engine.step()
     lap("optimizer")
     return figures, counts
+
+
+def squares_by_part(engine: Any) -> dict[str, torch.Tensor]:
+    """"grad_norms/PART" -> 0-d float64: this rank's share of the squared norm of each part's gradient, the same parts
+    on every rank; nothing where the optimizer is offloaded."""
+    found = compat.gradient_squares(engine)
+    if found is None:
+        return {}
+    sums: dict[str, torch.Tensor] = {}
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            sums.setdefault(title(name), torch.zeros((), dtype=torch.float64, device=parameter.device))
+    for name, square in found:
+        sums[title(name)] += square
+    return sums
+
+
+def title(name: str) -> str:
+    """Of the part that a parameter belongs to; what is only there to train a model is called as its module is."""
+    name = name.removeprefix("model.")
+    return f"grad_norms/{part_of(name) or name.partition('.')[0]}"
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:

@@ -38,6 +38,7 @@ class Watch:
         self._step, self._moved = 0, time.monotonic()
         self._done, self._called = threading.Event(), threading.Event()
         self._main = threading.get_ident()
+        self._threads: list[threading.Thread] = []
         self._people: list[dict[str, Any]] = []
         self._rolls: queue.Queue[dict[int, dict[str, Any]]] = queue.Queue()
 
@@ -50,8 +51,10 @@ class Watch:
             self._people = self.world.gather(myself())
             self.pulse(self._step)
             store = dist.PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared_store())
-            for of_thread in (lambda: self._attend(store), self._look):
-                threading.Thread(target=of_thread, daemon=True).start()
+            self._threads = [threading.Thread(target=self._attend, args=(store,), daemon=True)]
+            self._threads += [threading.Thread(target=self._look, daemon=True)]
+            for thread in self._threads:
+                thread.start()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -59,6 +62,8 @@ class Watch:
             self._called.set()
             time.sleep(GRACE_S + 2 * NO_STORE_S)  # the threads end this process
         self._done.set()
+        for thread in self._threads:
+            thread.join(timeout=2 * POLL_S)
 
     def _look(self) -> None:
         """Calls the roll when there is no step for too long, and acts on what comes of it."""

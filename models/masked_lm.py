@@ -116,7 +116,7 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
                 "draws it from numbers that are the same on every rank"
             )
         if view is not None:
-            encoded = self.encode(view.encoder, num_iterations) if encoded is None else encoded
+            encoded = self.encode(view.encoder, num_iterations, view.num_concepts) if encoded is None else encoded
             result = self._of_view(view, ablated(encoded, ablate), smoothing, return_nll, num_concepts)
             result.token_states = result.token_states if output_token_states else None
             return result if as_dict else result.to_tuple()
@@ -160,10 +160,12 @@ class ConceptForMaskedLM(ConceptPreTrainedModel):
         loss, nll = self.loss(hidden_Md, view.targets, view.weights, divisor, smoothing, return_nll)
         return ConceptMaskedLMOutput(loss=loss, concepts=encoded.last_hidden_state, nll=nll, token_states=hidden_Md)
 
-    def encode(self, packed: Packed, num_iterations: int | None = None) -> ConceptEncoderOutput:
+    def encode(
+        self, packed: Packed, num_iterations: int | None = None, num_concepts: int | None = None
+    ) -> ConceptEncoderOutput:
         """With what a training step needs to log: how far iterations still move the concepts."""
         return self.encoder(
-            packed=packed, num_iterations=num_iterations, return_dict=True,
+            packed=packed, num_iterations=num_iterations, num_concepts=num_concepts, return_dict=True,
             output_convergence=self.training and self.config.tie_layers, output_attentions=False,
         )  # fmt: skip
 

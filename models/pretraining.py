@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from .ablation import ablated
 from .masked_lm import ConceptForMaskedLM, ConceptMaskedLMOutput
@@ -125,7 +126,7 @@ class Pretraining(nn.Module):
         self, view: View | None = None, *, totals: Totals | None = None, step: int = 0, smoothing: float = 0.0,
         num_iterations: int | None = None, cached: Cached | None = None, pair: Pair | None = None,
         encoder: Packed | None = None, return_nll: bool = False, lesson: Lesson | None = None,
-        return_states: bool = False,
+        return_states: bool = False, num_concepts: int | None = None,
     ) -> PretrainingOutput | ConceptMaskedLMOutput | Compared | Tensor:  # fmt: skip
         """
         Args:
@@ -136,6 +137,7 @@ class Pretraining(nn.Module):
             return_states: instead, how well the backbone's states of its targets are read, see ``states_read``.
             pair: instead of a view, what is to be compared, with the ``encoder`` batch that it may share. The random
                 numbers that dropout draws for it are those that a pass with the view draws from the same state.
+            num_concepts: C of the pair's texts; a view says its own.
             lesson: instead of a view, how far the concepts of its texts agree with it, see ``Distillation.agreement``.
         """
         if return_nll:
@@ -143,22 +145,22 @@ class Pretraining(nn.Module):
         if return_states:
             return self.states_read(view)
         if pair is not None:
-            texts_BCd = self.encode(pair.texts, num_iterations)
-            first_BCd = self.encode(encoder, num_iterations) if pair.shares_encoder else None
+            texts_BCd = self.encode(pair.texts, num_iterations, num_concepts)
+            first_BCd = self.encode(encoder, num_iterations, num_concepts) if pair.shares_encoder else None
             return self.compared(pair, texts_BCd, first_BCd)
         if lesson is not None:
             return self.distillation.agreement(self.meanings(self.encode(lesson.texts, num_iterations)), lesson)
         totals = Totals.of([view]) if totals is None else totals
-        pair, figures, loss = view.pair, {}, 0.0
+        pair, C, figures, loss = view.pair, view.num_concepts, {}, 0.0
         if self.state_reader is not None:
             view = self.with_states(view)
-        texts_BCd = None if pair is None else self.encode(pair.texts, num_iterations)  # first, see ``pair`` above
-        encoded = self.model.encode(view.encoder, num_iterations) if self.has_task else None
+        texts_BCd = None if pair is None else self.encode(pair.texts, num_iterations, C)  # first, see ``pair`` above
+        encoded = self.model.encode(view.encoder, num_iterations, C) if self.has_task else None
         if self.has_task:
             z_BCd = encoded.last_hidden_state
         else:
             is_taught = view.lesson is not None
-            z_BCd = self.encode(view.encoder, num_iterations) if is_taught else texts_BCd.chunk(2)[0]
+            z_BCd = self.encode(view.encoder, num_iterations, C) if is_taught else texts_BCd.chunk(2)[0]
         z_BCd, for_terms_BCd = (z_BCd, None) if self.regularizer is None else self.regularizer.cap(z_BCd)
         if self.has_task:
             encoded.last_hidden_state = z_BCd
@@ -182,7 +184,7 @@ class Pretraining(nn.Module):
             figures |= {"contrastive": contrast.detach(), "temperature": share * compared.temperature.detach()}
         if view.lesson is not None:
             texts = view.lesson.texts
-            taught_BCd = self.meanings(z_BCd if texts is None else self.encode(texts, num_iterations))
+            taught_BCd = self.meanings(z_BCd if texts is None else self.encode(texts, num_iterations, C))
             distill, parts = self.distillation(taught_BCd, view.lesson, totals.num_texts, totals.num_stretches)
             loss = loss + self.distillation.options.weight * distill
             figures |= {"distill/loss": distill.detach(), **parts}
@@ -194,9 +196,10 @@ class Pretraining(nn.Module):
                 figures |= {f"{kind}/{name}": share * value for name, value in values.items()}
         return PretrainingOutput(loss, {"loss": loss.detach(), **figures})
 
-    def encode(self, packed: Packed, num_iterations: int | None) -> Tensor:
+    def encode(self, packed: Packed, num_iterations: int | None, num_concepts: int | None = None) -> Tensor:
         """[B, C, d]"""
-        return self.model.encoder(packed=packed, num_iterations=num_iterations).last_hidden_state
+        given = {"num_iterations": num_iterations, "num_concepts": num_concepts}
+        return self.model.encoder(packed=packed, **given).last_hidden_state
 
     def with_states(self, view: View) -> View:
         """With the backbone's states of what the encoder reads: stored, or computed here and only here."""
@@ -240,6 +243,12 @@ class Pretraining(nn.Module):
             return self.contrastive.loss_of(compared.a, compared.b, ids, compared.temperature, totals.num_pairs)
         slope = sum((value * gradient).sum() for value, gradient in zip(compared, cached.gradient, strict=True))
         return cached.loss + slope - slope.detach()  # the value of the one, the gradient of the other
+
+    def share_texts(self, group: ProcessGroup | None) -> None:
+        """From now on the devices of ``group`` each hold a part of every text: views are ``sharding.shard_view``."""
+        self.model.encoder.group = group
+        if self.regularizer is not None:
+            self.regularizer.cap.group = group
 
     @property
     def cap_scale(self) -> Tensor | None:

@@ -13,10 +13,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from .objectives.view import check_option
 from .ranges import LEAST, Allowed, check, count, given, number, one_of, or_nothing, positive, switch
+from .sharding import summed
 from .similarity import product, unit, wide
 
 
@@ -242,6 +244,7 @@ class GradientCap(nn.Module):
     holds for every micro-batch of every rank, and so for their sum before it is taken further back. While the task
     has no gradient, the second gets none.
 
+    ``group``: of devices that hold parts of the same texts (``sharding``), whose parts of g_1 add up to the task's.
     ``scale``: the factor of the last backward pass, 0-d, for the log; None before the first.
     """
 
@@ -249,6 +252,7 @@ class GradientCap(nn.Module):
         super().__init__()
         self.ratio = ratio
         self.scale: Tensor | None = None
+        self.group: ProcessGroup | None = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return (x, x) if self.ratio is None else Fork.apply(x, self)
@@ -262,8 +266,10 @@ class Fork(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, first: Tensor, second: Tensor) -> tuple[Tensor, None]:
-        allowed = ctx.cap.ratio * torch.linalg.vector_norm(wide(first))
-        norm = torch.linalg.vector_norm(wide(second))
+        group = ctx.cap.group
+        whole = wide(first) if group is None else summed(wide(first), group)
+        allowed = ctx.cap.ratio * torch.linalg.vector_norm(whole)
+        norm = torch.linalg.vector_norm(wide(second)) * (1 if group is None else group.size())
         scale = torch.where(norm > allowed, allowed / norm, 1.0)
         ctx.cap.scale = scale.detach()
         return first + (second * scale).to(first.dtype), None

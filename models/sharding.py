@@ -11,8 +11,11 @@ The gradient of a parameter is the sum over the devices' gradients, as with data
 what each device says of its own tokens. Tokens that layers of tokens need of their neighbours come along as a halo,
 whose states are dropped before concepts read: nothing is sent for them.
 
-B sequences, T packed tokens, N tokens of one sequence, C concepts, H heads, D head width, d model width, S shards.
+B sequences, T packed tokens, N tokens of one sequence, C concepts, H heads, D head width, d model width, S shards,
+R rows of the decoder.
 """
+
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -22,7 +25,8 @@ from torch.autograd.function import once_differentiable
 from ..kernels.concept_attention.merge import merge_partials
 from ..kernels.concept_attention.op import concept_attention
 from .config import ConceptConfig
-from .packing import Packed
+from .objectives.view import View
+from .packing import Packed, sequence_ids
 from .token_layers import CONV_RADIUS
 
 
@@ -67,6 +71,33 @@ def shard(packed: Packed, rank: int, size: int, config: ConceptConfig) -> Packed
     high = packed.position_ids[(last - 1).clamp(min=0)] + around
     near = (packed.position_ids >= low[owner]) & (packed.position_ids <= high[owner]) & (first < last)[owner]
     return packed.select(near)._replace(own=own[near])
+
+
+def shard_view(view: View, rank: int, size: int, config: ConceptConfig) -> View:
+    """What device ``rank`` of ``size`` reads of a view, and which of its targets it answers: M / size of each sequence.
+
+    Targets are dealt by their number, not by where they stand: those of a text may all be at its end. The divisor is
+    dealt in equal parts, so that sums over devices are those of the view.
+
+    Raises:
+        ValueError: as ``shard``; or the view has context, a pair or a lesson, which are not divided.
+    """
+    for field, part in (("context", view.target_rows), ("pair", view.pair), ("lesson", view.lesson)):
+        if part is not None:
+            raise ValueError(f"{field}: expected none in a view over several devices")
+    bounds = view.decoder_cu_seqlens.long()
+    starts, counts = bounds[:-1], bounds.diff()
+    first, last = (starts + counts * i // size for i in (rank, rank + 1))
+    rows = torch.arange(len(view.decoder_position_ids), device=bounds.device)
+    owner = sequence_ids(view.decoder_cu_seqlens, len(rows))
+    mine = (rows >= first[owner]) & (rows < last[owner])
+    ends = torch.cat((bounds[:1], (last - first).cumsum(0)))
+    return replace(
+        view, encoder=shard(view.encoder, rank, size, config), decoder_position_ids=view.decoder_position_ids[mine],
+        decoder_input_ids=None if view.decoder_input_ids is None else view.decoder_input_ids[mine],
+        decoder_cu_seqlens=ends.to(view.decoder_cu_seqlens.dtype), targets=view.targets[mine],
+        weights=view.weights[mine], seen=view.seen[mine], divisor=view.divisor / size,
+    )  # fmt: skip
 
 
 def read_shard(

@@ -1,9 +1,13 @@
 """All that is known about a subject when its report is written, and how it is put in words."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from ...engine.errors import InputError
 from ...engine.telemetry import duration, read_history
@@ -56,16 +60,17 @@ def find(subject: Subject) -> Findings:
     if subject.encoder.config.num_concepts < 2:
         raise InputError(f"{subject.folder}: expected a model with two concepts or more, got one: nothing to compare")
     history = read_history(subject.folder / "metrics.jsonl")
+    subject.model.eval()
     run_environment(subject.folder)  # read later; that it can be read is known before anything is measured
-    concepts = heldout.concepts(subject.encoder, subject.loader)
-    losses, samples = None, []
-    if subject.can_predict:
-        losses = heldout.losses(subject.model, subject.loader, subject.train, subject.num_tokens)
-        samples = heldout.samples(subject.model, subject.loader, subject.tokenizer, from_concepts=losses.is_seen)
-    geometry = metrics.geometry(concepts.values)
-    read = reads(subject.encoder, subject.loader, subject.tokenizer)
-    usage = [slot.usage for slot in read.slots] if read else None
-    done = does(subject.model, subject.loader, usage) if subject.can_predict else None
+    with a_second_thread() as second:
+        asked = second.submit(losses_of, subject)  # about as much as all the rest
+        concepts = heldout.concepts(subject.encoder, subject.loader)
+        geometry = metrics.geometry(concepts.values)
+        read = reads(subject.encoder, subject.loader, subject.tokenizer)
+        usage = [slot.usage for slot in read.slots] if read else None
+        done = does(subject.model, subject.loader, usage) if subject.can_predict else None
+        probed = probes(subject.encoder, subject.loader)
+        losses, samples = asked.result()
     figures = {
         **geometry, **(of_losses(asdict(losses)) if losses else {}), **(read.figures if read else {}),
         **(done.figures if done else {}), **of_training(history, objective_name(subject)),
@@ -79,12 +84,31 @@ def find(subject: Subject) -> Findings:
         geometry=geometry,
         reads=read,
         does=done,
-        probes=probes(subject.encoder, subject.loader),
+        probes=probed,
         figures=figures,
         verdicts=gates.judge(figures, int(geometry["num_concepts"]), gates.read_gates()),
         samples=samples,
         environment=environment.environment(subject.seed),
     )
+
+
+def losses_of(subject: Subject) -> tuple[heldout.Losses | None, list[heldout.Sample]]:
+    if not subject.can_predict:
+        return None, []
+    losses = heldout.losses(subject.model, subject.loader, subject.train, subject.num_tokens)
+    return losses, heldout.samples(subject.model, subject.loader, subject.tokenizer, from_concepts=losses.is_seen)
+
+
+@contextlib.contextmanager
+def a_second_thread() -> Iterator[Executor]:
+    """A thread beside this one; each has half of the cores. A small model's operations are too small to be divided."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, num_threads // 2))
+    try:
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="losses") as second:
+            yield second
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def training_of(history: Sequence[Mapping[str, Any]]) -> Training | None:
@@ -133,7 +157,8 @@ def num_parameters(subject: Subject) -> int:
 
 def device_name(findings: Findings) -> str:
     environment = run_environment(findings.subject.folder) or findings.environment
-    name, threads = environment.get("device", "cpu"), environment.get("num_threads", environment.get("threads"))
+    name, threads = environment.get("device", "cpu"), environment.get("num_threads", environment.get("threads", 1))
+    threads *= environment.get("world_size", 1)
     return name if name != "cpu" else f"{threads} CPU thread{'s' * (threads != 1)}"
 
 

@@ -89,6 +89,9 @@ def run(
         "tokens seen": seen, "tokens given": total, "seconds": round(time.perf_counter() - started, 1),
         "spread over seeds": asked.spread(reader, fitted, seeds),
     })  # fmt: skip
+    if settings.train and asked.train:
+        words = f"learned from {' and '.join(settings.train)}"
+        outcome.rows[0]["beside it"] = "; ".join(each for each in (words, outcome.rows[0]["beside it"]) if each)
     for name, other in asked.variants(reader, fitted).items():
         outcome.rows.append(add(f"{MODEL}, {name}", score(task, other, asked.references), other))
     if settings.with_floors:
@@ -142,8 +145,7 @@ class Asked:
         if head.has_head(reader, self.task):
             return None
         if kind == "similarity":
-            texts = list(dict.fromkeys(text for each in self.train for text in (each.question, each.document)))
-            return similarity.Space(reader.whole(texts[:4096]))
+            return similarity.space_of(self.train, reader)
         if kind in ("labels", "values") and self.train:
             return labels.fit(self.task, self.train, reader, seeds)
         return None
@@ -230,7 +232,7 @@ class Asked:
     def drawn_from(self, scored: Scored, predictions: Mapping[str, Any]) -> tuple[np.ndarray, str]:
         """Of every example what the main figure is made of, in percent, and how it is made."""
         key, _ = main_figure(scored.score)
-        if key == "pearson":
+        if key in ("pearson", "matthews_correlation"):  # of two classes the one is the other
             both = [(predictions[each.id], each.truth) for each in self.given]
             return np.array(both, dtype=np.float64), "pearson"
         if "rouge/geometric_mean" in scored.score:

@@ -15,10 +15,11 @@ NO_OBJECT = 'The predictions must be saved a JSON object: {"id1": "prediction1",
 NO_TEXT = "All values of the predictions dictionary must be strings"
 MISSING, REDUNDANT = "There are missing example IDs.", "There are redundant example IDs."
 SCROLLS = {"rouge": scrolls.rouge, "f1": scrolls.f1, "exact_match": scrolls.exact_match}
-OF_LABELS = {"accuracy": labels.accuracy, "accuracy_f1": labels.accuracy_f1, "accuracy_by_place": labels.accuracy}
+OF_LABELS = {"accuracy": labels.accuracy, "accuracy_f1": labels.accuracy_f1, "accuracy_by_place": labels.accuracy,
+             "matthews": labels.matthews}  # fmt: skip
 OF_VALUES = {"correlation": labels.correlation, "relatedness": labels.relatedness, "paraphrase": labels.paraphrase}
 MAIN = {  # the figure that stands for a task in a table; the first that its score has
-    "scrolls_score": 1, "score": 1, "pearson": 100, "accuracy": 100, "ndcg@10": 100,
+    "scrolls_score": 1, "score": 1, "pearson": 100, "matthews_correlation": 100, "accuracy": 100, "ndcg@10": 100,
 }  # fmt: skip
 
 

@@ -1,33 +1,14 @@
-"""How many parameters a model has, by part, in closed form; and which part a weight belongs to.
+"""How many parameters a model has, by part, in closed form.
 
 V vocabulary, C concepts, d model width, e width of tokens, k width of the keys, D head width, I feed-forward width.
 """
 
-import re
-
+from ...models.backbone_flops import counted
 from ...models.config import ConceptConfig
 from ...models.layers import TimestepEmbedding
 from ...models.mixing import CopeMixing
 from ...models.queries import AnchorFeatures
 from ...models.token_layers import CONV_RADIUS
-from .backbone import counted
-
-PARTS = {  # part -> weights of ConceptForMaskedLM, the first that fits
-    "backbone": r"encoder\.backbone",
-    "embedding": r"encoder\.(embed_tokens|positions|widen_tokens|token_norm|token_reader)",
-    "tokens": r"encoder\.(token_start|token_layers|layers\.\d+\.token_)",
-    "concepts": r"encoder\.(concepts|out_norm)|exposure",
-    "read": r"encoder\.layers\.\d+\.(read|update)",
-    "mix": r"encoder\.layers\.\d+\.mix",
-    "feed": r"encoder\.layers\.\d+\.feed",
-    "decoder": r"decoder",
-    "head": r"lm_head",
-}
-
-
-def part_of(name: str) -> str | None:
-    """The part of a weight, or of a module that is wholly inside one."""
-    return next((part for part, pattern in PARTS.items() if re.match(rf"{pattern}", name)), None)
 
 
 def parameters(config: ConceptConfig) -> dict[str, int]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..errors import InputError
+from ..errors import InputError, Interrupted
 
 INDEX = "index.json"
 UNUSABLE = (
@@ -39,6 +39,14 @@ def progress(items: Iterable[Any], unit: str, total: int | None = None) -> Itera
     ))  # fmt: skip
 
 
+def bar(unit: str, total: int | None = None, begun: int = 0) -> tqdm:
+    """A bar on a terminal, to be told how far it has come; elsewhere nothing is said."""
+    return tqdm(
+        total=total, initial=begun, unit=unit, delay=DELAY_S, leave=False, dynamic_ncols=True, file=sys.stderr,
+        disable=not sys.stderr.isatty(),
+    )  # fmt: skip
+
+
 def cache_folder(cache: str | None) -> Path:
     """Where built data is kept: ``cache``, else $XDG_CACHE_HOME/conceptron, else ~/.cache/conceptron."""
     if cache:
@@ -53,7 +61,7 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def built(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+def built(folder: Path, build: Callable[[Path], dict[str, Any]], goes_on: bool = False) -> dict[str, Any]:
     """The index of ``folder``, which is built if it is missing and rebuilt if it is damaged.
 
     Of several processes that ask at once, one builds and the others wait for it.
@@ -61,6 +69,7 @@ def built(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, An
     Args:
         folder: where the result is, or will be.
         build: writes files into the empty folder it is given, and returns what the index shall say.
+        goes_on: the folder it is given may hold what a process left that was stopped, from which it can go on.
 
     Raises:
         InputError: the disk is full, or the cache cannot be written.
@@ -76,7 +85,7 @@ def built(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, An
                 return index
             if problem:
                 say(f"{folder}: damaged ({problem}); building it again")
-            return _build(folder, build)
+            return _build(folder, build, goes_on)
     except OSError as error:
         if error.errno not in UNUSABLE:
             raise
@@ -117,10 +126,12 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+def _build(folder: Path, build: Callable[[Path], dict[str, Any]], goes_on: bool) -> dict[str, Any]:
     unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed: whoever writes holds the lock
-    unfinished.mkdir()
+    if not goes_on:
+        shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed: who writes holds the lock
+    unfinished.mkdir(exist_ok=True)
+    keeps = False
     try:
         index = build(unfinished)
         names = sorted(path.name for path in unfinished.iterdir())
@@ -130,6 +141,10 @@ def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, A
         (unfinished / INDEX).write_text(json.dumps(index, indent=1, allow_nan=False) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(unfinished, folder)
+    except BaseException as error:
+        keeps = goes_on and (isinstance(error, Interrupted) or not isinstance(error, Exception))  # Ctrl-C, SystemExit
+        raise
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if not keeps:
+            shutil.rmtree(unfinished, ignore_errors=True)
     return index

@@ -8,17 +8,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 
 from ...models.objectives import Contrastive, Lesson, Mixed, Pair, SampleKey, SpecialTokens, View
-from ...models.packing import Packed, pack
+from ...models.packing import Packed, pack_flat, positions_within
 from ..errors import InputError
+from .concepts import Drawn, Fixed
 from .lessons import Lessons
 from .mixture import Schedule
-from .order import Samples, Stream, deal, fewest_bins, raw
+from .order import Samples, Stream, deal, deal_by_length, fewest_bins, raw
 from .states import StateStore
 from .windows import Windows
 
@@ -39,7 +40,7 @@ class Batches:
 
     def __init__(
         self, windows: Windows, *, seed: int, tokens_per_step: int, micro_tokens: int, rank: int = 0,
-        world_size: int = 1, first_step: int = 0,
+        world_size: int = 1, first_step: int = 0, by_length: bool = False,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -49,6 +50,8 @@ class Batches:
             micro_tokens: budget of one forward and backward pass on one rank.
             rank, world_size: this process among those that share the step.
             first_step: of the run in which the order of these windows begins.
+            by_length: micro-batches of a step hold windows of similar lengths, the longest first; a step holds the
+                same windows either way.
 
         Raises:
             InputError: a budget is smaller than the longest window.
@@ -63,7 +66,12 @@ class Batches:
         self.windows, self.seed = windows, seed
         self.tokens_per_step, self.micro_tokens = tokens_per_step, micro_tokens
         self.rank, self.world_size, self.first_step = rank, world_size, first_step
+        self.share = deal_by_length if by_length else deal  # of a step's windows among micro-batches
         self.num_micro_batches = -(-tokens_per_step // (world_size * micro_tokens))  # of one rank, in every step
+
+    def at(self, step: int) -> Self:
+        """The loader of a step of the run."""
+        return self
 
     def batch(self, step: int, samples: Samples) -> Any:
         """The micro-batch of these windows, on the CPU."""
@@ -72,7 +80,7 @@ class Batches:
     def step(self, step: int) -> list[Any]:
         """This rank's micro-batches of a step of the run (counted from 0), in any order of asking."""
         samples = self.samples(step)
-        bins, _ = deal(self.windows.lengths[samples.windows], self.num_micro_batches * self.world_size)
+        bins, _ = self.share(self.windows.lengths[samples.windows], self.num_micro_batches * self.world_size)
         mine = [np.flatnonzero(bins == i * self.world_size + self.rank) for i in range(self.num_micro_batches)]
         return [self.batch(step, samples.take(rows)) for rows in mine]
 
@@ -90,6 +98,13 @@ class Batches:
     def steps_per_epoch(self) -> int:
         """Steps in which as many windows pass as there are (with several sources: by weight, not each once)."""
         return -(-sum(stream.num_bins for stream in self._streams) // self._schedule.slots_per_step)
+
+    @property
+    def steps_without_repeat(self) -> int:
+        """Steps in which no window passes a second time. With one source all have passed then, with several nearly."""
+        schedule = self._schedule
+        per_step = schedule.shares * schedule.slots_per_step
+        return min(int(stream.num_bins / share) for stream, share in zip(self._streams, per_step, strict=True))
 
     @property
     def efficiency(self) -> float:
@@ -134,7 +149,8 @@ class Loader(Batches):
 
     def __init__(
         self, windows: Windows, objective: Any, tokens: SpecialTokens, *, contrastive: Contrastive | None = None,
-        contrastive_from: int = 0, lessons: Lessons | None = None, states: StateStore | None = None, **order: Any,
+        contrastive_from: int = 0, lessons: Lessons | None = None, states: StateStore | None = None,
+        concepts: Drawn | Fixed | None = None, part: Callable[[View], View] | None = None, **order: Any,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -144,12 +160,14 @@ class Loader(Batches):
             contrastive: adds a pair to each view, from step `contrastive_from` on.
             lessons: adds to each view what a teacher says of its texts.
             states: adds to the texts what a frozen backbone makes of them, where they are read whole.
+            concepts: how many concepts texts are read into in training; None: as many as the model has.
+            part: makes of a view what this rank holds of it, where ranks share texts.
             order: what `Batches` asks for.
         """
         super().__init__(windows, **order)
         self.objective, self.tokens = objective, tokens
         self.contrastive, self.contrastive_from = contrastive, contrastive_from
-        self.lessons, self.states = lessons, states
+        self.lessons, self.states, self.concepts, self.part = lessons, states, concepts, part
 
     def batch(self, step: int, samples: Samples) -> View:
         batch = self.texts(samples.windows)
@@ -157,6 +175,9 @@ class Loader(Batches):
         keys = [SampleKey(self.seed, *place) for place in places]
         objective = self.objective.at(step) if isinstance(self.objective, Mixed) else self.objective
         view = objective.view(batch, keys, self.tokens)
+        if self.concepts is not None:
+            view = replace(view, num_concepts=self.concepts.at(step, batch.max_seqlen))
+        view = view if self.part is None else self.part(view)
         if self.lessons is not None:
             texts = None if reads(view.encoder, batch) else batch
             view = replace(view, lesson=self.lessons.lesson(samples.windows, texts))
@@ -167,13 +188,15 @@ class Loader(Batches):
 
     def texts(self, rows: np.ndarray) -> Packed:
         """These windows, whole. An objective that hides tokens makes a batch of its own, without states."""
-        batch = pack([self.windows[row] for row in rows])
+        ids, lengths = self.windows.ids(rows)
+        batch = pack_flat(ids, positions_within(lengths), lengths)
         return batch if self.states is None or not len(rows) else self.states.attach(batch, rows)
 
     def evaluation(self, max_tokens: int) -> Iterator[dict[str, View]]:
         """This rank's evaluation views of ``evaluation_rows(max_tokens)``, as many on every rank."""
         for batch, keys, _ in self._evaluation_batches(max_tokens):
-            yield self.objective.evaluation_views(batch, keys, self.tokens)
+            views = self.objective.evaluation_views(batch, keys, self.tokens)
+            yield views if self.part is None else {name: self.part(view) for name, view in views.items()}
 
     def evaluation_pairs(self, max_tokens: int) -> Iterator[Pair]:
         """The same texts in pairs. Where dropout alone would tell two views apart, adjacent spans take their place."""

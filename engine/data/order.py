@@ -99,6 +99,21 @@ def deal(lengths: np.ndarray, num_bins: int, order: np.ndarray | None = None) ->
     return bins, loads
 
 
+def deal_by_length(lengths: np.ndarray, num_bins: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same for bins of windows of similar lengths: the longest windows are in the first, the shortest in the last.
+
+    A bin holds at most its equal share of the tokens and one window more.
+    """
+    lengths = lengths.astype(np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    ends = np.cumsum(lengths[order])
+    bins, loads = np.empty(len(lengths), dtype=np.int64), np.zeros(num_bins, dtype=np.int64)
+    # the bin in which a window's middle lies, of tokens cut into equal shares
+    bins[order] = (2 * ends - lengths[order]) * num_bins // (2 * max(1, int(ends[-1]) if len(ends) else 1))
+    np.add.at(loads, bins, lengths)
+    return bins, loads
+
+
 def fewest_bins(lengths: np.ndarray, capacity: int) -> int:
     """About the smallest number of bins for which a deal, longest first, puts at most ``capacity`` into each."""
     num_bins = -(-int(lengths.sum(dtype=np.int64)) // capacity)

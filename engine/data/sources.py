@@ -3,6 +3,7 @@
 import glob
 import gzip
 import json
+import logging
 import os
 import re
 import zlib
@@ -12,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, Interrupted
 from ..recipe.data import DEFAULT_VALIDATION, Source
 from .cache import say
 
@@ -30,13 +31,62 @@ class Documents:
     name: str  # as the user wrote it
     identity: Any  # JSON; changes when the texts may have changed
     read: Callable[[], Iterator[str]]
+    count: Callable[[], int | None] = lambda: None  # about how many, where that is quickly told
+    stream: "Stream | None" = None  # the same, read piece by piece
     lost: list[str] = field(default_factory=list)  # files of which the rest could not be read, after they were
 
     def first(self, count: int | None) -> "Documents":
         """The first ``count`` of them; None: all."""
         if count is None:
             return self
-        return Documents(self.name, [self.identity, count], lambda: islice(self.read(), count), self.lost)
+        def fewer() -> int | None:
+            known = self.count()
+            return None if known is None else min(known, count)
+
+        return Documents(self.name, [self.identity, count], lambda: islice(self.read(), count), fewer, lost=self.lost)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Texts that are read from any place on, by `datasets`."""
+
+    column: str
+    open: Callable[[], Any]  # a datasets.IterableDataset
+    where: str  # for errors
+    is_remote: bool
+
+    def start(self, seed: int, epoch: int) -> Any:
+        """The rows from the beginning on: shards in an order of this epoch, several of them in turns.
+
+        With a buffer of one row the state of the data set says exactly where it is; with more it would not.
+        """
+        try:
+            dataset = self.open()
+            names = dataset.column_names or list(next(iter(dataset), {}))
+        except Exception as error:  # as in `read_hub`
+            problem = f"cannot be streamed ({type(error).__name__}: {one_line(error)})"
+            raise InputError(f"{self.where}: {problem}; correct data.source, go online or use local files") from error
+        if self.column not in names:
+            raise InputError(no_column(self.where, self.column, dict.fromkeys(names, True)))
+        # it warns of what a larger buffer would lose
+        logging.getLogger("datasets.iterable_dataset").setLevel(logging.ERROR)
+        dataset = dataset.select_columns(self.column).shuffle(seed=seed, buffer_size=1)
+        dataset.set_epoch(epoch)
+        return dataset
+
+    def texts(self, dataset: Any) -> Iterator[str]:
+        number = 0
+        try:
+            for number, row in enumerate(dataset, start=1):
+                text = check_text(f"{self.where}, row {number} from there on", row[self.column], self.column)
+                if text.strip():
+                    yield text
+        except InputError:
+            raise
+        except Exception as error:  # as above: a shard that cannot be fetched or read
+            problem = f"cannot be read on ({type(error).__name__}: {one_line(error)})"
+            kind = Interrupted if self.is_remote else InputError
+            raise kind(f"{self.where}: {problem}; correct it, or start again with resume=auto") from error
 
 
 @dataclass(frozen=True)
@@ -131,7 +181,33 @@ def read_later(name: str, files: list[Path], source: Source) -> Documents:
     if source.on_unreadable == "skip":
         identity["on_unreadable"] = "skip"
         read = lambda: read_what_can_be(files, column, lost)  # noqa: E731
-    return Documents(name, identity, read, lost).first(source.max_documents)
+    stream = Stream(column, lambda: open_stream(files), f"data.source: {name}", is_remote=False)
+    return Documents(name, identity, read, lambda: num_rows(files), stream, lost).first(source.max_documents)
+
+
+def open_stream(files: list[Path]) -> Any:
+    import datasets
+
+    endings = {".txt": "text", ".jsonl": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
+    kinds = {kind for ending, kind in endings.items() if any(file.name.endswith(ending) for file in files)}
+    if len(kinds) > 1:
+        raise ValueError(f"files of {len(kinds)} kinds, {' and '.join(sorted(kinds))}, where one is expected")
+    whole = {"sample_by": "document"} if kinds == {"text"} else {}
+    names = [str(file) for file in files]
+    return datasets.load_dataset(*kinds, data_files=names, split="train", streaming=True, **whole)
+
+
+def num_rows(files: list[Path]) -> int | None:
+    """Of text and parquet files; None: of others one would have to read all, or one cannot be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not all(file.name.endswith((".txt", ".parquet")) for file in files):
+        return None
+    try:
+        return sum(pq.read_metadata(file).num_rows if file.suffix == ".parquet" else 1 for file in files)
+    except (pa.ArrowException, OSError):  # which reading it will explain
+        return None
 
 
 def read_files(files: Iterable[Path], column: str) -> Iterator[str]:
@@ -324,7 +400,14 @@ def hub_documents(source: Source, split: str) -> Documents:
         "hub": source.path, "split": split, "revision": source.revision, "text_column": source.text_column,
         "max_documents": source.max_documents,
     }  # fmt: skip
-    return Documents(f"{source.path} {split}", identity, lambda: read_hub(source, split))
+    def open_it() -> Any:
+        import datasets
+
+        name, _, config = source.path.partition(":")
+        return datasets.load_dataset(name, config or None, split=split, revision=source.revision, streaming=True)
+
+    stream = Stream(source.text_column or "text", open_it, f"data.source: {source.path}", is_remote=True)
+    return Documents(f"{source.path} {split}", identity, lambda: read_hub(source, split), stream=stream)
 
 
 def read_hub(source: Source, split: str) -> Iterator[str]:
@@ -360,7 +443,8 @@ def read_hub(source: Source, split: str) -> Iterator[str]:
         raise
     except Exception as error:  # as above: a file of it that cannot be fetched or read
         problem = f"cannot be read behind row {number} ({type(error).__name__}: {one_line(error)})"
-        raise InputError(f"data.source: {source.path}: {problem}; correct it, or use local files") from error
+        remedy = "start again, and it goes on there; or use local files"
+        raise Interrupted(f"data.source: {source.path}: {problem}; {remedy}") from error
 
 
 def one_line(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .loader import Batches, prefetch
+from .stream import Streamed
 
 
 class Stages:
@@ -12,12 +13,12 @@ class Stages:
     Each stage begins to read its windows anew, in an order of its own.
     """
 
-    def __init__(self, loaders: Sequence[Batches]) -> None:
+    def __init__(self, loaders: Sequence[Batches | Streamed]) -> None:
         """``loaders``: by rising ``first_step``, which is 0 in the first."""
         self.loaders = tuple(loaders)
 
     def at(self, step: int) -> Batches:
-        return next(loader for loader in reversed(self.loaders) if loader.first_step <= step)
+        return next(loader for loader in reversed(self.loaders) if loader.first_step <= step).at(step)
 
     def step(self, step: int) -> list[Any]:
         return self.at(step).step(step)

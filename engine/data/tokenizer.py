@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from ...models.objectives.view import SpecialTokens
 from ..errors import InputError
 from ..model_folder import find, has_tokenizer
+from .encoder_process import plain
 
 SPECIAL = {
     "pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "[BOS]", "eos_token": "[EOS]", "mask_token": "[MASK]",
@@ -29,7 +30,7 @@ class Vocabulary:
     tokenizer: PreTrainedTokenizerFast
     tokens: SpecialTokens
     fingerprint: str  # changes when the same text may get other ids
-    plain: Tokenizer  # encodes text as it stands: adds nothing, cuts nothing, and "[MASK]" in a text is five characters
+    plain: Tokenizer  # encodes text as it stands: adds nothing, cuts nothing, and "[MASK]" in a text is six characters
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.plain.encode_batch_fast(texts, add_special_tokens=False)]
@@ -99,16 +100,12 @@ def describe(tokenizer: PreTrainedTokenizerFast, place: str, field: str = "data.
             "tokenizer.add_special_tokens({'mask_token': '[MASK]'}) and save_pretrained"
         )
     text = tokenizer.backend_tokenizer.to_str()
-    plain = Tokenizer.from_str(text)
-    plain.no_truncation()
-    plain.no_padding()
-    plain.encode_special_tokens = True
     special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
     return Vocabulary(
         tokenizer=tokenizer,
         tokens=SpecialTokens(tokenizer.mask_token_id, frozenset(special), max(tokenizer.get_vocab().values()) + 1),
         fingerprint=hashlib.sha256(text.encode()).hexdigest()[:16],
-        plain=plain,
+        plain=plain(text),
     )
 
 

@@ -7,6 +7,8 @@ from functools import cached_property
 
 import numpy as np
 
+from ...models.packing import positions_within
+
 SHORTEST_SENTENCE = 6  # tokens
 
 
@@ -44,6 +46,19 @@ class Windows:
         part, row = self.parts[which], index - self.bounds[which]
         start = part.starts[row]
         return part.tokens[start : start + part.lengths[row]].astype(np.int64)
+
+    def ids(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The token ids of these windows end to end [T] int64, and their lengths [n] int64: quick for short ones."""
+        lengths = self.lengths[rows].astype(np.int64)
+        within = positions_within(lengths)
+        which = np.searchsorted(self.bounds, rows, side="right") - 1
+        ids = np.empty(len(within), dtype=np.int64)
+        for number, part in enumerate(self.parts):
+            is_mine = which == number
+            of_mine = np.repeat(is_mine, lengths)
+            starts = part.starts[rows[is_mine] - self.bounds[number]]
+            ids[of_mine] = np.asarray(part.tokens)[np.repeat(starts, lengths[is_mine]) + within[of_mine]]
+        return ids, lengths
 
     @property
     def num_tokens(self) -> int:

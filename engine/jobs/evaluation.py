@@ -61,7 +61,8 @@ def evaluate(
 
 def _of_targets(engine: Any, loader: Loader, max_tokens: int, world: World, of_others: bool) -> dict[str, Any]:
     sums: dict[str, torch.Tensor] = {}
-    concepts, wanted = [], -(-MAX_TEXTS // world.size)  # of this rank
+    concepts, wanted = [], -(-MAX_TEXTS // world.data_size)  # of this rank, if no other has the same
+    is_witness = world.sequence_rank == 0
     for views in loader.evaluation(max_tokens):
         for name, view in views.items():
             view = view.to(world.device)
@@ -69,8 +70,9 @@ def _of_targets(engine: Any, loader: Loader, max_tokens: int, world: World, of_o
             result = engine(view=view, return_nll=True, **known)
             nll = result.nll.double()
             if name == next(iter(views)) and wanted > 0:
-                concepts.append(result.concepts[:wanted].float().cpu())
-                wanted -= len(concepts[-1])
+                found = result.concepts[:wanted].float().cpu()
+                wanted -= len(found)
+                concepts.append(found if is_witness else found[:0])
             seen, weights = view.seen.double(), view.weights.double()
             parts = [(weights * nll).sum(), view.divisor.double(), (seen * nll).sum(), seen.sum(),
                      ((1 - seen) * nll).sum(), (1 - seen).sum()]  # fmt: skip

@@ -159,7 +159,8 @@ class FinetuningJob:
                 )
         return Groups(
             groups, self.is_whole, seed=recipe.run.seed, tokens_per_step=recipe.batch.tokens,
-            micro_tokens=recipe.batch.micro_tokens, rank=self.world.rank, world_size=self.world.size,
+            micro_tokens=recipe.batch.micro_tokens, by_length=recipe.batch.by_length, rank=self.world.rank,
+            world_size=self.world.size,
         )  # fmt: skip
 
     def identity(self) -> dict[str, dict[str, Any]]:
@@ -241,11 +242,14 @@ class FinetuningJob:
     def num_tokens(self, step: int) -> int:
         return int(self.loader.windows.lengths[self.loader.samples(step).windows].sum())
 
+    def flops(self, engine: Any, batches: Sequence[Asked]) -> None:
+        """Not counted: heads, questions and stored states differ from task to task."""
+
     def contents(self, step: int) -> dict[str, Any]:
         numbers = self.loader.samples(step).windows
         return {"examples": [name for i in numbers for name in self.loader.groups[int(i)].names]}
 
-    def labels(self, step: int) -> dict[str, str]:
+    def labels(self, step: int) -> dict[str, Any]:
         return {}
 
     def prepare(self, engine: Any, step: int, batches: Sequence[Asked], seeds: Sequence[int]) -> list[dict[str, Any]]:

@@ -53,10 +53,13 @@ class Job(Protocol):
     def num_tokens(self, step: int) -> int:
         """Read in a step, by all ranks."""
 
+    def flops(self, engine: Any, batches: Sequence[Any]) -> int | None:
+        """Of matrix products in the forward and backward pass of these micro-batches; None: nobody has counted."""
+
     def contents(self, step: int) -> dict[str, Any]:
         """What was in a step, for the record of one that went wrong."""
 
-    def labels(self, step: int) -> dict[str, str]:
+    def labels(self, step: int) -> dict[str, Any]:
         """What the log says about a step besides its figures."""
 
     def prepare(self, engine: Any, step: int, batches: Sequence[Any], seeds: Sequence[int]) -> list[dict[str, Any]]:

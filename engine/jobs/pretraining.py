@@ -1,8 +1,10 @@
 """Pre-training on text: the objective of a recipe, with what is added to it."""
 
 import hashlib
+import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +12,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...models.flops import Sizes, step_flops
 from ...models.masked_lm import ConceptForMaskedLM, smoothing_floor
 from ...models.objectives import Distillation, Mixed, ReadBack, StateReader, View
 from ...models.pretraining import Cached, Pretraining, Totals, cache
 from ...models.recursion import draw_iterations
+from ...models.sharding import shard_view
 from .. import compat
 from ..backbone import KEPT, checkpoint_activations, identity
 from ..beginning import begin
 from ..card import About
 from ..data.cache import cache_folder
+from ..data.concepts import Drawn, Fixed
 from ..data.corpus import Corpus, open_corpus
 from ..data.lessons import learn
 from ..data.loader import Loader
 from ..data.phrases import open_phrases
 from ..data.stages import Stages
 from ..data.states import open_states
+from ..data.stream import Streamed, seed_of
 from ..data.teacher import Teacher
 from ..data.windows import Windows
 from ..export import export
@@ -50,9 +56,9 @@ class PretrainingJob:
         self.figures: dict[str, Any] = {}  # of the last evaluation
         self.objective, self.contrastive = recipe.build_objective(), recipe.build_contrastive()
         *shorter, self.corpus = corpora or [self.open(window) for _, window in recipe.stages()]
+        stages = zip([*shorter, self.corpus], recipe.stages(), recipe.concepts(), strict=True)
         self.loader = Stages([
-            self.read(corpus.train, first_step)
-            for corpus, (first_step, _) in zip([*shorter, self.corpus], recipe.stages(), strict=True)
+            self.read_stage(corpus, first_step, concepts) for corpus, (first_step, _), concepts in stages
         ])  # fmt: skip
         self.held_out = self.read(self.corpus.validation)
         self.distill = recipe.build_distill()
@@ -63,14 +69,41 @@ class PretrainingJob:
         data = self.recipe.data.model_copy(update={"window": window})
         return self.world.first_then_others(lambda: open_corpus(data))
 
-    def read(self, windows: Windows, first_step: int = 0) -> Loader:
-        recipe, contrastive = self.recipe, self.contrastive
+    def read_stage(self, corpus: Corpus, first_step: int, concepts: Drawn | Fixed | None) -> Loader | Streamed:
+        """The training text of a stage of length."""
+        if corpus.blocks is None:
+            return self.read(corpus.train, first_step, concepts)
+        seed = self.recipe.run.seed
+
+        def read(windows: Windows, first_step: int, number: int) -> Loader:
+            return self.read(windows, first_step, concepts, seed_of(seed, number))
+
+        later = [start for start, _ in self.recipe.stages() if start > first_step]
+        stop = min([*later, self.recipe.train.steps])
+        reads_ahead = self.world.local_rank == 0
+        return Streamed(corpus.blocks, read, first_step, stop, self.recipe.batch.tokens, reads_ahead)
+
+    def read(
+        self, windows: Windows, first_step: int = 0, concepts: Drawn | Fixed | None = None, seed: int | None = None
+    ) -> Loader:
+        """``seed``: left out, the run's."""
+        recipe, contrastive, world = self.recipe, self.contrastive, self.world
         return Loader(
-            windows, self.objective, self.corpus.tokens, seed=recipe.run.seed, tokens_per_step=recipe.batch.tokens,
-            micro_tokens=recipe.batch.micro_tokens, rank=self.world.rank, world_size=self.world.size,
-            first_step=first_step, contrastive=contrastive,
+            windows, self.objective, self.corpus.tokens, seed=recipe.run.seed if seed is None else seed,
+            tokens_per_step=recipe.batch.tokens, micro_tokens=recipe.batch.micro_tokens * recipe.train.sequence_ranks,
+            rank=world.data_rank, world_size=world.data_size, part=self.part, first_step=first_step,
+            by_length=recipe.batch.by_length, concepts=concepts, contrastive=contrastive,
             contrastive_from=math.ceil(contrastive.start * recipe.train.steps) if contrastive else 0,
         )  # fmt: skip
+
+    @property
+    def part(self) -> Callable[[View], View] | None:
+        """What this rank holds of a view that several share."""
+        world = self.world
+        if world.sequence_group is None:
+            return None
+        config = self.recipe.build_config(vocab_size=self.corpus.tokens.vocab_size)
+        return partial(shard_view, rank=world.sequence_rank, size=world.sequence_ranks, config=config)
 
     def take_lessons(self) -> dict[str, Any]:
         """Gives every loader the teacher's vectors of what it will read, computed where they are missing. Collective.
@@ -116,13 +149,15 @@ class PretrainingJob:
         yield self.held_out, self.held_out.evaluation_rows(self.recipe.eval.tokens)
 
     def identity(self) -> dict[str, dict[str, Any]]:
-        num_micro_batches = self.held_out.num_micro_batches * self.world.size
+        num_micro_batches = self.held_out.num_micro_batches * self.world.data_size
         teacher = {"teacher": {"teacher's weights": self.teacher["fingerprint"]}} if self.teacher else {}
         populations = self.recipe.populations(num_micro_batches)
         return {"text": text_identity(self.corpus), "populations": populations, **teacher}
 
     def describe(self) -> str:
         millions = self.corpus.train.num_tokens / 1e6
+        if self.corpus.blocks is not None:
+            return f"training text streamed, {millions:.2f} M tokens of it at a time"
         text = f"{millions:.2f} M tokens of training text ({self.loader.at(0).steps_per_epoch} steps an epoch)"
         lost = sum(len(source.get("unreadable", ())) for source in self.corpus.description["sources"])
         text += f" without the rest of {lost} unreadable files" if lost else ""
@@ -131,6 +166,7 @@ class PretrainingJob:
     def build(self, is_new: bool) -> Pretraining:
         recipe = self.recipe
         bare, self.beginning, self.files = begin(recipe, self.corpus, self.world, is_new)
+        self.files["data.json"] = json.dumps(self.corpus.description, indent=1, allow_nan=False)
         if recipe.data.states_gb:
             self.take_states(bare, KEPT in self.files)
         if recipe.train.checkpoint_backbone:
@@ -146,9 +182,11 @@ class PretrainingJob:
         reader = None
         if self.reads_states:
             reader = StateReader(self.objective, bare.config.hidden_size, bare.config.token_dim)
-        return Pretraining(
+        module = Pretraining(
             bare, self.contrastive, recipe.build_regularization(), recipe.has_task, distillation, reader
         )  # fmt: skip
+        module.share_texts(self.world.sequence_group)
+        return module
 
     @property
     def reads_states(self) -> bool:
@@ -161,13 +199,23 @@ class PretrainingJob:
     def num_tokens(self, step: int) -> int:
         return self.loader.num_tokens(step)
 
+    def flops(self, engine: Any, batches: Sequence[View]) -> int:
+        """Of the objective, at the mean number of iterations: not of contrast, a teacher or regularisers."""
+        config = engine.module.model.config
+        return sum(step_flops(config, Sizes.of(view)) for view in batches) if self.recipe.has_task else 0
+
     def contents(self, step: int) -> dict[str, Any]:
         return {"windows": self.loader.windows(step)}
 
-    def labels(self, step: int) -> dict[str, str]:
-        """Which part of a mixture a step belongs to."""
-        mixed = self.objective
-        return {"objective": mixed.names[mixed.place(step)]} if isinstance(mixed, Mixed) else {}
+    def labels(self, step: int) -> dict[str, Any]:
+        """Which part of a mixture a step belongs to, and how many concepts it has where that changes."""
+        mixed, concepts = self.objective, self.loader.at(step).concepts
+        found: dict[str, Any] = {"objective": mixed.names[mixed.place(step)]} if isinstance(mixed, Mixed) else {}
+        if isinstance(concepts, Drawn):
+            found["tokens_per_concept"] = concepts.ratio(step)
+        elif any(self.recipe.concepts()):
+            found["num_concepts"] = self.recipe.most_concepts if concepts is None else concepts.count
+        return found
 
     def prepare(self, engine: Any, step: int, batches: Sequence[View], seeds: Sequence[int]) -> list[dict[str, Any]]:
         totals = Totals.of(batches, self.world.sum, self.world.size)
@@ -209,7 +257,8 @@ def look_ahead(
     with torch.no_grad():
         for view, seed in zip(views, seeds, strict=True):
             torch.manual_seed(seed)
-            compared.append(engine(pair=view.pair, encoder=view.encoder, num_iterations=num_iterations))
+            given = {"num_iterations": num_iterations, "num_concepts": view.num_concepts}
+            compared.append(engine(pair=view.pair, encoder=view.encoder, **given))
     return cache(compared, [pair.ids for pair in pairs], contrastive, totals)
 
 

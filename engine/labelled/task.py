@@ -19,8 +19,11 @@ Answer = Literal["similarity", "labels", "values", "choice", "span", "summary", 
 Metric = Literal[
     "scrolls/rouge", "scrolls/f1", "scrolls/exact_match", "longbench/f1", "longbench/rouge", "longbench/classification",
     "longbench/retrieval", "longbench/count", "longbench/code_similarity", "accuracy", "accuracy_f1", "correlation",
-    "relatedness", "paraphrase", "ranking", "accuracy_by_place",
+    "relatedness", "paraphrase", "matthews", "ranking", "accuracy_by_place",
 ]  # fmt: skip
+
+
+ON_REQUEST = ("glue/cola", "glue/sst2", "glue/qnli", "glue/rte", "glue/wnli")  # not meant by the name of their folder
 
 
 class Strict(BaseModel):
@@ -52,6 +55,7 @@ class Task(Strict):
     answer: Answer
     metric: Metric
     labels: list[str] = []  # by number
+    nothing: str = ""  # what is answered where the document says nothing to the question; empty: never
     words: int = 0  # of an answer or a summary that is taken from the document: about the mean of its references
     bounds: tuple[float, float] | None = None  # of values: unrelated, equal
     splits: Splits
@@ -74,14 +78,15 @@ def known() -> list[str]:
 
 
 def expand(names: str) -> list[str]:
-    """Names with commas between them, each a task or a folder of tasks.
+    """Names with commas between them, each a task or a folder of tasks (without those ON_REQUEST).
 
     Raises:
         InputError: there is no such task; the nearest is named.
     """
     every, wanted = known(), []
     for name in names.split(","):
-        inside = [each for each in every if each == name.strip() or each.startswith(f"{name.strip()}/")]
+        inside = [each for each in every if each == name.strip()
+                  or (each.startswith(f"{name.strip()}/") and each not in ON_REQUEST)]  # fmt: skip
         if not inside:
             near = difflib.get_close_matches(name.strip(), every, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]}?" if near else ""

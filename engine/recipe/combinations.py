@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 
-from ...models.config import ConceptConfig
 from ...models.regularizers import WITHIN_TEXT
+from ...models.sharding import halo
 from ...models.token_source import check_keep
+from ..data.concepts import largest
+from ..data.pydocs import NAMES as PYDOCS
 from ..errors import InputError
 from .finetune import Finetune
 from .schema import Recipe
@@ -21,8 +23,11 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield from of_distill(recipe)
     yield from of_regularization(recipe)
     yield from of_stages(recipe)
+    yield from of_concepts(recipe)
     yield from of_states(recipe)
+    yield from of_stream(recipe)
     yield from of_profile(recipe)
+    yield from of_sequence_ranks(recipe)
     yield from of_best(recipe)
     yield from of_model(recipe)
 
@@ -77,7 +82,7 @@ def of_distill(recipe: Recipe) -> Iterator[tuple[str, str]]:
     options = recipe.build_distill()
     if options is None:
         return
-    num_concepts = recipe.model.get("num_concepts", ConceptConfig().num_concepts)
+    num_concepts = recipe.most_concepts
     if options.num_stretches and num_concepts % options.num_stretches:
         yield "distill.stretches", f"expected a divisor of model.num_concepts = {num_concepts}, got {options.stretches}"
     for name in ("similarity", "contrast"):
@@ -93,6 +98,27 @@ def of_states(recipe: Recipe) -> Iterator[tuple[str, str]]:
     elif recipe.distill is None and not any(part["name"] in WHOLE for _, part in recipe.parts()):
         name = recipe.objective["name"]
         yield "data.states_gb", f"expected nothing with objective {name}, which never reads a window whole"
+
+
+def of_stream(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """What asks for all of the text is not to be had of one that is read piece by piece."""
+    data = recipe.data
+    if data.stream_mb is None:
+        return
+    if data.dedup:
+        yield "data.dedup", "expected false with data.stream_mb, which never sees all of the text"
+    if data.states_gb is not None:
+        yield "data.states_gb", "expected nothing with data.stream_mb, of which nothing is kept"
+    if recipe.distill is not None:
+        yield "data.stream_mb", "expected nothing with distill, whose teacher embeds all windows ahead of the run"
+    if recipe.needs_phrases:
+        yield "data.stream_mb", "expected nothing where objective.phrases are to be counted; give the file of a list"
+    if any(source.max_documents is not None for source in data.sources()):
+        yield "data.max_documents", "expected nothing with data.stream_mb, which reads on and on"
+    if any(source.on_unreadable == "skip" for source in data.sources()):
+        yield "data.on_unreadable", "expected stop with data.stream_mb: where it goes on must not change"
+    if any(source.path in PYDOCS for source in data.sources()):
+        yield "data.stream_mb", f"expected nothing with pydocs, which is small, got {data.stream_mb:g}"
 
 
 def of_regularization(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -111,7 +137,7 @@ def room_for_two(recipe: Recipe, field: str, what: str) -> Iterator[tuple[str, s
     """A population of one says nothing."""
     section, name = field.split(".")
     given, needed = getattr(getattr(recipe, section), name), 2 * recipe.data.window
-    if given < needed:
+    if given * (recipe.train.sequence_ranks if name == "micro_tokens" else 1) < needed:
         yield field, f"expected at least {needed}, two windows of data.window, for {what}; got {given}"
 
 
@@ -122,6 +148,42 @@ def of_profile(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if not first <= last <= recipe.train.steps:
         expected = f"first and last step, at most train.steps = {recipe.train.steps}"
         yield "profile.steps", f"expected {expected}, got [{first}, {last}]"
+
+
+def of_sequence_ranks(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """What is not divided over ranks that share a text."""
+    ranks, model = recipe.train.sequence_ranks, recipe.model
+    if ranks == 1:
+        return
+    with_ranks = f"with train.sequence_ranks = {ranks}"
+    for section in ("contrastive", "distill"):
+        if getattr(recipe, section) is not None:
+            yield section, f"expected none {with_ranks}: it reads texts of its own, which are not divided"
+    mixing = model.get("decoder_mixing", "none")
+    if mixing != "none":
+        yield "model.decoder_mixing", f"expected none {with_ranks}, got {mixing}: rows of other ranks are not seen"
+    if model.get("dropout") and model.get("num_token_layers"):
+        yield "model.dropout", f"expected 0 {with_ranks} and token layers, whose draws differ from rank to rank"
+    if recipe.train.keep in ("states", "ids"):
+        yield "train.keep", f"expected keys or nothing {with_ranks}, got {recipe.train.keep!r}"
+    if model.get("backbone") is not None:
+        yield "model.backbone", f"expected none {with_ranks}: its windows are not divided"
+        return
+    try:
+        halo(recipe.build_config())
+    except ValueError as error:
+        field, _, problem = str(error).partition(": ")
+        yield f"model.{field}", f"{problem}, or train.sequence_ranks = 1"
+    except InputError:
+        return  # a fault of the model by itself, which ``of_model`` names
+
+
+def of_task(recipe: Finetune) -> Iterator[tuple[str, str]]:
+    """Conflicts of a recipe that learns a task."""
+    yield from of_best(recipe)
+    if recipe.train.sequence_ranks > 1:
+        found = recipe.train.sequence_ranks
+        yield "train.sequence_ranks", f"expected 1 where a task is learned, whose texts are not divided, got {found}"
 
 
 def of_best(recipe: Recipe | Finetune) -> Iterator[tuple[str, str]]:
@@ -154,6 +216,41 @@ def of_stages(recipe: Recipe) -> Iterator[tuple[str, str]]:
         if windows[i + 1] <= stage.window:
             what = "the window of the next stage" if i + 1 < len(before) else "data.window, with which the run ends"
             yield f"train.stages.{i}.window", f"expected less than {windows[i + 1]}, {what}, got {stage.window}"
+
+
+def of_concepts(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """What numbers of concepts other than model.num_concepts ask for."""
+    most, ratios, stages = recipe.most_concepts, recipe.train.tokens_per_concept, recipe.train.stages
+    counts = [stage.num_concepts for stage in stages]
+    if ratios is None and not any(counts):
+        return
+    if most == 1:
+        yield "model.num_concepts", "expected at least 2, from which other numbers are made, got 1"
+    distill, contrastive = recipe.build_distill(), recipe.build_contrastive()
+    num_stretches = distill.num_stretches if distill else 0
+    if ratios is not None:
+        needed = largest([window for _, window in recipe.stages()], ratios)
+        if needed > most:
+            yield "train.tokens_per_concept", (
+                f"{min(ratios):g} asks for {needed} concepts of a window of {recipe.data.window} tokens, and "
+                f"model.num_concepts is {most}; raise that or this"
+            )
+        if any(counts):
+            yield "train.stages", "expected no num_concepts beside train.tokens_per_concept, which decides them"
+        if num_stretches:
+            yield "train.tokens_per_concept", "expected nothing with distill.stretch, whose S must divide every C"
+        if contrastive is not None and contrastive.similarity == "slots":
+            yield "train.tokens_per_concept", "expected nothing with contrastive.similarity = slots: C must be the same"
+    filled = [count or most for count in counts] + [most]
+    for i, stage in enumerate(stages):
+        field, count, following = f"train.stages.{i}.num_concepts", filled[i], filled[i + 1]
+        if stage.num_concepts and count > min(stage.window, most):
+            limit = "model.num_concepts" if most <= stage.window else "the window of this stage"
+            yield field, f"expected at most {min(stage.window, most)}, {limit}, got {count}"
+        elif count > following:
+            yield field, f"expected at most the {following} of the next stage, got {count}: it can only grow"
+        if num_stretches and count % num_stretches:
+            yield field, f"expected a multiple of distill.stretches = {num_stretches}, got {count}"
 
 
 def of_model(recipe: Recipe) -> Iterator[tuple[str, str]]:

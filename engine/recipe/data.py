@@ -5,13 +5,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ...models.ranges import LEAST, PLACE, Allowed, below, number, or_nothing, whole
-from .kinds import Path, PathOrNothing, Positive, Text, TextOrNothing, kind
+from .kinds import Path, PathOrNothing, Positive, Switch, Text, TextOrNothing, kind
 
 SHARE = below(1, LEAST)
 HELD_OUT = Allowed(f"{SHARE.words}, a text, or nothing", lambda x: SHARE.holds(x) or x is None or PLACE.holds(x))
 HeldOut = kind(float | str | None, HELD_OUT)
 Documents = kind(int | None, or_nothing(whole(2)))
 Window = kind(int, whole(8))
+CountOrNothing = kind(int | None, or_nothing(whole()))
 
 DEFAULT_VALIDATION = 0.02
 
@@ -63,6 +64,12 @@ class DataRecipe(BaseModel):
     # states of a frozen model.backbone are computed once for each window and stored, 16 bits a number, up to so many
     # 1e9 bytes; left out: computed in every step
     states_gb: kind(float | None, or_nothing(number(LEAST))) = None
+    # left out: all text is tokenised before the run begins, and each epoch is drawn from all of it. Otherwise it is
+    # read as the run needs it, so many megabytes of each step's mixture at a time, of which the windows are mixed, and
+    # nothing is kept: for text that is too large for the disk, or is read no more than once
+    stream_mb: kind(float | None, or_nothing(number(LEAST))) = None
+    dedup: Switch = False  # of documents with the same text one stays, over all sources; what is held out goes first
+    processes: CountOrNothing = None  # that tokenise; left out: one a core. The tokens do not depend on it
     cache: PathOrNothing = None  # folder; left out: $XDG_CACHE_HOME/conceptron, else ~/.cache/conceptron
 
     @field_validator("source", mode="before")

@@ -44,6 +44,16 @@ def digits(value: Any) -> Any:
     return str(value) if is_count(value, 0) else value
 
 
+def ends(value: Any) -> Any:
+    """10-12 is [10, 12]."""
+    if isinstance(value, str) and SPAN.fullmatch(value):
+        return [int(end) for end in value.split("-")]
+    if not isinstance(value, list | tuple):
+        raise PydanticCustomError("range", "expected a first and a last step, such as 10-12")
+    return value
+
+
+SPAN = re.compile(r"\d{1,9}-\d{1,9}")
 NAME = Allowed("a name of up to 100 letters, digits and ._+-", is_name)
 ZERO_OR_POSITIVE = Allowed(f"0, or {number(LEAST).words}", lambda x: is_number(x, LEAST) or (is_number(x) and x == 0))
 Count = kind(int, whole())
@@ -59,4 +69,6 @@ Name = Annotated[kind(str, NAME), BeforeValidator(digits)]
 Path = kind(str, PLACE)
 PathOrNothing = kind(str | None, or_nothing(PLACE))
 Folder = Annotated[Path, BeforeValidator(digits)]
+Span = Annotated[tuple[Count, Count], BeforeValidator(ends)]
+NameOrNothing = kind(str | None, or_nothing(Allowed(NAME.words, lambda x: is_name(x) and x != "")))
 TextOrNothing = kind(str | None, or_nothing(TEXT))

@@ -16,7 +16,7 @@ from ...models.ranges import PLACE
 from ...models.regularizers import Regularization
 from ..errors import InputError
 from .checker import Checker
-from .combinations import conflicts, of_best
+from .combinations import conflicts, of_task
 from .finetune import Finetune, is_finetune
 from .reader import describe, dump, parse, read_yaml
 from .schema import Recipe
@@ -72,7 +72,10 @@ def load_any(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | Finetu
         tree["run"]["name"] = Path(path).stem + ("-tiny" if size == "tiny" else "")
     if is_finetune(tree):
         finetune = checker.check(Finetune, tree)
-        for field, problem in of_best(finetune):
+        for name in ("stages", "tokens_per_concept"):
+            if getattr(finetune.train, name):
+                raise InputError(checker.line(f"train.{name}", "expected nothing with a recipe that fine-tunes"))
+        for field, problem in of_task(finetune):
             raise InputError(checker.line(field, problem))
         return finetune
     model, data = tree.get("model"), tree.get("data")

@@ -12,8 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from ...models.config import ConceptConfig
 from ...models.objectives import OBJECTIVES, Distill, Mixed, NoTask
 from ...models.pretraining import ContrastiveTerm
-from ...models.ranges import number, whole
+from ...models.ranges import number, or_nothing, whole
 from ...models.regularizers import Regularization
+from ..data.concepts import Drawn, Fixed
 from ..errors import InputError
 from ..retention import METRICS
 from . import kinds
@@ -23,6 +24,7 @@ from .kinds import (
     CountOrZero,
     Folder,
     Name,
+    NameOrNothing,
     NotNegative,
     Positive,
     PositiveOrZero,
@@ -35,9 +37,9 @@ from .reader import one_line
 
 # What may change between an interruption and its resumption: it moves no data and no weight, or only by rounding.
 FREE = (
-    "run.name", "run.folder", "run.hang_minutes", "run.join_minutes", "resume", "eval.", "checkpoint.", "profile.",
-    "zero.", "batch.micro_tokens", "data.cache", "data.states_gb", "data.on_unreadable", "task.cache",
-    "distill.max_gib", "train.keep", "train.recompute", "train.on_collapse",
+    "run.name", "run.folder", "run.hang_minutes", "run.join_minutes", "resume", "eval.", "checkpoint.", "logging.",
+    "profile.", "zero.", "batch.micro_tokens", "data.cache", "data.processes", "data.states_gb", "data.on_unreadable",
+    "task.cache", "distill.max_gib", "train.keep", "train.recompute", "train.on_collapse", "train.sequence_ranks",
     "train.on_spike", "train.spike_",  # a run that diverges may need these
 )  # fmt: skip
 
@@ -76,6 +78,7 @@ class Batch(Section):
 
     tokens: Count = 65536  # of one optimizer step, all ranks together
     micro_tokens: Count = 16384  # of one forward and backward pass on one rank
+    by_length: Switch = False  # the windows of a step are dealt so that those of a micro-batch are about as long
 
 
 class Stage(Section):
@@ -83,17 +86,22 @@ class Stage(Section):
 
     until: Count  # the step, counted from 0, with which the next stage begins
     window: Window
+    num_concepts: kind(int | None, or_nothing(whole())) = None  # C of these steps; left out: model.num_concepts
 
 
 class Train(Section):
     steps: Count
     stages: list[Stage] = []  # what comes before the last stage, whose windows are `data.window`, as in evaluation
+    # r: C = N / r concepts, rounded up, for the longest text, of N tokens, of a micro-batch; of several every step
+    # draws one. Left out: model.num_concepts, or the C of a stage
+    tokens_per_concept: list[kind(float, number(1))] | None = Field(None, min_length=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: autocast; weights, gradients and moments stay float32;
     # auto: what pays on the machine where the run begins, written into it (`precision.py`)
     label_smoothing: Share = 0.0
     checkpoint_backbone: Switch = False  # what is trained of model.backbone keeps no activations: less memory
     keep: Literal["keys", "states", "ids"] | None = None  # of a token, for the backward pass: `ConceptEncoder.keep`
     recompute: Switch = False  # gradient checkpointing: layers are computed once more in the backward pass
+    sequence_ranks: Count = 1  # that share each text; a pass then has batch.micro_tokens for each of them
     max_bad_steps: Count = 5  # consecutive steps with a non-finite gradient after which the run stops
     on_collapse: Literal["warn", "stop"] = "warn"  # where an evaluation finds that concepts carry next to no content
     on_spike: Literal["ignore", "warn", "skip", "rewind"] = "warn"  # where a step's loss or gradient norm is an outlier
@@ -128,10 +136,17 @@ class Checkpoint(Section):
     keep_best: Literal[METRICS] | None = None  # that of the best evaluation, saved right after it: best.json names it
 
 
-class Profile(Section):
-    """Steps of which a trace, a table and on a GPU a memory snapshot are left in RUN/profile."""
+class Logging(Section):
+    """Where figures go besides metrics.jsonl, TensorBoard and the terminal."""
 
-    steps: tuple[Count, Count] | None = None  # first and last, counted from 1
+    wandb: NameOrNothing = None  # a project of Weights & Biases
+
+
+class Profile(Section):
+    """Steps of which a trace and a table are left in RUN/profile, and on a GPU, of whose allocator it is, a snapshot of
+    memory."""
+
+    steps: kinds.Span | None = None  # first and last, counted from 1: 10-12, or [10, 12]
 
 
 class Training(Section):
@@ -144,6 +159,7 @@ class Training(Section):
     zero: Zero = Zero()
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
+    logging: Logging = Logging()
     profile: Profile = Profile()
     resume: Literal["never", "auto"] = "never"
 
@@ -232,11 +248,22 @@ class Recipe(Training):
     def build_regularization(self) -> Regularization | None:
         return None if self.regularization is None else Regularization(**self.regularization)
 
+    @property
+    def most_concepts(self) -> int:
+        return self.model.get("num_concepts", ConceptConfig().num_concepts)
+
     def stages(self) -> list[tuple[int, int]]:
         """(first step, window) of each stage."""
         before = self.train.stages
         starts = [0, *(stage.until for stage in before)]
         return list(zip(starts, [*(stage.window for stage in before), self.data.window], strict=True))
+
+    def concepts(self) -> list[Drawn | Fixed | None]:
+        """How many concepts the texts of each stage are read into; None: model.num_concepts."""
+        before = self.train.stages
+        if ratios := self.train.tokens_per_concept:
+            return [Drawn(tuple(ratios), self.most_concepts, self.run.seed)] * (len(before) + 1)
+        return [stage.num_concepts and Fixed(stage.num_concepts) for stage in before] + [None]
 
     def populations(self, num_micro_batches: int) -> dict[str, int]:
         """What else decides the loss sequence where a loss looks at one micro-batch as a whole.
@@ -248,6 +275,7 @@ class Recipe(Training):
         is_whole = contrastive is not None and (contrastive.negatives == "micro_batch" or not contrastive.across_ranks)
         is_whole |= self.distill is not None and self.distill["similarity"] + self.distill["contrast"] > 0
         is_whole |= regularization is not None and regularization.depends_on_batch
+        is_whole |= self.train.tokens_per_concept is not None  # C follows the longest text of a micro-batch
         return {"micro-batches of a step": num_micro_batches} if is_whole else {}
 
     def build_config(self, **from_tokenizer: Any) -> ConceptConfig:

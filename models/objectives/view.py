@@ -76,6 +76,7 @@ class View:
     target_rows: Tensor | None = None  # [M] int64, the rows that are targets, in order; None: all, there is no context
     pair: Pair | None = None  # where a contrastive loss is added
     lesson: Any = None  # a `Lesson`, where a teacher is followed
+    num_concepts: int | None = None  # C that the texts are read into; None: the configuration's
 
     @property
     def num_targets(self) -> int:

@@ -84,7 +84,8 @@ def make_run(folder, *, objective="{name: mlm}", smoothing=0.0, uniform=True):
         "peak_memory_bytes": 3 * 2**20,
     })  # fmt: skip
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
-    (run / "environment.json").write_text(json.dumps({"device": "cpu", "num_threads": 2, "packages": {"torch": "x"}}))
+    where = {"device": "cpu", "num_threads": 1, "world_size": 2, "packages": {"torch": "x"}}
+    (run / "environment.json").write_text(json.dumps(where))
     return run
 
 
@@ -131,6 +132,7 @@ def test_report_of_a_run(run, capsys):
     assert "unigram entropy" in text
     printed = capsys.readouterr().out
     assert "ABOVE the unigram entropy" in printed
+    assert "1m01s on 2 CPU threads" in printed
     assert str(folder / "report.md") in printed
     assert str(folder / "summary.json") in printed
 

@@ -21,7 +21,6 @@ from conceptron.bench.describe import (
     kept_bytes,
     short,
 )  # fmt: skip
-from conceptron.bench.measure.parameters import PARTS
 from conceptron.bench.measure.peers import Shape, bert
 from conceptron.bench.memory import saved_by_part
 from conceptron.engine.recipe.load import load_recipe
@@ -31,6 +30,7 @@ from conceptron.models.masked_lm import ConceptForMaskedLM
 from conceptron.models.objectives import OBJECTIVES
 from conceptron.models.objectives.view import SampleKey, SpecialTokens
 from conceptron.models.packing import pack
+from conceptron.models.parts import PARTS
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SHIPPED = sorted(path for path in RECIPES.rglob("*.yaml") if "objective" in yaml.safe_load(path.read_text()))

@@ -25,9 +25,9 @@ from ranks import SHARED, after_step
 
 from conceptron.engine import checkpoint, trainer
 
-EVENTS = ("kill", "kill", "stop", "torn", "torn", "full", "full")
+FIRST = ("kill", "stop", "torn", "full")  # each at least once
+THEN = ("kill", "torn", "full", "torn", "kill", "torn", "stop", "full")
 DAMAGES = ("flip", "flip", "cut", "remove", "record")
-NUM_EVENTS = 12
 
 
 def tear(when: random.Random) -> None:
@@ -81,7 +81,7 @@ def attempt(event: str, seed: int, recipe: str, overrides: list[str]) -> None:
         if event == "torn":
             tear(when)
         elif event:
-            end_after(when.randint(1, 9), signal.SIGTERM if event == "stop" else signal.SIGKILL)
+            end_after(when.randint(1, 6), signal.SIGTERM if event == "stop" else signal.SIGKILL)
         if event == "full":
             fill(when)
         trainer.train(recipe, overrides)
@@ -121,7 +121,7 @@ def main(recipe: str, run: str, seed: str, seconds: str, *overrides: str) -> Non
     for name in SHARED:
         importlib.import_module(name)
     chance, until = random.Random(int(seed)), time.monotonic() + float(seconds)
-    events = chance.sample(EVENTS * 2, NUM_EVENTS)
+    events = [*chance.sample(THEN, len(THEN)), *chance.sample(FIRST, len(FIRST))]  # the last one is the first
     happened: collections.Counter[str] = collections.Counter()
     while True:
         event = events.pop() if events and time.monotonic() < until else ""

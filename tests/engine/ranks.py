@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from conceptron.engine import trainer
+from conceptron.engine import trainer, watch
 from conceptron.engine.data.loader import Loader
 from conceptron.engine.errors import InputError
 from conceptron.engine.telemetry import Telemetry
@@ -89,6 +89,7 @@ def rank_of(job: dict, rank: int, store: str) -> None:
             place = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os.environ.update({name: str(value) for name, value in place.items()})
         kind, where, when = job.get("fault", ("", -1, 0))
+        watch.NO_STORE_S = 3.0
         if rank == where:
             arrange(kind, when)
         trainer.train(job["recipe"], job["overrides"])

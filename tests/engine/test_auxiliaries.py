@@ -20,7 +20,7 @@ MIXED = f"objective={{name: mixed, parts: [{{name: diffusion, weight: 2}}, {TIME
 SHORT = ["train.steps=8", "eval.every=0", "checkpoint.every=0"]
 EVERYTHING = [
     CONTRAST, TERMS, MIXED, "train.stages=[{until: 3, window: 16}]", "train.precision=bf16", "batch.micro_tokens=128",
-    *SHORT,
+    "train.tokens_per_concept=[10, 24]", "batch.by_length=true", *SHORT,
 ]  # fmt: skip
 
 
@@ -64,6 +64,7 @@ def test_every_part_is_logged(everything):
         assert 0 < entry["cap_scale"] <= 1
         assert entry["objective"] in ("diffusion", "prefix_diffusion")
     assert {entry["objective"] for entry in steps} == {"diffusion", "prefix_diffusion"}
+    assert {entry["tokens_per_concept"] for entry in steps} == {10, 24}
     assert all(0.01 < entry["temperature"] < 0.1 for entry in late)
     assert late[-1]["temperature"] != late[0]["temperature"]
     (held_out,) = lines(everything, "eval")

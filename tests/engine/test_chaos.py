@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from conceptron.engine.errors import InputError
 from conceptron.engine.trainer import train
 
-SECONDS = 30  # of one core, after which nothing more happens to the run
-LONG = ["train.steps=60", "checkpoint.every=3", "eval.every=7"]
+SECONDS = 60  # after which nothing more happens to the run; on a quiet core it takes a third of it
+LONG = ["train.steps=40", "checkpoint.every=3", "eval.every=7"]
 
 
 def figures(run: Path) -> list[tuple]:
@@ -44,7 +44,7 @@ def test_whatever_happens_the_losses_are_those_of_an_uninterrupted_run(whole, re
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     happened = json.loads(done.stdout.splitlines()[-1])
-    assert happened.get("kill -9") and happened.get("torn -9") and happened.get("stop 143"), happened
+    assert {"kill -9", "torn -9", "full -9", "stop 143"} <= happened.keys(), happened
     assert same_end(run, whole), happened
 
 
@@ -63,4 +63,4 @@ def test_a_small_disk_that_is_full(whole, recipe, tmp_path):
         subprocess.run(["mount", "-o", "remount,size=40m", disk], check=True)
         assert same_end(train(recipe, [*LONG, "resume=auto"]), whole)
     finally:
-        subprocess.run(["umount", disk], check=True)
+        subprocess.run(["umount", "--lazy", disk], check=True)  # what failed may hold a file open

@@ -21,7 +21,8 @@ def quick(monkeypatch):
 def test_this_machine(quick, capsys):
     assert perform(["doctor"]) == 0
     told = capsys.readouterr().out
-    assert all(name in told for name in ("packages", "Triton", "communication", "run folder", "data cache", "hub"))
+    names = ("packages", "Triton", "communication", "shared folder", "run folder", "data cache", "hub")
+    assert all(name in told for name in names)
     assert told.endswith("this machine can train\n") and FAULT not in told
 
 
@@ -67,6 +68,29 @@ def test_folders(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "fsync", read_only)
     found = doctor.folder(tmp_path)
     assert found.state == FAULT and found.found == f"{tmp_path}: Read-only file system"
+
+
+class Ranks:
+    """What `shared` asks of a world of two, whose other rank sees what ``sees`` says."""
+
+    rank, size, is_first = 0, 2, True
+
+    def __init__(self, sees):
+        self.sees = sees
+
+    def first_then_share(self, action):
+        return action()
+
+    def gather(self, value):
+        return [value, (1, "gpu02", self.sees)]
+
+
+def test_a_folder_that_another_machine_does_not_see(tmp_path):
+    there, elsewhere = (doctor.shared(tmp_path / "runs", Ranks(sees)) for sees in (True, False))
+    assert there == Finding(OK, f"{tmp_path}: seen by all 2 processes")
+    found = f"{tmp_path}: what rank 0 writes there is not seen by rank 1 on gpu02"
+    assert elsewhere == Finding(FAULT, found, elsewhere.remedy) and "all machines mount" in elsewhere.remedy
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_hub_that_does_not_answer(monkeypatch):

@@ -18,6 +18,7 @@ FEW = [
 ]  # fmt: skip
 OWN = {
     "progressive": ["train.stages=[{until: 2, window: 12}, {until: 4, window: 20}]"],
+    "long": ["train.stages=[{until: 2, window: 12}, {until: 4, window: 20}]"],
     "read": ["model.backbone={teacher}", "model.hidden_size=16", "model.num_attention_heads=2",
              "model.backbone_window=32", "distill.stretches=2"],
 }  # fmt: skip

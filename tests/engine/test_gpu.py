@@ -39,5 +39,15 @@ def test_killed_and_resumed_is_bitwise(recipe, stage):
     assert start(recipe, f"zero.stage={stage}", "resume=auto").wait() == 0
     assert start(recipe, f"zero.stage={stage}", "run.name=whole").wait() == 0
     assert steps(runs / "tiny") == steps(runs / "whole")
+    lines = map(json.loads, (runs / "tiny" / "metrics.jsonl").read_text().splitlines())
+    *_, told = (line for line in lines if line["kind"] == "train")
+    assert told["memory"]["gpu_peak_bytes"] > 0 and told["gpu"].keys() & {"power_w", "nvml"}
+    assert all(seconds > 0 for seconds in told["seconds"].values()) and 0 < told["mfu"] < 1
     environment = json.loads((runs / "tiny" / "environment.json").read_text())
     assert environment["num_devices"] >= 1 and environment["device"] != "cpu"
+
+
+def test_a_profile_leaves_a_snapshot_of_memory(recipe):
+    assert start(recipe, "train.steps=4", "profile.steps=2-3").wait() == 0
+    left = {path.name for path in (recipe.parent / "runs" / "tiny" / "profile").iterdir()}
+    assert left == {"trace-00000.json", "table-00000.txt", "memory-00000.pickle"}

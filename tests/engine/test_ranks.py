@@ -28,7 +28,7 @@ PARTS = "objective={name: mixed, parts: [{name: tsdae}, {name: mlm}]}"  # deleti
 ADDED = [*COMMON, CONTRAST, TERMS, PARTS]
 ALONE = [*COMMON, CONTRAST, "objective={name: none}", "data.window=24"]
 EVERY = ["checkpoint.every=1", "checkpoint.keep_last=9"]
-WATCHED = ["train.on_spike=skip", "train.spike_window=8", "train.spike_deviations=20"]
+WATCHED = ["train.on_spike=skip", "train.spike_window=8", "train.spike_deviations=200"]
 STOPPED = [*COMMON, "model.dropout=0.1", "zero.stage=2", "train.precision=bf16"]
 
 
@@ -74,9 +74,11 @@ def figures(folder: Path) -> dict[str, torch.Tensor]:
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [entry for entry in entries if entry["kind"] == "train"]
     (held_out,) = [entry for entry in entries if entry["kind"] == "eval"]
+    parts = steps[0]["grad_norms"]
     names = ("loss", "grad_norm", "tokens", "task", "contrastive", "temperature", "regularization")
     return {
         **{name: torch.tensor([e[name] for e in steps], dtype=torch.float64) for name in names if name in steps[0]},
+        **{f"norm of {part}": torch.tensor([e["grad_norms"][part] for e in steps]).double() for part in parts},
         **{name: torch.tensor(value, dtype=torch.float64) for name, value in numbers("held out", held_out)},
     }
 

@@ -1,13 +1,18 @@
 """The record of a run."""
 
+import importlib.util
 import json
 import math
+import sys
 
 import pytest
 import torch
 
+from conceptron.engine.errors import InputError
 from conceptron.engine.launch import World
+from conceptron.engine.recipe.schema import Recipe
 from conceptron.engine.telemetry import UNCOUNTED_STEPS, Clock, Telemetry, duration, forget_after, numbers
+from conceptron.engine.trainer import train
 from conceptron.models.masked_lm import smoothing_floor
 
 
@@ -48,6 +53,57 @@ def test_tensorboard_gets_the_numbers(telemetry, tmp_path):
     assert set(events.Tags()["scalars"]) == {"eval/loss", "eval/nll_by_t/t=0.10"}
     (event,) = events.Scalars("eval/nll_by_t/t=0.10")
     assert (event.step, event.value) == (7, 2.5)
+
+
+class FakeProject:
+    """Takes what W&B would."""
+
+    Error, Settings = type("Error", (Exception,), {}), staticmethod(lambda **given: given)
+
+    def __init__(self):
+        self.logged, self.given, self.is_over, self.fault = [], [], False, ""
+
+    def init(self, **given):
+        if self.fault:
+            raise self.Error(self.fault)
+        self.given.append(given)
+        return self
+
+    def log(self, figures, step):
+        self.logged.append((step, figures))
+
+    def finish(self):
+        self.is_over = True
+
+
+@pytest.fixture
+def project(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", FakeProject())
+    return sys.modules["wandb"]
+
+
+def test_a_project_gets_the_numbers_and_the_same_run_again(project, tmp_path):
+    sections = {"data": {}, "objective": {"name": "mlm"}, "train": {"steps": 9}, "logging": {"wandb": "long-texts"}}
+    recipe, world = Recipe.model_validate(sections), World(0, 0, 1, torch.device("cpu"))
+    for _ in range(2):
+        telemetry = Telemetry(tmp_path, world, 0, 9, recipe=recipe)
+        telemetry.record("train", 3, loss=1.5, task={"a": 2}, named="x", gone=math.nan)
+        telemetry.close()
+    first, second = project.given
+    assert first == second and first["project"] == "long-texts" and first["config"]["train"]["steps"] == 9
+    assert project.logged == 2 * [(3, {"train/loss": 1.5, "train/task/a": 2})] and project.is_over
+    project.fault = "no API key\nconfigured"
+    with pytest.raises(InputError, match=r"logging.wandb: no API key configured; wandb login, set WANDB_MODE=offline"):
+        Telemetry(tmp_path, world, 0, 9, recipe=recipe)
+    Telemetry(tmp_path, World(1, 1, 2, torch.device("cpu")), 0, 9, recipe=recipe)  # opens nothing
+
+
+def test_a_project_without_its_package_is_refused_before_anything_is_written(recipe, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"logging.wandb: the package wandb is not installed; pip install wandb, or"):
+        train(recipe, ["logging.wandb=texts"])
+    assert [path.name for path in recipe.parent.iterdir()] == ["tiny.yaml"]
 
 
 def test_without_a_terminal_there_are_plain_lines(telemetry, capfd):

@@ -80,6 +80,11 @@ def test_a_run_leaves_what_it_promises(straight):
     assert all(a["tokens"] < b["tokens"] and a["elapsed_s"] < b["elapsed_s"] for a, b in itertools.pairwise(steps))
     assert [entry["tokens_per_s"] is None for entry in steps[:4]] == [True, True, True, False]
     assert all(entry["loss"] > entry["smoothing_floor"] > 0.1 for entry in steps)
+    for entry in steps:
+        assert sum(norm**2 for norm in entry["grad_norms"].values()) == pytest.approx(entry["grad_norm"] ** 2, rel=1e-5)
+        assert entry["grad_norms"].keys() == {"embedding", "concepts", "read", "mix", "feed", "decoder", "head"}
+        assert entry["seconds"].keys() == {"data", "forward", "backward", "optimizer"}
+        assert 0 < entry["mfu"] < 1 and entry["memory"]["host_peak_bytes"] > 2**20 and "gpu" not in entry
     assert [entry["step"] for entry in lines(straight, "eval")] == [5, 10, 12]
     (end,) = lines(straight, "end")
     assert end["train_seconds"] == pytest.approx(steps[-1]["elapsed_s"]) and end["peak_memory_bytes"] > 2**20

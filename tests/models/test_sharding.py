@@ -11,8 +11,12 @@ import torch.distributed as dist
 
 from conceptron.models.config import ConceptConfig
 from conceptron.models.encoder import ConceptEncoder
+from conceptron.models.masked_lm import ConceptForMaskedLM
+from conceptron.models.objectives import OBJECTIVES, SampleKey, SpecialTokens
 from conceptron.models.packing import pack
-from conceptron.models.sharding import shard
+from conceptron.models.pretraining import Pretraining, Totals
+from conceptron.models.regularizers import Regularization
+from conceptron.models.sharding import shard, shard_view
 
 VOCAB, C, D = 60, 6, 16  # ids, concepts, width
 LENGTHS = [37, 5, 0, 1, 64]
@@ -26,13 +30,27 @@ MODELS = {
 }
 
 
-def build(fields: dict) -> ConceptEncoder:
+TOKENS = SpecialTokens(mask_id=1, special_ids=frozenset({0, 1}), vocab_size=VOCAB)
+TRAININGS = {  # objective, fields of the model, of the regularisation
+    "random targets": ({"name": "mlm"}, {"num_token_layers": 1, "token_window": 4}, {}),
+    "timesteps": ({"name": "diffusion", "hidden": "mask"}, {"timestep_conditioning": True}, {}),
+    "targets at the end": ({"name": "prefix_diffusion", "direction": "forward"}, {"condition_dropout": 0.5}, {}),
+    "deleted": ({"name": "tsdae"}, {"tie_layers": True, "num_iterations": 3, "backprop_iterations": 2}, {}),
+    "read back": ({"name": "read_back"}, {"decoder_queries": "token+position"}, {"terms": ("orthogonality",)}),
+    "capped": ({"name": "mlm"}, {"nested_concepts": True}, {"terms": ("t_regs", "variance"), "weight": 9.0}),
+}
+
+
+def configure(fields: dict) -> ConceptConfig:
     torch.manual_seed(0)
-    config = ConceptConfig(
+    return ConceptConfig(
         vocab_size=VOCAB, hidden_size=D, num_concepts=C, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=32, num_decoder_layers=1, **fields,
+        intermediate_size=32, num_decoder_layers=1, mask_token_id=1, **fields,
     )  # fmt: skip
-    return ConceptEncoder(config).double()
+
+
+def build(fields: dict) -> ConceptEncoder:
+    return ConceptEncoder(configure(fields)).double()
 
 
 def texts(lengths=LENGTHS):
@@ -65,6 +83,60 @@ def compare(rank: int, size: int, group) -> None:
             torch.testing.assert_close(gradient, q.grad, rtol=1e-9, atol=1e-9, msg=told)
 
 
+def train(rank: int, size: int, num_shards: int, group) -> None:
+    """A step over ``size`` ranks in groups that share texts: its loss, figures and gradients are those of one rank.
+
+    Two micro-batches a group, as in ``engine/update.py``; gradients are averaged over all ranks, as DeepSpeed does.
+    """
+    num_groups = size // num_shards
+    lengths = [[37, 5, 0], [1, 64], [2], [20, 3]] if num_groups == 2 else [[37, 5, 0, 1], [64]]
+    for name, (options, fields, terms) in TRAININGS.items():
+        objective = OBJECTIVES[options["name"]](**{key: options[key] for key in options if key != "name"})
+        generator = np.random.default_rng(7)
+        batches = [pack([generator.integers(2, VOCAB, n) for n in each]) for each in lengths]
+        keys = [[SampleKey(0, i, j) for j in range(len(each))] for i, each in enumerate(lengths)]
+        views = [objective.view(batch, of, TOKENS) for batch, of in zip(batches, keys, strict=True)]
+
+        def step(module, mine, totals, seeds):
+            losses = {}
+            for view, seed in zip(mine, seeds, strict=True):
+                torch.manual_seed(seed)
+                output = module(view, totals=totals, step=9, smoothing=0.1)
+                output.loss.backward()
+                for key, value in output.figures.items():
+                    losses[key] = losses.get(key, 0) + value.double()
+                losses["cap"] = losses.get("cap", 0) + (module.cap_scale or 0)
+            return losses
+
+        def of(fields=fields, terms=terms):
+            options = Regularization(warmup_steps=0, **terms) if terms else None
+            return Pretraining(ConceptForMaskedLM(configure(fields)), None, options).double().train()
+
+        one, many = of(), of()
+        expected = step(one, views, Totals.of(views), range(len(views)))
+        many.share_texts(group)
+        which = range(rank // num_shards, len(views), num_groups)
+        parts = [shard_view(views[i], rank % num_shards, num_shards, many.model.config) for i in which]
+
+        def over_ranks(sums):
+            dist.all_reduce(sums)
+            return sums
+
+        found = step(many, parts, Totals.of(parts, over_ranks, size), which)
+        for key in found:
+            value = over_ranks(torch.as_tensor(found[key], dtype=torch.float64) / size)
+            ratio = num_groups if key == "cap" else 1  # each group has its own micro-batches, not a share of all
+            told = functools.partial("{} {}: {}".format, name, key)
+            torch.testing.assert_close(ratio * value, torch.as_tensor(expected[key]).double(), msg=told)
+        for (part, p), q in zip(many.named_parameters(), one.parameters(), strict=True):
+            gradient = over_ranks(torch.zeros_like(p) if p.grad is None else p.grad) / size
+            told = functools.partial("{} {}: {}".format, name, part)
+            wanted = torch.zeros_like(q) if q.grad is None else q.grad
+            # divisors are float32, as everywhere in training: their rounding is all that differs
+            torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-9, msg=told)
+        assert (expected["cap"] > 0) == bool(terms) and float(expected["task"]) > 1
+
+
 def count_bytes(rank: int, size: int, group) -> None:
     sent = []
     real = dist.all_gather, dist.all_reduce
@@ -78,13 +150,16 @@ def count_bytes(rank: int, size: int, group) -> None:
         return real[1](x, **options)
 
     dist.all_gather, dist.all_reduce = all_gather, all_reduce
-    model, totals = build({}), []
-    model.group = group
+    model, totals = Pretraining(ConceptForMaskedLM(configure({}))).double().train(), []
+    objective = OBJECTIVES["tsdae"]()
+    model.share_texts(group)
     for num_tokens in (1024, 65536):
+        whole = objective.view(texts([num_tokens]), [SampleKey(0, 0, 0)], TOKENS)
+        part = shard_view(whole, rank, size, model.model.config)
+        assert abs(part.encoder.num_tokens - whole.encoder.num_tokens / size) < 1
+        assert abs(part.num_targets - whole.num_targets / size) < 1 and whole.num_targets > num_tokens / 2
         sent.clear()
-        part = shard(texts([num_tokens]), rank, size, model.config)
-        assert part.num_tokens == num_tokens // size
-        model(packed=part).last_hidden_state.sum().backward()
+        model(part).loss.backward()
         totals.append(sum(sent))
     dist.all_gather, dist.all_reduce = real
     rows = C * D * 8  # of one text, float64
@@ -100,6 +175,8 @@ def run(rank: int, size: int, folder: str, errors) -> None:
         pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
         compare(rank, size, dist.group.WORLD)
         compare(rank % 2, 2, pairs[rank // 2])
+        train(rank, size, 4, dist.group.WORLD)
+        train(rank, size, 2, pairs[rank // 2])
         count_bytes(rank, size, dist.group.WORLD)
         dist.destroy_process_group()
     except BaseException:

@@ -17,6 +17,8 @@ from .retrieval import bm25_scores
 SENTENCE = re.compile(r"[^\n.!?]+(?:[.!?](?!\s)[^\n.!?]*)*[.!?]*")
 WORD = re.compile(r"\w+")
 YES_OR_NO = re.compile(r"(is|are|was|were|do|does|did|can|could|has|have|had|will|would|should)\b", re.IGNORECASE)
+DENIAL = re.compile(r"\b(no|not|never|none|neither|nor|cannot|without)\b|n't\b", re.IGNORECASE)
+NEAR = 0.2  # cosine of a question with what answers it, at least: unrelated sentences of a sentence encoder lie below
 SHORTEST, LONGEST = 4, 60  # words of a sentence that a summary may have
 SHARPNESS = 12.0  # of a softmax over cosines, with which a question weighs the parts of a document
 SECOND = 0.3  # what a second sentence about a part still adds
@@ -37,13 +39,17 @@ def relevance(spans: Sequence[tuple[int, int]], read: Read, weights_P: np.ndarra
 
 
 def spans(task: Task, given: Sequence[Example], reader: Reader, asks: Reader) -> dict[str, str]:
-    """To a question of yes or no, yes; else words of the sentence whose parts are nearest to the question."""
+    """Of the sentence whose parts are nearest to the question: yes or no to such a question, else words of it; or that
+    there is no answer, where the task has such ones and nothing is near."""
     reads, queries = reader.parts([e.document for e in given]), directions(asks.whole([e.question for e in given]))
     made = {}
     for each, read, query in zip(given, reads, queries, strict=True):
         found = sentences(each.document)
         scores = relevance(found, read, directions(read.vectors) @ query)
         begin, end = found[int(scores.argmax())]
+        if task.nothing and scores.max() < NEAR:
+            made[each.id] = task.nothing
+            continue
         made[each.id] = answer_in(each.question, each.document[begin:end], task.words)
     return made
 
@@ -58,9 +64,10 @@ def bm25_spans(given: Sequence[Example], words: int) -> dict[str, str]:
 
 
 def answer_in(question: str, sentence: str, num_words: int) -> str:
-    """The run of ``num_words`` words of the sentence with the most that neither the question has nor every text."""
+    """To a question of yes or no, no where the sentence denies something that the question does not; else the run of
+    ``num_words`` words of the sentence with the most that neither the question has nor every text."""
     if YES_OR_NO.match(question.strip()):
-        return "Yes"
+        return "No" if DENIAL.search(sentence) and not DENIAL.search(question) else "Yes"
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
     words, known = sentence.split(), {word.lower() for word in WORD.findall(question)} | ENGLISH_STOP_WORDS

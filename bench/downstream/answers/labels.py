@@ -12,12 +12,12 @@ from ....engine.labelled.examples import Example, hold_out
 from ....engine.labelled.task import Task
 from ...analysis.embedding import directions
 from ..readers import Reader
-from .similarity import Space, cosines
+from .compared import Compared, averaged
+from .similarity import Space, cosines, space_of
 
-STRENGTHS = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)  # of the head, inverse to its penalty; chosen on held-out training
+STRENGTHS = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)  # of the head, inverse to its penalty; chosen on held-out training
 EVIDENCE = 4  # parts of a document that are nearest to the question
 SHARPNESS = 20.0  # of the softmax over their cosines
-AROUND = 1  # parts on either side that a part of a document is averaged with
 FEW = 64  # questions, so few that each can have weights of its own
 DIRECTIONS, WHOLE_DIRECTIONS = 32, 8  # principal ones of evidence, and of documents, that such weights see
 NUM_STATISTICS = 65536  # vectors, at most, that where vectors lie is measured on
@@ -30,12 +30,6 @@ def pair_features(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """
     a, b = directions(first), directions(second)
     return np.concatenate([np.abs(a - b), a * b, a + b, 10 * cosines(a, b)[:, None]], axis=1)
-
-
-def averaged(parts: np.ndarray) -> np.ndarray:
-    """[P, e] each with its neighbours."""
-    wide = np.pad(parts, ((AROUND, AROUND), (0, 0)), mode="edge")
-    return np.mean([wide[i : i + len(parts)] for i in range(2 * AROUND + 1)], axis=0)
 
 
 def evidence(parts: np.ndarray, query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -62,7 +56,7 @@ class Features:
         self.is_few = not self.is_pair and len(self.questions) <= min(FEW, len(train) // 4)
         documents = list(dict.fromkeys(each.document for each in train))
         if self.is_pair:
-            self.space = Space(reader.whole(list(dict.fromkeys([*self.questions, *documents]))[:4096]))
+            self.space = space_of(train, reader)
             return
         reads = reader.parts(documents)
         self.space = Space(np.concatenate([read.vectors for read in reads])[:NUM_STATISTICS])
@@ -107,20 +101,29 @@ class Features:
 
 
 class Fitted:
-    """A head for each seed, which draws the part of training that the penalty is chosen by."""
+    """A head for each seed, which draws the part of training that the penalty is chosen by. What is answered is the
+    mean of all, and where few questions are asked of many documents of this and ``Compared``, half each."""
 
-    def __init__(self, task: Task, features: Features, heads: Sequence[Any], scaling: tuple[float, float]) -> None:
+    def __init__(
+        self, task: Task, features: Features, heads: Sequence[Any], scaling: tuple[float, float],
+        compared: Compared | None,
+    ) -> None:  # fmt: skip
         self.task, self.features, self.heads, self.scaling = task, features, heads, scaling
+        self.compared = compared
 
     def predict(self, given: Sequence[Example], reader: Reader, asks: Reader) -> dict[str, Any]:
-        return self.answers(self.heads[0], given, self.features.rows(given, reader, asks))
+        return as_predictions(self.task, given, np.mean(self.found(given, reader, asks), axis=0))
 
     def of_seeds(self, given: Sequence[Example], reader: Reader, asks: Reader) -> list[dict[str, Any]]:
-        rows = self.features.rows(given, reader, asks)
-        return [self.answers(head, given, rows) for head in self.heads]
+        return [as_predictions(self.task, given, each) for each in self.found(given, reader, asks)]
 
-    def answers(self, head: Any, given: Sequence[Example], rows: np.ndarray) -> dict[str, Any]:
-        return as_predictions(self.task, given, outputs(self.task, head, rows) * self.scaling[1] + self.scaling[0])
+    def found(self, given: Sequence[Example], reader: Reader, asks: Reader) -> list[np.ndarray]:
+        """[n] or [n, L] of each seed."""
+        rows = self.features.rows(given, reader, asks)
+        made = [outputs(self.task, head, rows) * self.scaling[1] + self.scaling[0] for head in self.heads]
+        if self.compared is None:
+            return made
+        return [(a + b) / 2 for a, b in zip(made, self.compared.found(given, reader, asks), strict=True)]
 
 
 def outputs(task: Task, head: Any, rows: np.ndarray) -> np.ndarray:
@@ -159,7 +162,8 @@ def fit(task: Task, train: Sequence[Example], reader: Reader, seeds: int) -> Fit
             head = new_head(task, strength, features.is_few).fit(rows[learned], truth[learned])
             scores.append(quality(task, outputs(task, head, rows[held]), truth[held]))
         heads.append(new_head(task, STRENGTHS[int(np.argmax(scores))], features.is_few).fit(rows, truth))
-    return Fitted(task, features, heads, (middle, spread))
+    compared = Compared(task, train, reader, seeds) if features.is_few and task.answer == "labels" else None
+    return Fitted(task, features, heads, (middle, spread), compared)
 
 
 def new_head(task: Task, strength: float, is_scaled: bool) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 from ....engine.labelled.examples import Example
 from ..readers import Reader
 
+MEASURED = 2048  # pairs
 LEAST_VARIANCE = 1e-4  # of the largest direction: what lies lower is noise that whitening would blow up
 
 
@@ -31,6 +32,13 @@ class Space:
         if how == "raw":
             return vectors
         return vectors - self.mean if how == "centred" else (vectors - self.mean) @ self.whitening
+
+
+def space_of(train: Sequence[Example], reader: Reader) -> Space:
+    """Of the sentences of the first MEASURED pairs."""
+    some = train[:MEASURED]
+    sides = [[each.question for each in some], [each.document for each in some]]
+    return Space(np.concatenate([reader.whole(side) for side in sides]))
 
 
 WAYS = ("raw", "centred", "whitened")

@@ -23,6 +23,13 @@ def accuracy_f1(predictions: Sequence[int], labels: Sequence[int]) -> Score:
     return accuracy(predictions, labels) | {"f1": float(f1_score(labels, predictions, zero_division=0.0))}
 
 
+def matthews(predictions: Sequence[int], labels: Sequence[int]) -> Score:
+    """Of CoLA; 0 where one side is constant."""
+    from sklearn.metrics import matthews_corrcoef
+
+    return {"matthews_correlation": float(matthews_corrcoef(labels, predictions))}
+
+
 def correlation(predictions: Sequence[float], labels: Sequence[float]) -> Score:
     """Pearson and Spearman; nan where one side is constant."""
     a, b = np.asarray(predictions, dtype=np.float64), np.asarray(labels, dtype=np.float64)

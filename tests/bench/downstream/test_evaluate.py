@@ -3,6 +3,7 @@
 import argparse
 import gzip
 import json
+import shutil
 import zipfile
 
 import numpy as np
@@ -11,14 +12,16 @@ import torch
 from transformers import BertConfig, BertModel
 
 from conceptron.bench import evaluate
-from conceptron.bench.downstream.answers import labels
+from conceptron.bench.downstream.answers import extract, labels, write
 from conceptron.bench.downstream.intervals import interval
+from conceptron.bench.downstream.readers import Ablated, open_reader
 from conceptron.engine.data import tokenizer
 from conceptron.engine.errors import InputError
 from conceptron.engine.labelled.examples import examples, merged
-from conceptron.engine.labelled.task import load_task
+from conceptron.engine.labelled.task import expand, load_task
 from conceptron.models.config import ConceptConfig
 from conceptron.models.encoder import ConceptEncoder
+from conceptron.models.masked_lm import ConceptForMaskedLM
 
 pytest.importorskip("sklearn")
 pytest.importorskip("rouge_score")
@@ -55,7 +58,7 @@ def folder(tmp_path_factory):
         for split in ("train", "validation", "test"):
             (folder / "scrolls" / task / f"{split}.jsonl").write_text(lines(made[task]))
     (folder / "glue" / "stsb").mkdir(parents=True)
-    for split in ("train", "test"):
+    for split in ("train", "validation", "test"):
         (folder / "glue" / "stsb" / f"{split}.jsonl").write_text(lines(made["stsb"]))
     with zipfile.ZipFile(folder / "qmsum.zip", "w") as archive:  # as the hub has it
         for split in ("train", "validation", "test"):
@@ -69,6 +72,9 @@ def folder(tmp_path_factory):
     config = ConceptConfig(vocab_size=len(words), mask_token_id=words.mask_token_id, **SHAPE)
     ConceptEncoder(config).save_pretrained(folder / "model")
     words.save_pretrained(folder / "model")
+    writer = ConceptConfig(vocab_size=len(words), mask_token_id=words.mask_token_id, num_decoder_layers=1, **SHAPE)
+    ConceptForMaskedLM(writer).save_pretrained(folder / "writer")
+    words.save_pretrained(folder / "writer")
     peer = BertConfig(
         vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
         max_position_embeddings=32,
@@ -79,8 +85,9 @@ def folder(tmp_path_factory):
 
 
 def run(
-    folder, task, *settings, out="out", model="model", limit=None, no_floors=False, data=True, protocol=None, costs=False
-):
+    folder, task, *settings, out="out", model="model", limit=None, no_floors=False, data=True, protocol=None,
+    costs=False,
+):  # fmt: skip
     """The rows of the table by their names, and the folder of the results."""
     places = [f"cache={folder}/cache", *([f"data={folder}"] if data else [])]
     options = argparse.Namespace(
@@ -136,6 +143,72 @@ def test_choice_spans_and_summaries(folder):
     assert 0 < len(summary.split()) <= load_task("scrolls/qmsum").words
     written = [json.loads(line) for line in (out / "pred/model/hotpotqa.jsonl").read_text().splitlines()]
     assert set(written[0]) == {"pred", "answers", "all_classes", "length"} and len(written) == 4
+
+
+def test_a_decoder_writes_answers_from_what_was_read(folder):
+    """Nothing was learned, so what is written says nothing; but it is another text for another document, has the length
+    that the task asks for, and the middle of what is longer than a piece is left out."""
+    task, settings = "scrolls/qasper", ("answer=written", "piece=8")
+    rows, _ = run(folder, task, *settings, out="written", model="writer", limit=3)
+    assert {"concepts", "BM25", "concepts zeroed", "concepts shuffled"} <= set(rows)
+    assert 0 < rows["concepts"]["tokens seen"] <= 8 * 18 < rows["concepts"]["tokens given"]
+    reader, _ = open_reader(str(folder / "writer"), None, str(folder / "cache"))
+    given = examples(load_task(task), "validation", folder, 3)
+    made = write.predict(load_task(task), given, reader)
+    again = write.predict(load_task(task), given, reader)
+    shuffled = write.predict(load_task(task), given, Ablated(reader, "shuffled"))
+    nothing = write.predict(load_task(task), given, Ablated(reader, "zeroed"))
+    assert made == again and set(made) == {each.id for each in given}
+    assert made != shuffled and len(set(nothing.values())) <= len(set(made.values()))
+
+
+def test_the_protocol_of_the_seeds(folder):
+    rows, out = run(folder, "glue/stsb", out="seeds", protocol="seeds", no_floors=True, limit=48)
+    (run_folder,) = (out / "glue/stsb/runs").iterdir()
+    assert run_folder.name == "lr1e-05-seed0" and rows["concepts"]["learning rate"] == 1e-5
+    entries = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert len([entry for entry in entries if entry["kind"] == "train"]) == 10  # 20 epochs of 48 pairs, 96 a step
+    stamp = json.loads((out / "glue/stsb/metrics.json").read_text())
+    assert len(stamp["rows"]) > 1 and rows["concepts"]["examples"] == 48
+    references = json.loads((out / "glue/stsb/references.json").read_text())
+    assert len(references) == 48
+    for task, setting, says in (("glue/qqp", (), "glue/qqp: expected one of glue/mrpc"),
+                                ("glue/stsb", ("rates=1",), "rates=1: --protocol seeds has rates=1e-05")):  # fmt: skip
+        with pytest.raises(InputError, match=says):
+            run(folder, task, *setting, out="seeds", protocol="seeds")
+    with pytest.raises(InputError, match="fine-tunes models of this package"):
+        run(folder, "glue/stsb", out="seeds", protocol="seeds", model="peer")
+
+
+def test_what_a_document_costs(folder):
+    _, out = run(folder, "scrolls/quality", out="costs", no_floors=True, limit=2, costs=True)
+    (row,) = json.loads((out / "costs.json").read_text())["rows"]
+    assert 20 < row["tokens"] < 200 and row["task"] == "scrolls/quality"
+    assert all(row[f"seconds{name}"] > 0 and row[f"MiB{name}"] >= 0 for name in ("", ", full attention"))
+    assert "What reading a document costs" in (out / "report.html").read_text()
+    assert "| scrolls/quality |" in (out / "report.md").read_text()
+
+
+def test_answers_of_yes_no_and_nothing(folder):
+    """The question is asked of notes in which nothing is near to it as long as NEAR is above every cosine."""
+    assert extract.answer_in("Is the door red?", "The door is red.", 3) == "Yes"
+    assert extract.answer_in("Is the door red?", "The door isn't red.", 3) == "No"
+    assert extract.answer_in("Is it not red?", "The door is not red.", 3) == "Yes"
+    assert extract.answer_in("Which colour is it?", "It is not red.", 1) == "red"
+    task, (reader, _) = load_task("scrolls/qasper"), open_reader(str(folder / "model"), None, str(folder / "cache"))
+    given = examples(task, "validation", folder, 2)
+    found = extract.spans(task, given, reader, reader)
+    near = extract.NEAR
+    try:
+        extract.NEAR = 2.0
+        nothing = extract.spans(task, given, reader, reader)
+    finally:
+        extract.NEAR = near
+    assert set(nothing.values()) == {"Unanswerable"} and set(found.values()) != {"Unanswerable"}
+
+
+def test_the_rest_of_glue_is_asked_for_by_name():
+    assert len(expand("glue")) == 5 and expand("glue/cola,glue/rte") == ["glue/cola", "glue/rte"]
 
 
 def test_synthetic_tasks_by_length_and_depth(folder):
@@ -206,9 +279,36 @@ def test_fine_tuned_over_a_grid(folder):
     assert {"concepts zeroed", "concepts shuffled"} <= set(rows)
 
 
+def test_fine_tuning_that_was_killed_gives_the_same_scores(folder):
+    """After the second of three runs had saved its third step of six; the third had not begun."""
+    recipe = folder / "killed.yaml"
+    recipe.write_text(
+        "source: x\ntask: {name: x}\nmodel: {dropout: 0.1}\nbatch: {tokens: 400, micro_tokens: 400}\n"
+        "train: {steps: 6, precision: fp32}\neval: {every: 0}\ncheckpoint: {every: 3, keep: 2}\n"
+    )
+    settings = ("report=validation", f"finetune={recipe}", "rates=1e-2", "seeds=3")
+    whole, out = run(folder, "scrolls/contract_nli", *settings, out="whole", no_floors=True)
+    runs = out / "scrolls/contract_nli/runs"
+    predictions = (out / "scrolls/contract_nli/predictions.json").read_text()
+    shutil.rmtree(runs / "lr0.01-seed2")
+    shutil.rmtree(runs / "lr0.01-seed1/model")
+    shutil.rmtree(sorted((runs / "lr0.01-seed1/checkpoints").iterdir())[-1])
+    for path in (out / "downstream.json", out / "scrolls/contract_nli/predictions.json"):
+        path.unlink()
+    again, _ = run(folder, "scrolls/contract_nli", *settings, out="whole", no_floors=True)
+    keys = ("score", "low", "high", "spread over seeds", "learning rate")
+    assert [again["concepts"][key] for key in keys] == [whole["concepts"][key] for key in keys]
+    assert (out / "scrolls/contract_nli/predictions.json").read_text() == predictions
+
+
 @pytest.mark.parametrize(
     ("task", "settings", "model", "says"),
     [
+        ("scrolls/qasper", ("answer=written",), "model", "wants text to be written, and the model has no decoder"),
+        ("scrolls/qasper", ("answer=written",), "peer", "wants text to be written, and the model has no decoder"),
+        ("scrolls/quality", ("answer=written",), "writer", "is answered by one of its own choice; leave it out"),
+        ("scrolls/qasper", ("without=bm25",), "model", "without=bm25: expected of bag, untrained"),
+        ("scrolls/qasper", ("answer=chosen",), "model", "answer=chosen: expected written, or nothing"),
         ("scrolls/gov_report", (), "model", "has no split 'validation' there; expected"),
         ("scrolls/contract_nli", ("report=dev",), "model", "has no split 'dev' there"),
         ("scrolls/contract_nli", ("train=test",), "model", "expected splits that are not reported"),

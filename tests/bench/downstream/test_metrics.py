@@ -105,6 +105,22 @@ def test_labels_by_hand():
     assert found["accuracy"] == 0.5 and found["average_precision"] == pytest.approx((1 + 2 / 3) / 2)
 
 
+def test_matthews_by_hand():
+    """2 x 2 counts 3, 1, 1, 2: (3 * 2 - 1 * 1) / sqrt(4 * 4 * 3 * 3)."""
+    found = labels.matthews([1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 0, 1, 0, 0])
+    assert found["matthews_correlation"] == pytest.approx(5 / 12)
+    assert labels.matthews([1, 1], [1, 0])["matthews_correlation"] == 0.0
+
+
+def test_sentences_are_split_as_the_evaluator_does():
+    """Its NLTK did not take a curly quote for a closing one."""
+    split = scrolls.sentence_splitter()
+    if split is None:
+        pytest.skip("NLTK has no punkt_tab here")
+    assert len(split("He said, \u201cWe are sorry.\u201d Then he left.")) == 1
+    assert len(split('He said, "We are sorry." Then he left.')) == 2
+
+
 def test_labels_parity(reference):
     metrics = {"mrpc,qqp": labels.accuracy_f1, "stsb": labels.correlation}
     for case in reference("glue")["cases"]:

@@ -6,18 +6,20 @@ import multiprocessing
 import os
 import random
 import time
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from conceptron.engine.data import cache, corpus, pydocs, store, tokenizer
+from conceptron.engine.data import cache, corpus, encoders, pydocs, store, tokenizer
 from conceptron.engine.data.corpus import hold_out, open_corpus
 from conceptron.engine.data.loader import Loader
 from conceptron.engine.data.sources import Documents
 from conceptron.engine.errors import InputError
 from conceptron.engine.recipe.data import DataRecipe, Source
-from conceptron.models.objectives import OBJECTIVES
+from conceptron.models.objectives import OBJECTIVES, SpecialTokens
 
 WORDS = ["tree", "river", "stone", "cloud", "engine", "ladder", "window", "garden", "bottle", "é 日本", "[MASK]"]
 
@@ -179,25 +181,32 @@ def test_tokenizers_that_cannot_serve(tmp_path, recipe):
 # --- the store
 
 
+class Spelled(NamedTuple):
+    """A tokenizer that spells, after its largest id; "none" has no token."""
+
+    largest: int
+
+    def encode_batch_fast(self, texts, add_special_tokens):
+        ids = [[] if text == "none" else [self.largest, *text.encode()] for text in texts]
+        return [SimpleNamespace(ids=each) for each in ids]
+
+
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65536, np.uint16), (65537, np.uint32)])
 def test_the_store_keeps_every_token(tmp_path, monkeypatch, vocab_size, dtype):
-    monkeypatch.setattr(store, "BATCH_CHARS", 50)
+    monkeypatch.setattr(encoders, "BATCH_CHARS", 50)
     texts = [*make_texts(30), "none", "last"]
-    largest = vocab_size - 1
-
-    def encode(batch):
-        return [[] if text == "none" else [largest, *text.encode()] for text in batch]
-
-    opened = store.open_store(tmp_path / "s", Documents("d", 0, lambda: iter(texts)), encode, vocab_size)
-    expected = [[largest, *text.encode()] for text in texts if text != "none"]
+    tokens = SpecialTokens(0, frozenset(), vocab_size)
+    spelled = tokenizer.Vocabulary(None, tokens, "", Spelled(vocab_size - 1))
+    opened = store.open_store(tmp_path / "s", Documents("d", 0, lambda: iter(texts)), spelled, 1)
+    expected = [[vocab_size - 1, *text.encode()] for text in texts if text != "none"]
     assert opened.tokens.dtype == dtype and isinstance(opened.tokens, np.memmap)
     assert np.split(opened.tokens, opened.offsets[1:-1])[-1].tolist() == expected[-1]
     assert opened.tokens.tolist() == [token for document in expected for token in document]
     assert np.diff(opened.offsets).tolist() == [len(document) for document in expected]
     assert opened.index["num_bytes"] == sum(len(text.encode()) for text in texts if text != "none")
     with pytest.raises(InputError, match=r"data\.source: d: no text in it"):
-        store.open_store(tmp_path / "t", Documents("d", 0, lambda: iter(["none"])), encode, vocab_size)
-    assert not (tmp_path / "t").exists()
+        store.open_store(tmp_path / "t", Documents("d", 0, lambda: iter(["none"])), spelled, 1)
+    assert not (tmp_path / "t").exists() and not (tmp_path / "t.unfinished").exists()
 
 
 # --- all together
@@ -348,3 +357,32 @@ def test_real_files():
     assert bert.plain.encode("[MASK] [SEP]", add_special_tokens=False).tokens == ["[", "mask", "]", "[", "sep", "]"]
     with pytest.raises(InputError, match="smollm2: no mask token"):
         tokenizer.describe(tokenizer.load(f"{root}/tokenizers/smollm2"), "smollm2")
+
+
+def test_one_of_all_equal_documents_stays_if_asked_for(recipe, tmp_path):
+    def write(name, texts):
+        (tmp_path / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        return str(tmp_path / name)
+
+    distinct = make_texts(60)
+    a = write("a.jsonl", distinct[:40] + distinct[:10])
+    b = write("b.jsonl", distinct[30:60] + distinct[30:35])
+    held_out = write("held.jsonl", [*distinct[5:8], *distinct[5:8]])
+    sources = [{"path": a, "validation": held_out}, {"path": b, "validation": 0.2}]
+    every, once = open_corpus(recipe(source=sources)), open_corpus(recipe(source=sources, dedup=True))
+
+    def documents(windows):
+        found = {}
+        for i, document in enumerate(windows.documents(np.arange(len(windows)))):
+            found.setdefault(document, []).extend(windows[i].tolist())
+        return [tuple(each) for each in found.values()]
+
+    train, validation = documents(once.train), documents(once.validation)
+    assert len(set(train + validation)) == len(train + validation) == len({*documents(every.train)} | {*validation})
+    assert len(train) + len(validation) == 60 and set(documents(every.validation)) == set(validation)
+    left_out = [facts["duplicates_left_out"] for facts in once.description["sources"]]
+    assert left_out[0]["validation"] == 3 and left_out[0]["train"] >= 10 + 3
+    assert sum(each["train"] + each["validation"] for each in left_out) == 50 + 6 + 35 - 60
+    assert all("held_out_documents_also_trained_on" not in facts for facts in once.description["sources"])
+    with pytest.raises(InputError, match=r"data.dedup: .*c.jsonl: every document of its train split is in another"):
+        open_corpus(recipe(source=[a, {"path": write("c.jsonl", distinct[:20]), "validation": held_out}], dedup=True))

@@ -298,10 +298,10 @@ def test_a_hub_data_set(monkeypatch, tmp_path):
 def test_sources_take_what_they_leave_out_from_the_section():
     two = ["a.txt", {"path": "b", "text_column": "body", "weight": 2}]
     data = DataRecipe(source=two, text_column="t", validation=0.1)
+    filled = {"split": "train", "validation": 0.1, "on_unreadable": "stop"}
     assert data.sources() == [
-        Source(path="a.txt", text_column="t", split="train", validation=0.1),
-        Source(path="b", text_column="body", split="train", validation=0.1, weight=2),
-    ]
+        Source(path="a.txt", text_column="t", **filled), Source(path="b", text_column="body", weight=2, **filled),
+    ]  # fmt: skip
     assert DataRecipe(source="a.txt").source == [Source(path="a.txt")]
     assert DataRecipe().source == [Source(path="pydocs")]
     assert DataRecipe.model_validate(data.model_dump(mode="json")) == data

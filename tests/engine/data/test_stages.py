@@ -51,6 +51,15 @@ def test_windows_know_their_document():
     assert Windows([Part(TEXT, *cut(OFFSETS, np.arange(6), 16))]).documents(np.arange(3)) is None
 
 
+def test_windows_come_together_as_they_come_one_by_one():
+    both = Windows([windows(16), windows(40)])
+    for rows in ([7, 0, len(both) - 1, 3, 3], [2], []):
+        ids, lengths = both.ids(np.array(rows, dtype=np.int64))
+        assert np.split(ids, np.cumsum(lengths)[:-1])[0].tolist() == (both[rows[0]].tolist() if rows else [])
+        assert ids.tolist() == [token for row in rows for token in both[row].tolist()] and ids.dtype == np.int64
+        assert lengths.tolist() == [len(both[row]) for row in rows]
+
+
 def test_pairs_come_with_their_step_and_windows_of_a_document_are_no_negatives():
     term = Contrastive("deletion")
     mixed = Mixed((TSDAE(), MaskedLM()), (1, 1), ("a", "b"))

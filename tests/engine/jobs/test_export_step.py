@@ -18,7 +18,7 @@ def run(recipe_in, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     return train(recipe_in(folder), [
         "train.steps=6", "checkpoint.every=1", "checkpoint.keep_last=1", "checkpoint.keep_every=2", "eval.every=2",
-        "profile.steps=[2, 3]",
+        "profile.steps=2-3", "checkpoint.keep_best=nll_unseen",
     ])  # fmt: skip
 
 
@@ -36,6 +36,19 @@ def test_a_step_becomes_a_model_folder_like_the_finished_one(run, tmp_path, caps
     assert f"step 2 of {run}: the model is in {run / 'model-2'}" in capsys.readouterr().out
     earlier = ConceptForMaskedLM.from_pretrained(run / "model-2").state_dict()
     assert any(not torch.equal(earlier[name], value) for name, value in whole.items())
+
+
+def test_the_best_evaluation_names_its_checkpoint(run, tmp_path, capsys):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    values = {line["step"]: line["nll_unseen"] for line in lines if line["kind"] == "eval"}
+    best = min(values, key=values.__getitem__)
+    record = json.loads((run / "checkpoints" / "best.json").read_text())
+    expected = {"metric": "nll_unseen", "value": values[best], "step": best, "checkpoint": f"step-{best:08d}"}
+    assert record == expected
+    assert perform(["export", str(run), "--best"]) == 0
+    assert f"step {best} of {run}: the model is in {run / 'model-best'}" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"--best: expected without --step"):
+        perform(["export", str(run), "--best", "--step", "2"])
 
 
 def test_what_cannot_be_exported_is_named(run, tmp_path):

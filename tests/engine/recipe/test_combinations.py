@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from conceptron.engine.errors import InputError
-from conceptron.engine.recipe.load import load_recipe
+from conceptron.engine.recipe.load import load_any, load_recipe
 
 BASE = {
     "data": {"source": "pydocs", "window": 64}, "objective": {"name": "mlm"}, "train": {"steps": 100},
@@ -36,6 +36,14 @@ def refusal(path, overrides) -> str:
      "objective.parts: some parts have hidden = 'drop' and some 'mask'"),
     ([PARTS.format("{name: tsdae}, {name: mlm, hidden: mask}"), "model.hidden_tokens=drop"],
      "model.hidden_tokens: 'drop' does not fit objective.parts.1.hidden, which is 'mask'"),
+    (["data.stream_mb=1"], "data.stream_mb: expected nothing with pydocs, which is small"),
+    (["data.source=a", "data.stream_mb=1", "data.dedup=true"], "data.dedup: expected false with data.stream_mb"),
+    (["data.source=a", "data.stream_mb=1", "data.on_unreadable=skip"], "data.on_unreadable: expected stop with"),
+    (["data.source=a", "data.stream_mb=1", "data.max_documents=9"], "data.max_documents: expected nothing with"),
+    (["data.source=a", "data.stream_mb=1", "distill={teacher: t}"], "data.stream_mb: expected nothing with distill"),
+    (["data.source=a", "data.stream_mb=1", "objective={name: mlm, masking: pmi}"],
+     "data.stream_mb: expected nothing where objective.phrases are to be counted"),
+    (["data.source=a", "data.stream_mb=1", "data.states_gb=1"], "data.states_gb: expected nothing"),
     (["data.states_gb=1"], "data.states_gb: expected nothing without a frozen model.backbone"),
     (["objective={name: read_back, states: 1.0}"], "objective.states: expected 0 without a frozen model.backbone"),
     (["model.backbone=b", PARTS.format("{name: read_back, states: 1.0}, {name: tsdae}")],
@@ -79,6 +87,27 @@ def refusal(path, overrides) -> str:
      "train.stages.0.window: expected less than 64, data.window, with which the run ends, got 64"),
     (["train.stages=[{until: 20, window: 32}, {until: 50, window: 16}]"],
      "train.stages.0.window: expected less than 16, the window of the next stage, got 32"),
+    (["train.tokens_per_concept=[1, 4]", "model.num_concepts=32"],
+     "train.tokens_per_concept: 1 asks for 64 concepts of a window of 64 tokens, and model.num_concepts is 32"),
+    (["train.tokens_per_concept=[0.5, 4]"], "train.tokens_per_concept.0: expected a number in [1, 1e+30], got 0.5"),
+    (["train.tokens_per_concept=[]"], "train.tokens_per_concept: expected a list of at least 1"),
+    (["train.tokens_per_concept=[4]", "train.stages=[{until: 50, window: 16, num_concepts: 2}]"],
+     "train.stages: expected no num_concepts beside train.tokens_per_concept"),
+    (["train.tokens_per_concept=[4]", "distill={teacher: t, stretch: 1}"],
+     "train.tokens_per_concept: expected nothing with distill.stretch"),
+    (["train.tokens_per_concept=[4]", "contrastive={similarity: slots}"], "train.tokens_per_concept: expected nothing"),
+    (["train.tokens_per_concept=[64]", "model.num_concepts=1"], "model.num_concepts: expected at least 2, from which"),
+    (["train.stages=[{until: 50, window: 16, num_concepts: 20}]"],
+     "train.stages.0.num_concepts: expected at most 16, the window of this stage, got 20"),
+    (["train.stages=[{until: 50, window: 16, num_concepts: 9}]", "model.num_concepts=8"],
+     "train.stages.0.num_concepts: expected at most 8, model.num_concepts, got 9"),
+    (["train.stages=[{until: 9, window: 16, num_concepts: 9}, {until: 50, window: 32, num_concepts: 8}]"],
+     "train.stages.0.num_concepts: expected at most the 8 of the next stage, got 9: it can only grow"),
+    (["train.stages=[{until: 9, window: 16}, {until: 50, window: 32, num_concepts: 8}]"],
+     "train.stages.0.num_concepts: expected at most the 8 of the next stage, got 128: it can only grow"),
+    (["train.stages=[{until: 50, window: 16, num_concepts: 6}]", "model.num_concepts=8",
+      "distill={teacher: t, stretch: 1, stretches: 4}"],
+     "train.stages.0.num_concepts: expected a multiple of distill.stretches = 4, got 6"),
     (["train.stages=[{untill: 20, window: 32}]"], "train.stages.0.untill: unknown key; did you mean"),
     (["model.token_positions=learned", "model.max_position_embeddings=32"],
      "data.window: expected at most model.max_position_embeddings = 32 with learned positions"),
@@ -105,6 +134,9 @@ def test_refusals(path, overrides, found):
     [PARTS.format("{name: tsdae}, {name: tsdae, probability: 0.9, weight: 3}, {name: mlm, hidden: mask}")],
     ["objective={name: prefix_diffusion, context: true}", "model.decoder_mixing=local"],
     ["train.stages=[{until: 50, window: 16}, {until: 60, window: 32}]"],
+    ["train.stages=[{until: 50, window: 16, num_concepts: 2}, {until: 60, window: 32}]"],
+    ["train.tokens_per_concept=[2, 16]", "train.stages=[{until: 50, window: 16}]", "batch.by_length=true"],
+    ["data.source=folder", "data.stream_mb=10"],
     ["checkpoint={async: false, keep_best: retrieval}", "contrastive={}", "train.on_spike=rewind"],
     ["regularization={terms: [vicreg, t_regs], gradient_ratio: null}"],
 ])  # fmt: skip
@@ -134,3 +166,9 @@ def test_how_a_step_is_cut_decides_only_where_a_loss_looks_at_a_micro_batch(path
         (["regularization={terms: [variance], gradient_ratio: null}"], True),
     ):  # fmt: skip
         assert load_recipe(path, overrides).populations(4) == ({"micro-batches of a step": 4} if depends else {})
+
+
+@pytest.mark.parametrize("override", ["train.stages=[{until: 3, window: 16}]", "train.tokens_per_concept=[4]"])
+def test_a_recipe_that_fine_tunes_has_no_lengths_to_grow(override):
+    with pytest.raises(InputError, match=r"train\.(stages|tokens_per_concept): expected nothing with a recipe that"):
+        load_any("finetune/stsb.yaml", [override])

@@ -158,7 +158,10 @@ def test_saved_recipe_reads_back(write, tmp_path):
 def test_trajectory_holds_what_decides_the_losses(write):
     path = write(SMALLEST)
     base = load_recipe(path).trajectory()
-    for free in ("run.folder=x", "zero.stage=3", "batch.micro_tokens=128", "eval.every=1", "checkpoint.keep=9"):
+    for free in (
+        "run.folder=x", "zero.stage=3", "batch.micro_tokens=128", "eval.every=1", "checkpoint.keep_last=9",
+        "checkpoint.async=false", "train.on_spike=rewind", "train.spike_window=9", "data.on_unreadable=skip",
+    ):  # fmt: skip
         assert load_recipe(path, [free, "run.name=other", "resume=auto"]).trajectory() == base
     for fixed in (
         "run.seed=1",

@@ -91,15 +91,15 @@ FINE = {
     "true": """train.checkpoint_backbone train.recompute model.normalize_tokens model.tie_layers model.nested_concepts
         model.asked_reading
         model.tie_word_embeddings contrastive.across_ranks contrastive.learnable_temperature regularization.dynamic
-        checkpoint.async""",
+        checkpoint.async batch.by_length data.dedup""",
     "[]": "train.stages",
-    "{}": "run model data contrastive regularization optim batch zero eval checkpoint profile",
+    "{}": "run model data contrastive regularization optim batch zero eval checkpoint logging profile",
     '""': "run.name",  # the file's
 }
 TEXTS = """run.name run.folder data.source data.source.0.path data.source.0.text_column data.source.0.split
     data.source.0.validation data.source.0.revision data.text_column data.split data.validation data.revision
     data.tokenizer data.cache init.source model.backbone distill.teacher"""
-FINE |= {"'1e-3'": TEXTS, "2026-11-29": TEXTS}
+FINE |= dict.fromkeys(("'1e-3'", "2026-11-29"), f"{TEXTS} logging.wandb")
 FINE["~no.such.user/here"] = """data.source.0.text_column data.source.0.split data.source.0.revision data.text_column
     data.split data.revision"""  # no paths
 

@@ -60,6 +60,15 @@ class GpuMonitor(AbstractContextManager):
         self.used_bytes.append(nvml.nvmlDeviceGetMemoryInfo(handle).used)
         self.reasons |= nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
 
+    def reading(self) -> dict[str, Any]:
+        """What it says now; power is the driver's mean over the last moments."""
+        nvml, handle = self.nvml, self.handle
+        return {
+            "power_w": nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
+            "sm_clock_mhz": nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
+            "throttled": throttling(nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)),
+        }
+
     def summary(self, num_tokens: int = 0) -> dict[str, Any]:
         """Means and extremes of the samples; joules per million tokens when their number is given."""
         figures = {
@@ -68,7 +77,7 @@ class GpuMonitor(AbstractContextManager):
             "sm_clock_mhz": sum(self.clock_mhz) / len(self.clock_mhz),
             "sm_clock_min_mhz": min(self.clock_mhz),
             "memory_used_bytes": max(self.used_bytes),
-            "throttled": ", ".join(name for bit, name in THROTTLE.items() if self.reasons & bit) or "no",
+            "throttled": throttling(self.reasons),
         }
         if num_tokens:
             figures["joules_per_million_tokens"] = self.energy_j / num_tokens * 1e6
@@ -84,8 +93,15 @@ class NoMonitor(AbstractContextManager):
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         return None
 
+    def reading(self) -> dict[str, Any]:
+        return self.summary()
+
     def summary(self, num_tokens: int = 0) -> dict[str, Any]:
         return {"nvml": self.reason} if self.reason else {}
+
+
+def throttling(reasons: int) -> str:
+    return ", ".join(name for bit, name in THROTTLE.items() if reasons & bit) or "no"
 
 
 def monitor_of(device: torch.device, nvml: Any = None) -> GpuMonitor | NoMonitor:

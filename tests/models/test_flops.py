@@ -6,14 +6,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import conceptron.kernels.linear_cross_entropy.op  # noqa: F401  registers the operator that is counted below
-from conceptron.bench.measure.flops import Sizes, forward_flops, full_attention_flops, step_flops, training_flops
-from conceptron.bench.measure.parameters import PARTS, parameters, part_of
+from conceptron.bench.measure.parameters import parameters
 from conceptron.bench.measure.peers import Shape, bert
 from conceptron.models.config import ConceptConfig
+from conceptron.models.flops import Sizes, forward_flops, full_attention_flops, step_flops, training_flops
 from conceptron.models.masked_lm import ConceptForMaskedLM
 from conceptron.models.objectives import OBJECTIVES
 from conceptron.models.objectives.view import SampleKey, SpecialTokens
 from conceptron.models.packing import pack
+from conceptron.models.parts import PARTS, part_of
 
 BERT = {"prefix": [2], "suffix": [3], "config": {
     "model_type": "bert", "vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,

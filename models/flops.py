@@ -11,13 +11,13 @@ width, V vocabulary, K layers or iterations.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ...models.config import ConceptConfig
-from ...models.layers import TimestepEmbedding
-from ...models.mixing import CopeMixing
-from ...models.objectives.view import View
-from ...models.queries import AnchorFeatures
-from ...models.token_layers import CONV_RADIUS
-from .backbone import backbone_flops
+from .backbone_flops import backbone_flops
+from .config import ConceptConfig
+from .layers import TimestepEmbedding
+from .mixing import CopeMixing
+from .objectives.view import View
+from .queries import AnchorFeatures
+from .token_layers import CONV_RADIUS
 
 BACKWARD = 2  # times the forward pass
 

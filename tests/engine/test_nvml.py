@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from conceptron.bench.measure import nvml as module
-from conceptron.bench.measure.nvml import GpuMonitor, NoMonitor, monitor_of, watched
+from conceptron.engine import nvml as module
+from conceptron.engine.nvml import GpuMonitor, NoMonitor, monitor_of, watched
 
 
 class FakeNvml:
@@ -53,6 +53,7 @@ def test_monitor_reads_power_energy_clocks_and_throttling(gpu):
     assert isinstance(monitor, GpuMonitor)
     with monitor:
         pass
+    assert monitor.reading() == {"power_w": 100.0, "sm_clock_mhz": 1500, "throttled": "power cap"}
     assert monitor.summary(num_tokens=2_000_000) == {
         "power_w": 100.0, "energy_j": 5.0, "sm_clock_mhz": 1500.0, "sm_clock_min_mhz": 1500, "memory_used_bytes": 7,
         "throttled": "power cap", "joules_per_million_tokens": 2.5,
