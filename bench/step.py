@@ -42,8 +42,7 @@ from ..engine.recipe.load import load_recipe
 from ..engine.recipe.schema import Recipe
 from ..engine.schedule import learning_rate
 from ..engine.update import update
-from ..models.config import ConceptConfig
-from ..models.flops import Sizes, step_flops
+from ..models.flops import Sizes, step_flops, with_concepts
 from ..models.objectives.view import View
 from ..models.recursion import draw_iterations
 from .describe import special_tokens
@@ -130,13 +129,6 @@ def padding_waste(loader: Stages, steps: Sequence[int]) -> float:
     """Share of rows that would be padding if each step's windows were padded to its longest."""
     lengths = [loader.at(step).windows.lengths[loader.windows(step)] for step in steps]
     return 1 - sum(int(n.sum()) for n in lengths) / sum(int(n.max()) * len(n) for n in lengths)
-
-
-def with_concepts(config: ConceptConfig, view: View) -> ConceptConfig:
-    """The configuration with as many concepts as the texts of this view are read into."""
-    if view.num_concepts in (None, config.num_concepts):
-        return config
-    return ConceptConfig(**{**config.to_dict(), "num_concepts": view.num_concepts})
 
 
 def run(

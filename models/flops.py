@@ -84,6 +84,13 @@ def step_flops(config: ConceptConfig, sizes: Sizes) -> int:
     return sum(training_flops(config, sizes).values())
 
 
+def with_concepts(config: ConceptConfig, view: View) -> ConceptConfig:
+    """The configuration with as many concepts as the texts of this view are read into."""
+    if view.num_concepts in (None, config.num_concepts):
+        return config
+    return ConceptConfig(**{**config.to_dict(), "num_concepts": view.num_concepts})
+
+
 def embedding(config: ConceptConfig, sizes: Sizes) -> int:
     """2 R e d, from the width of tokens to that of the model; nothing where they are the same."""
     rows, _ = funnelled(config, sizes)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...models.flops import Sizes, step_flops
+from ...models.flops import Sizes, step_flops, with_concepts
 from ...models.masked_lm import ConceptForMaskedLM, smoothing_floor
 from ...models.objectives import Distillation, Mixed, ReadBack, StateReader, View
 from ...models.pretraining import Cached, Pretraining, Totals, cache
@@ -202,7 +202,8 @@ class PretrainingJob:
     def flops(self, engine: Any, batches: Sequence[View]) -> int:
         """Of the objective, at the mean number of iterations: not of contrast, a teacher or regularisers."""
         config = engine.module.model.config
-        return sum(step_flops(config, Sizes.of(view)) for view in batches) if self.recipe.has_task else 0
+        each = (step_flops(with_concepts(config, view), Sizes.of(view)) for view in batches)
+        return sum(each) if self.recipe.has_task else 0
 
     def contents(self, step: int) -> dict[str, Any]:
         return {"windows": self.loader.windows(step)}
