@@ -231,27 +231,29 @@ def spread(engine: Any) -> None:
         zero._reassign_or_swap_out_partitioned_parameters(group)
     if zero.persistent_parameters:
         zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
-def gradient_squares(engine: Any) -> list[tuple[str, Tensor]] | None:
-    """(name, 0-d) of the parameters of which this rank holds a part: the squared norm of its part of the gradient,
+def gradient_norms(engine: Any) -> tuple[list[str], list[Tensor]] | None:
+    """Names of the parameters of which this rank holds a part, and of each the norm of its part of the gradient [],
     averaged over ranks, before it is clipped. Between the last backward pass of a step and `engine.step`; None where an
     optimizer is offloaded, whose gradients are on their way to the host.
 
     There is no public way: `safe_get_full_grad` gathers each parameter by itself."""
-    zero, names = engine.optimizer, {id(p): name for name, p in engine.module.named_parameters()}
+    zero, known = engine.optimizer, {id(p): name for name, p in engine.module.named_parameters()}
     if getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False):
         return None
     stage, of_muon = engine.zero_optimization_stage(), muon_groups(engine)
-    squares = []
+    names, held = [], []
     if stage < 3 and any(of_muon):
-        squares += [(name, gradient.double().square().sum()) for name, gradient in muon_gradients(engine)]
+        for name, gradient in muon_gradients(engine):
+            names.append(name)
+            held.append(gradient)
     groups = zero.fp16_groups if stage == 3 else zero.params_in_partition
     for i, group in enumerate(groups):
         if stage < 3 and of_muon[i]:
             continue
-        held = [part for part in zero.averaged_gradients[i] if not getattr(part, "_zero_padding", False)]
-        for parameter, norm in zip(group, torch._foreach_norm(held[: len(group)]) if group else (), strict=True):
-            squares.append((names[id(parameter)], norm.double().square()))
-    return squares
+        parts = [part for part in zero.averaged_gradients[i] if not getattr(part, "_zero_padding", False)]
+        names += [known[id(parameter)] for parameter in group]
+        held += parts[: len(group)]  # of a rank that holds nothing there is a row of zeros
+    return names, list(torch._foreach_norm(held)) if held else []
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -72,18 +73,20 @@ def update(
 def squares_by_part(engine: Any) -> dict[str, torch.Tensor]:
     """"grad_norms/PART" -> 0-d float64: this rank's share of the squared norm of each part's gradient, the same parts
     on every rank; nothing where the optimizer is offloaded."""
-    found = compat.gradient_squares(engine)
+    found = compat.gradient_norms(engine)
     if found is None:
         return {}
-    sums: dict[str, torch.Tensor] = {}
-    for name, parameter in engine.module.named_parameters():
-        if parameter.requires_grad:
-            sums.setdefault(title(name), torch.zeros((), dtype=torch.float64, device=parameter.device))
-    for name, square in found:
-        sums[title(name)] += square
-    return sums
+    names, norms = found
+    trained = {title(name): p.device for name, p in engine.module.named_parameters() if p.requires_grad}
+    places = {part: i for i, part in enumerate(trained)}
+    squares = torch.zeros(len(trained), dtype=torch.float64, device=next(iter(trained.values())))
+    if names:
+        owners = torch.tensor([places[title(name)] for name in names], device=squares.device)
+        squares.index_add_(0, owners, torch.stack(norms).double().square())
+    return dict(zip(trained, squares.unbind(), strict=True))
 
 
+@cache
 def title(name: str) -> str:
     """Of the part that a parameter belongs to; what is only there to train a model is called as its module is."""
     name = name.removeprefix("model.")
