@@ -231,6 +231,8 @@ def spread(engine: Any) -> None:
         zero._reassign_or_swap_out_partitioned_parameters(group)
     if zero.persistent_parameters:
         zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
 def gradient_norms(engine: Any) -> tuple[list[str], list[Tensor]] | None:
     """Names of the parameters of which this rank holds a part, and of each the norm of its part of the gradient [],
     averaged over ranks, before it is clipped. Between the last backward pass of a step and `engine.step`; None where an
