@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from ...engine.jobs.job import Job
+from ...engine.meter import synchronize
 from ...engine.optimizer import build_optimizer
 from ...engine.recipe.schema import Training
-from .ceilings import synchronize
 
 
 class Bare:
