@@ -87,7 +87,7 @@ def activation_bytes(config: ConceptConfig, view: View, precision: str = "fp32")
     with without_content(precision) as strip:
         model = ConceptForMaskedLM(config).train()
         own = {parameter.shape for parameter in model.lm_head.parameters()}
-        with saved_by_part(model, PARTS, own) as saved:
+        with saved_by_part(model, PARTS, own, num_tokens=view.encoder.num_tokens) as saved:
             kept = []
             if view.num_targets:
                 task = replace(view, pair=None, lesson=None, encoder=known(config, view.encoder))
@@ -132,7 +132,7 @@ def encoder_activation_bytes(build: Callable[[], nn.Module], num_tokens: int, pr
     ids = np.zeros(num_tokens, dtype=np.int64)
     with without_content(precision) as strip:
         encoder = build().train()
-        with saved_by_part(encoder, {}) as saved:
+        with saved_by_part(encoder, {}, num_tokens=num_tokens) as saved:
             if isinstance(encoder, ConceptEncoder):
                 kept = encoder(packed=strip(known(encoder.config, pack([ids]))))
             else:

@@ -118,7 +118,7 @@ def make_model(kind: str, shape: Shape, num_concepts: int) -> nn.Module:
 
 @contextmanager
 def saved_by_part(
-    model: nn.Module, parts: Mapping[str, str] = PARTS, ignored: Collection[torch.Size] = ()
+    model: nn.Module, parts: Mapping[str, str] = PARTS, ignored: Collection[torch.Size] = (), *, num_tokens: int
 ) -> Iterator[dict[str, int]]:
     """Bytes that the forward pass inside keeps for backward, by part; each storage counts once, parameters not at all,
     nor the 16-bit copies that autocast makes of them.
@@ -128,6 +128,7 @@ def saved_by_part(
     Args:
         parts: part -> a regular expression that the names of its modules begin with.
         ignored: shapes of what is not to be counted.
+        num_tokens: that the encoder will read: of few it keeps other things (``ConceptEncoder.keep``).
     """
     bytes_of, stack, seen = dict.fromkeys([*parts, "other"], 0), ["other"], set()
     parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}  # one a storage
@@ -143,7 +144,7 @@ def saved_by_part(
                 bytes_of[stack[-1]] += storage.nbytes()
         return tensor
 
-    handles, silent = [], called_by_functions(model)
+    handles, silent = [], called_by_functions(model, num_tokens)
     for name, module in model.named_modules():
         part = part_of(name)
         if part is not None and name not in silent:
@@ -157,7 +158,7 @@ def saved_by_part(
             handle.remove()
 
 
-def called_by_functions(model: nn.Module) -> set[str]:
+def called_by_functions(model: nn.Module, num_tokens: int) -> set[str]:
     """Names of modules whose parameters a function takes instead of calling them, unless they have a hook
     (``layers.is_plain``): what they would keep belongs to the module that they are a part of."""
     names = []
@@ -167,8 +168,8 @@ def called_by_functions(model: nn.Module) -> set[str]:
             parts = ["project", "bias", "norm"]
         elif isinstance(module, TokenRead):
             parts = ["value"]
-        elif isinstance(module, ConceptEncoder) and module.kept_of_tokens() != "keys" and module.has_plain_embeddings:
-            parts = ["embed_tokens", "token_norm"]
+        elif isinstance(module, ConceptEncoder) and module.has_plain_embeddings:
+            parts = [] if module.kept_of_tokens(num_tokens) == "keys" else ["embed_tokens", "token_norm"]
         names += [f"{name}.{part}".lstrip(".") for part in parts]
     return set(names)
 
@@ -201,7 +202,7 @@ def training_case(
 
     def case() -> dict[str, Any]:
         step()  # creates the gradients and the moments
-        with saved_by_part(model) as activations:
+        with saved_by_part(model, num_tokens=view.encoder.num_tokens) as activations:
             kept = loss()
         del kept
         optimizer.zero_grad(set_to_none=True)

@@ -2,6 +2,7 @@
 
     conceptron bench step RECIPE [section.field=value ...] [--synthetic] [--steps 10] [--out runs/bench/step]
     conceptron bench step seeds-diffusion-l2 --synthetic
+    conceptron bench step demo.yaml --bare 40           beside a bare loop of torch, as ``engine_overhead``
 
 The recipe's own model, data, batches and engine run for a few steps. Reported: tokens per second, model FLOPs
 utilisation (``flops.py`` over the matmul rate measured in the same run), time of data, forward, backward and optimizer,
@@ -42,12 +43,12 @@ from ..engine.recipe.load import load_recipe
 from ..engine.recipe.schema import Recipe
 from ..engine.schedule import learning_rate
 from ..engine.update import update
-from ..models.config import ConceptConfig
-from ..models.flops import Sizes, step_flops
+from ..models.flops import view_flops
 from ..models.objectives.view import View
 from ..models.recursion import draw_iterations
 from .describe import special_tokens
 from .measure.environment import environment
+from .measure.overhead import Bare, overhead
 from .measure.results import markdown_table, write_results
 
 PARTS = {  # part -> module of ConceptForMaskedLM
@@ -132,18 +133,17 @@ def padding_waste(loader: Stages, steps: Sequence[int]) -> float:
     return 1 - sum(int(n.sum()) for n in lengths) / sum(int(n.max()) * len(n) for n in lengths)
 
 
-def with_concepts(config: ConceptConfig, view: View) -> ConceptConfig:
-    """The configuration with as many concepts as the texts of this view are read into."""
-    if view.num_concepts in (None, config.num_concepts):
-        return config
-    return ConceptConfig(**{**config.to_dict(), "num_concepts": view.num_concepts})
-
-
 def run(
-    recipe: Recipe, num_steps: int, warm_up: int, use_synthetic: bool, vocabulary: int | None = None
-) -> dict[str, Any]:
-    """Every figure of one recipe on this device, as a flat row. ``vocabulary``: of synthetic tokens, see above."""
+    recipe: Recipe, num_steps: int, warm_up: int, use_synthetic: bool, vocabulary: int | None = None,
+    num_bare: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """Every figure of one recipe on this device, as a flat row. ``vocabulary``: of synthetic tokens, see above.
+
+    ``num_bare``: as many more steps are taken twice, with the engine and with a bare loop.
+    """
     with launch.world() as world:
+        if num_bare and world.size > 1:
+            raise InputError("--bare: expected 0 on several ranks: a bare loop has nobody to share gradients with")
         world = world.divided(recipe.train.sequence_ranks)
         recipe, corpora = settled(recipe, world), None
         if use_synthetic:
@@ -155,13 +155,14 @@ def run(
         torch.manual_seed(recipe.run.seed)
         whole = job.build(is_new=True).to(world.device).train()
         model, config = whole.model, whole.model.config
+        bare = Bare(job.build(is_new=True).to(world.device).train(), recipe, world.device) if num_bare else None
         engine = zero.initialize(whole, build_optimizer(whole, recipe.optim), recipe)
         steps = range(warm_up, warm_up + num_steps)
 
         start = time.perf_counter()
         batches = [loader.step(step) for step in steps]
         alone_s = time.perf_counter() - start
-        flops = sum(step_flops(with_concepts(config, view), Sizes.of(view)) for views in batches for view in views)
+        flops = sum(view_flops(config, view) for views in batches for view in views)
         num_tokens = sum(job.num_tokens(step) for step in steps)
         del batches
 
@@ -179,6 +180,12 @@ def run(
                 take(step, views)
             seconds = watch.take()
         total_s = sum(seconds.values())
+        beside = {}
+        if bare is not None:
+            more = range(steps.stop, steps.stop + num_bare)
+            given = [(step, loader.step(step)) for step in more]
+            bare.step(job, *given[0], 0.0)
+            beside = overhead(bare, job, recipe.optim.lr, given, take)
         view = replace(loader.step(steps.start)[0].to(world.device), pair=None)
         draw = draw_iterations(config, (recipe.run.seed, steps.start))
         parts = part_times(model, engine, view, world.device, draw) if recipe.has_task else {}
@@ -189,7 +196,7 @@ def run(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "tokens_per_step": num_tokens / num_steps, "tokens_per_s": num_tokens / total_s,
         "step_ms": total_s / num_steps * 1e3,
-        **{f"{phase}_ms": passed / num_steps * 1e3 for phase, passed in seconds.items()},
+        **{f"{phase}_ms": passed / num_steps * 1e3 for phase, passed in seconds.items()}, **beside,
         "data_alone_ms": alone_s / num_steps * 1e3, "data_alone_tokens_per_s": num_tokens / alone_s,
         "starved": seconds["data"] > 0.05 * total_s,
         "tflops": flops / total_s / 1e12, "matmul_tflops": rate / 1e12, "mfu": flops / total_s / rate,
@@ -209,7 +216,7 @@ def main(options: argparse.Namespace) -> int:
     vocabulary = options.vocabulary
     if vocabulary is None and recipe.data.tokenizer == SEEDS_TOKENIZER and options.recipe in PRESETS:
         vocabulary = SEEDS_VOCABULARY
-    row = run(recipe, options.steps, options.warm_up, options.synthetic, vocabulary)
+    row = run(recipe, options.steps, options.warm_up, options.synthetic, vocabulary, options.bare)
     name = Path(options.recipe).stem
     rows = [{"recipe": options.recipe, **row}]
     write_results(options.out, name, rows, stamp, title=f"Training step: {name}")

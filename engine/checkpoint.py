@@ -3,7 +3,8 @@
     RUN/checkpoints/step-00000100/
         MANIFEST.json                        written last: format, step, size and sha256 of every other file
         trainer.json                         step, tokens, what the run was started with
-        state-00000-of-00002.safetensors     what rank 0 of 2 holds: ranges of the float32 weights and of both moments
+        state-00000-of-00002.safetensors     what rank 0 of 2 holds: ranges of the float32 weights, of both moments (or
+                                             Muon's momentum), and of averaged weights (`ema.py`)
 
 A tensor `encoder.w@4096:exp_avg` is the first moment of the flattened parameter `encoder.w` from element 4096 on. Every
 rank writes what it holds, without communication; a reader picks the ranges it needs from all files. There is nothing
@@ -32,13 +33,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import compat
+from .ema import KEY as AVERAGE
 from .errors import InputError
 from .launch import World
 from .retention import MANIFEST, step_of
 
 FORMAT = 2
 TRAINER = "trainer.json"
-WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+WEIGHT, MOMENTS, MOMENTUM = "weight", ("exp_avg", "exp_avg_sq"), "momentum_buffer"  # the last is Muon's
 UNFINISHED = ".unfinished-"
 
 
@@ -113,8 +115,10 @@ def load_progress(folder: Path) -> Progress:
     return Progress(**json.loads((folder / TRAINER).read_text()))
 
 
-def load_weights(folder: Path, model: nn.Module) -> None:
+def load_weights(folder: Path, model: nn.Module, kind: str = WEIGHT) -> None:
     """Fills a plain model, before ZeRO divides it, with the float32 weights of a verified checkpoint.
+
+    ``kind``: `ema.KEY` for the averages of those that have one.
 
     Raises:
         InputError: a parameter is missing, incomplete or of another size: the model is not the one that was saved.
@@ -123,7 +127,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     with torch.no_grad():
         for name, tensor in _own_tensors(model):
             flat = torch.empty(tensor.numel(), dtype=tensor.dtype)
-            state.read(name, WEIGHT, 0, flat)
+            state.read(name, kind if (name, kind) in state.ranges else WEIGHT, 0, flat)
             tensor.copy_(flat.view(tensor.shape))
     unread = state.names() - {name for name, _ in _own_tensors(model)}
     if unread:
@@ -131,17 +135,30 @@ def load_weights(folder: Path, model: nn.Module) -> None:
 
 
 def load_moments(folder: Path, engine: Any, optimizer_steps: int) -> None:
-    """Gives AdamW the moments and the step count of a verified checkpoint, each rank its own part."""
+    """Gives the optimizer the moments and the step count of a verified checkpoint, each rank its own part, and the
+    averaged weights if there are any."""
     if optimizer_steps == 0:
         return
     state, optimizer = State(folder), engine.optimizer.optimizer
+    momenta = compat.momenta(engine)
+    for name, start, momentum in momenta:
+        state.read(name, MOMENTUM, start, momentum)
+    by_muon = {name for name, *_ in momenta}
     for fragment in compat.fragments(engine):
-        flat = fragment.flat
-        if flat not in optimizer.state:
-            moments = {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
-            optimizer.state[flat] = {"step": _adam_step(optimizer, flat, optimizer_steps), **moments}
-        for key in MOMENTS:
-            state.read(fragment.name, key, fragment.start, fragment.of(optimizer.state[flat][key]))
+        flat, is_adam = fragment.flat, fragment.name not in by_muon
+        keys = [key for key in (*MOMENTS, AVERAGE) if (fragment.name, key) in state.ranges]
+        of_flat = optimizer.state[flat]
+        if is_adam and "step" not in of_flat:
+            of_flat |= {"step": _adam_step(optimizer, flat, optimizer_steps)}
+        for key in (*MOMENTS, *keys) if is_adam else keys:
+            if key not in of_flat:
+                of_flat[key] = torch.zeros_like(flat, requires_grad=False)
+            state.read(fragment.name, key, fragment.start, fragment.of(of_flat[key]))
+
+
+def has(folder: Path, kind: str) -> bool:
+    """Whether a checkpoint holds any of this kind, such as `ema.KEY`."""
+    return any(found == kind for _, found in State(folder).ranges)
 
 
 class State:
@@ -195,11 +212,16 @@ def capture(engine: Any, into: dict[str, Tensor], is_first: bool) -> None:
     Names are those of the file. What is there afterwards is of this very step, whatever training does next.
     """
     optimizer = engine.optimizer.optimizer
+    momenta = {name: (start, momentum) for name, start, momentum in compat.momenta(engine)}
     for fragment in compat.fragments(engine):
-        kinds = {WEIGHT: fragment.flat, **{key: optimizer.state[fragment.flat].get(key) for key in MOMENTS}}
-        for kind, flat in kinds.items():
-            if flat is not None:  # no moments before the first update
-                copy_to_host(into, f"{fragment.name}@{fragment.start}:{kind}", fragment.of(flat).detach())
+        of_flat = optimizer.state[fragment.flat]
+        kinds = {WEIGHT: fragment.flat, **{key: of_flat.get(key) for key in (*MOMENTS, AVERAGE)}}
+        parts = {kind: fragment.of(flat) for kind, flat in kinds.items() if flat is not None}  # moments: after a step
+        if fragment.name in momenta:
+            start, momentum = momenta[fragment.name]
+            parts[MOMENTUM] = momentum.narrow(0, fragment.start - start, fragment.numel)
+        for kind, part in parts.items():
+            copy_to_host(into, f"{fragment.name}@{fragment.start}:{kind}", part.detach())
     for name, tensor in _own_tensors(engine.module):
         if not tensor.requires_grad:  # what no optimizer moves: frozen parameters and buffers
             value = compat.whole(tensor) if hasattr(tensor, "ds_id") else tensor.detach()
@@ -253,8 +275,8 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _adam_step(optimizer: torch.optim.Optimizer, flat: Tensor, steps: int) -> Tensor:
-    group = optimizer.param_groups[0]
-    device = flat.device if group.get("fused") or group.get("capturable") else "cpu"
+    is_fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    device = flat.device if is_fused else "cpu"
     return torch.tensor(float(steps), dtype=torch.float32, device=device)
 
 

@@ -134,22 +134,128 @@ def fragments(engine: Any) -> Iterator[Fragment]:
                     yield Fragment(names[id(parameter)], start, numel, flat, offset)
 
 
-def gradient_squares(engine: Any) -> list[tuple[str, Tensor]] | None:
-    """(name, 0-d) of the parameters of which this rank holds a part: the squared norm of its part of the gradient,
+def partitions(engine: Any) -> list[Tensor]:
+    """The flat float32 partitions that this rank updates, the optimizer's own parameters."""
+    return list({id(fragment.flat): fragment.flat for fragment in fragments(engine)}.values())
+
+
+def muon_groups(engine: Any) -> list[bool]:
+    """Of each of the engine's groups of gradients, ``averaged_gradients``: whether Muon updates it."""
+    zero = engine.optimizer
+    if engine.zero_optimization_stage() < 3:
+        return [group.get("use_muon", False) for group in zero.optimizer.param_groups]
+    return list(getattr(zero, "sub_groups_using_muon", [False] * len(zero.fp16_groups)))
+
+
+def momenta(engine: Any) -> list[tuple[str, int, Tensor]]:
+    """(parameter, first element, momentum from there on) of each matrix that this rank updates with Muon.
+
+    Stages 1 and 2 need the momentum of whole matrices, also of those of which the rank holds a part only; stage 3
+    gathers what it needs. Views of DeepSpeed's own buffers, which are made here where there has been no step yet.
+    """
+    zero, of_muon = engine.optimizer, muon_groups(engine)
+    if not any(of_muon):
+        return []
+    if engine.zero_optimization_stage() == 3:
+        own = [zero.fp32_partitioned_groups_flat[i] for i, is_muon in enumerate(of_muon) if is_muon]
+        return [
+            (part.name, part.start, part.of(zero.optimizer.state[part.flat]["momentum_buffer"]))
+            for part in fragments(engine) if any(part.flat is flat for flat in own)
+        ]  # fmt: skip
+    names, found = {id(p): name for name, p in engine.module.named_parameters()}, []
+    for i, is_muon in enumerate(of_muon):
+        parameters = zero.params_in_partition[i]
+        if not is_muon or not parameters:
+            continue
+        flat, start = zero.single_partition_of_fp32_groups[i], 0
+        buffer = zero._muon_momentum_buffer(parameters, i, flat.dtype, flat.device)
+        for parameter in parameters:
+            found.append((names[id(parameter)], 0, buffer.narrow(0, start, parameter.numel())))
+            start += parameter.numel()
+    return found
+
+
+def muon_gradients(engine: Any) -> list[tuple[str, Tensor]]:
+    """(name, gradient): this rank's parts of the gradients of matrices that Muon is about to take, before the step.
+
+    Fault: on stages 1 and 2 they are gone by then, overwritten with the orthogonal update. What is left of them is the
+    step of the momentum, m <- m + (1 - beta) * (g - m), which is staged until the step is known to be good.
+    """
+    zero, of_muon = engine.optimizer, muon_groups(engine)
+    names = {id(p): name for name, p in engine.module.named_parameters()}
+    if engine.zero_optimization_stage() == 3:
+        return [
+            (names[id(parameter)], gradient)
+            for i, is_muon in enumerate(of_muon) if is_muon
+            for parameter, gradient in zip(zero.fp16_groups[i], zero.averaged_gradients[i], strict=True)
+        ]  # fmt: skip
+    found = []
+    parts = {fragment.name: fragment for fragment in fragments(engine)}
+    for i, (staged, flat) in zero._muon_pending_momentum.items():
+        before, beta = zero.optimizer.state[flat]["momentum_buffer"], zero.optimizer.param_groups[i]["momentum"]
+        start = 0
+        for parameter in zero.params_in_partition[i]:
+            part = parts[names[id(parameter)]]
+            where = slice(start + part.start, start + part.start + part.numel)
+            found.append((part.name, before[where] + (staged[where] - before[where]) / (1 - beta)))
+            start += parameter.numel()
+    return found
+
+
+def plain_muon() -> type[torch.optim.Optimizer]:
+    """DeepSpeed's Muon. Fault: importing it, which stages 1 and 2 do in every run, wraps its functions in
+    torch.compile: that alone imports a compiler, and to use them takes minutes on a CPU. Here they are as they are
+    written, in a process that has called this before its first step."""
+    from deepspeed.runtime import compiler
+
+    wrap, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+    try:
+        from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+    finally:
+        compiler.compile = wrap
+    return MuonWithAuxAdam
+
+
+def spread(engine: Any) -> None:
+    """Gives every rank's model what the partitions hold now, as after an update. Collective.
+
+    Fault: DeepSpeed's own ``update_lp_params`` does so for stages 1 and 2 only; the rest is what its stage 3 does at
+    the end of a step.
+    """
+    zero = engine.optimizer
+    if engine.zero_optimization_stage() < 3:
+        zero.update_lp_params()
+        return
+    zero._partition_all_parameters()
+    for group in range(len(zero.fp16_groups)):
+        zero._reassign_or_swap_out_partitioned_parameters(group)
+    if zero.persistent_parameters:
+        zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+def gradient_norms(engine: Any) -> tuple[list[str], list[Tensor]] | None:
+    """Names of the parameters of which this rank holds a part, and of each the norm of its part of the gradient [],
     averaged over ranks, before it is clipped. Between the last backward pass of a step and `engine.step`; None where an
     optimizer is offloaded, whose gradients are on their way to the host.
 
     There is no public way: `safe_get_full_grad` gathers each parameter by itself."""
-    zero, names = engine.optimizer, {id(p): name for name, p in engine.module.named_parameters()}
+    zero, known = engine.optimizer, {id(p): name for name, p in engine.module.named_parameters()}
     if getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False):
         return None
-    squares = []
-    groups = zero.fp16_groups if engine.zero_optimization_stage() == 3 else zero.params_in_partition
+    stage, of_muon = engine.zero_optimization_stage(), muon_groups(engine)
+    names, held = [], []
+    if stage < 3 and any(of_muon):
+        for name, gradient in muon_gradients(engine):
+            names.append(name)
+            held.append(gradient)
+    groups = zero.fp16_groups if stage == 3 else zero.params_in_partition
     for i, group in enumerate(groups):
-        held = [part for part in zero.averaged_gradients[i] if not getattr(part, "_zero_padding", False)]
-        for parameter, norm in zip(group, torch._foreach_norm(held[: len(group)]) if group else (), strict=True):
-            squares.append((names[id(parameter)], norm.double().square()))
-    return squares
+        if stage < 3 and of_muon[i]:
+            continue
+        parts = [part for part in zero.averaged_gradients[i] if not getattr(part, "_zero_padding", False)]
+        names += [known[id(parameter)] for parameter in group]
+        held += parts[: len(group)]  # of a rank that holds nothing there is a row of zeros
+    return names, list(torch._foreach_norm(held)) if held else []
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -160,6 +266,14 @@ def whole(tensor: Tensor) -> Tensor:
 
     with deepspeed.zero.GatheredParameters([tensor]):
         return tensor.detach().cpu().clone()
+
+
+def gather_as_one(module: torch.nn.Module) -> None:
+    """Makes ZeRO-3 gather a module's parameters before its forward pass, all that are inside. Fault: it gathers those
+    of each module inside by hooks of that module, and torch.compile breaks its graph at every one of them."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    set_z3_leaf_module(module, True)
 
 
 def recompute_layers(model) -> None:

@@ -171,7 +171,7 @@ def folder(path: Path) -> Finding:
     free = shutil.disk_usage(there).free
     found = f"{path}: {free / GB:,.0f} GB free"
     if free < ENOUGH_BYTES:
-        return Finding(WARNING, found, "make room: a checkpoint takes 12 bytes a parameter, checkpoint.keep of them")
+        return Finding(WARNING, found, "make room: a checkpoint takes 12 bytes a parameter; keep_last of them stay")
     return Finding(OK, found)
 
 

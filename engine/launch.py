@@ -212,7 +212,8 @@ def _world(local_rank: int) -> World:
 def share_cores(num_local_ranks: int) -> None:
     """Ranks on one CPU each take their part of the cores, unless OMP_NUM_THREADS says otherwise."""
     if not compat.uses_cuda() and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_local_ranks))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // num_local_ranks))
 
 
 class StopRequest:

@@ -1,9 +1,10 @@
-"""AdamW, and which parameters it decays."""
+"""AdamW, or Muon beside it, and which parameters decay."""
 
 import torch
 from torch import nn
 
 from ..models.queries import ConceptQueries
+from .muon import build_muon
 from .recipe.schema import Optim
 
 NO_DECAY = (nn.Embedding, ConceptQueries)
@@ -24,6 +25,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, recipe: Optim) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, recipe: Optim) -> torch.optim.Optimizer:
     groups = parameter_groups(model, recipe.weight_decay)
+    if recipe.muon is not None:
+        return build_muon(model, groups, recipe)
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)

@@ -36,7 +36,7 @@ class Spikes:
         self.first = self.in_a_row = 0  # of a stretch: the step with which it began, its length
         self.load(state)
         self.found: dict[str, Any] | None = None  # what is wrong with this step; set when its gradient is known
-        self._step, self._key, self._loss, self._is_judged = 0, "", math.nan, True
+        self._step, self._key, self._loss, self._norm, self._is_judged = 0, "", math.nan, None, True
 
     def load(self, state: dict[str, Any]) -> None:
         self.windows = {key: [list(of) for of in each] for key, each in state.get("windows", {}).items()}
@@ -67,15 +67,17 @@ class Spikes:
         zero.optimizer.register_step_pre_hook(before)
         zero.optimizer.register_step_post_hook(after)
 
-    def expect(self, step: int, objective: str, loss: float) -> None:
-        """What is known of a step, counted from 1, before its gradient is."""
-        self._step, self._key, self._loss, self._is_judged, self.found = step, objective, loss, False, None
+    def expect(self, step: int, objective: str, loss: float, norm: float | None = None) -> None:
+        """What is known of a step, counted from 1, before its gradient is; ``norm``: of that, where DeepSpeed's is
+        another (Muon)."""
+        self._step, self._key, self._loss, self._norm = step, objective, loss, norm
+        self._is_judged, self.found = False, None
 
     def is_refused(self, norm: float) -> bool:
         """Whether the update is not to be applied. Asked as often as one likes, a step is judged once."""
         if not self._is_judged:
             self._is_judged = True
-            self._judge((self._loss, norm))
+            self._judge((self._loss, norm if self._norm is None else self._norm))
         return self.is_skipped
 
     def _judge(self, values: tuple[float, float]) -> None:

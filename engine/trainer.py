@@ -13,6 +13,7 @@ import torch
 
 from ..kernels.environment import check_environment
 from . import checkpoint, compat, launch, zero
+from .ema import Average
 from .errors import InputError
 from .jobs.finetuning import FinetuningJob
 from .jobs.job import Job
@@ -128,6 +129,7 @@ class Trainer:
             checkpoint.load_moments(found, engine, self.progress.optimizer_steps)
         compat.set_timeouts(60 * self.recipe.run.hang_minutes + 60)  # `Watch` knows more, and speaks first
         self.spikes.attach(engine)
+        self.average = Average(engine, self.recipe.ema)
         return engine
 
     def fit(self, notes: Sequence[str]) -> None:
@@ -149,6 +151,11 @@ class Trainer:
                 spikes=self.spikes, lap=meter.watch.lap,
             )  # fmt: skip
             is_finite, stopping = self.engine.was_step_applied(), asked["stopping"] > 0
+            norm = float(self.engine.get_global_grad_norm())
+            norm = figures.pop("grad_norm", norm) if is_finite else norm  # the first is measured beside Muon
+            if is_finite and not self.spikes.is_skipped:
+                progress.optimizer_steps += 1
+                self.average.update(progress.optimizer_steps)
             if asked["written"] == self.world.size:
                 self.tend(self.writer.advance)
             if folder := profiled.end(step + 1):
@@ -158,10 +165,9 @@ class Trainer:
             speed, used = clock.step(tokens), meter.figures(figures.pop("flops", None))
             progress.step, progress.tokens = step + 1, progress.tokens + tokens
             self.watch.pulse(progress.step)
-            progress.optimizer_steps += is_finite and not self.spikes.is_skipped
             telemetry.record(
-                "train", progress.step, **as_tree(figures), **job.labels(step), lr=lr,
-                grad_norm=float(self.engine.get_global_grad_norm()), tokens=progress.tokens, tokens_per_s=speed,
+                "train", progress.step, **as_tree({**figures, "grad_norm": norm}), **job.labels(step), lr=lr,
+                tokens=progress.tokens, tokens_per_s=speed,
                 elapsed_s=progress.elapsed_s + clock.elapsed_s, **used,
                 **({"smoothing_floor": floor} if floor else {}),
             )  # fmt: skip
@@ -171,7 +177,8 @@ class Trainer:
 
             is_last = progress.step == total
             if is_last or due(progress.step, recipe.eval.every):
-                found = job.evaluate(self.engine)
+                with self.average.served():
+                    found = job.evaluate(self.engine)
                 telemetry.evaluation(progress.step, found)
                 self.check_collapse(found.get("collapse", ""))
                 progress.best = self.retention.improved(progress.best, progress.step, found)
@@ -271,7 +278,8 @@ class Trainer:
 
     def finish(self) -> None:
         try:
-            model = self.job.export(self.engine.module, self.run.model)
+            with self.average.served():
+                model = self.job.export(self.engine.module, self.run.model)
         except OSError as error:
             raise InputError(f"{self.run.model}: could not be written: {error}; {self.way_back()}") from error
         seconds = self.progress.elapsed_s + self.clock.elapsed_s
@@ -289,9 +297,12 @@ class Trainer:
         ranks = f"{world.size} x {world.device.type}"
         ranks += f", {world.sequence_ranks} of which share each text" if world.sequence_ranks > 1 else ""
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
+        how = f"ZeRO {self.recipe.zero.stage}" + (", compiled" if self.recipe.train.compile else "")
+        if self.recipe.ema.decay is not None and self.recipe.ema.use:
+            how += f"; evaluations and the model have averaged weights (ema.decay {self.recipe.ema.decay})"
         say(
             f"{self.run.path}: {parameters / 1e6:.1f} M parameters, {self.job.describe()}, "
-            f"{ranks}, {self.recipe.train.precision}, ZeRO {self.recipe.zero.stage}"
+            f"{ranks}, {self.recipe.train.precision}, {how}"
         )
         if self.job.beginning:
             say(self.job.beginning)

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..models.parts import part_of
-from . import compat
+from . import compat, muon
 from .jobs.job import Job
 from .launch import World
 from .spikes import Spikes
@@ -21,6 +22,7 @@ def update(
 ) -> tuple[dict[str, float], dict[str, int]]:  # fmt: skip
     """This rank's micro-batches of a step, forward and backward, then one step of the optimizer. Collective.
 
+    A group of parameters with an "lr_ratio" takes that times ``lr``; beside Muon ``clip`` of `muon.py` clips.
     DeepSpeed averages gradients over ranks and adds them up over micro-batches, which a job's losses are made for.
 
     Args:
@@ -36,7 +38,7 @@ def update(
     batches = [batch.to(world.device, non_blocking=True) for batch in batches]
     lap("data")
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_ratio", 1.0)
     seeds = [dropout_seed(seed, step, i, world.data_rank) for i in range(len(batches))]
     given = job.prepare(engine, step, batches, seeds)
     sums: dict[str, torch.Tensor] = {}
@@ -53,6 +55,8 @@ def update(
             sums[name] = sums.get(name, 0) + figure.double() / world.size
     squares = squares_by_part(engine)
     sums |= squares
+    for name, norm in muon.clip(engine, world).items():
+        sums[name] = norm / world.size
     asked = asks()
     votes = [torch.tensor(float(each), dtype=torch.float64, device=world.device) for each in asked.values()]
     values = world.sum(torch.stack([*sums.values(), *votes])).tolist()
@@ -60,7 +64,7 @@ def update(
     figures |= {name: math.sqrt(figures[name]) for name in squares}
     counts = dict(zip(asked, map(int, values[len(sums) :]), strict=True))
     if spikes:
-        spikes.expect(step + 1, str(job.labels(step).get("objective", "")), figures["loss"])
+        spikes.expect(step + 1, str(job.labels(step).get("objective", "")), figures["loss"], figures.get("grad_norm"))
     engine.step()
     lap("optimizer")
     return figures, counts
@@ -69,18 +73,20 @@ def update(
 def squares_by_part(engine: Any) -> dict[str, torch.Tensor]:
     """"grad_norms/PART" -> 0-d float64: this rank's share of the squared norm of each part's gradient, the same parts
     on every rank; nothing where the optimizer is offloaded."""
-    found = compat.gradient_squares(engine)
+    found = compat.gradient_norms(engine)
     if found is None:
         return {}
-    sums: dict[str, torch.Tensor] = {}
-    for name, parameter in engine.module.named_parameters():
-        if parameter.requires_grad:
-            sums.setdefault(title(name), torch.zeros((), dtype=torch.float64, device=parameter.device))
-    for name, square in found:
-        sums[title(name)] += square
-    return sums
+    names, norms = found
+    trained = {title(name): p.device for name, p in engine.module.named_parameters() if p.requires_grad}
+    places = {part: i for i, part in enumerate(trained)}
+    squares = torch.zeros(len(trained), dtype=torch.float64, device=next(iter(trained.values())))
+    if names:
+        owners = torch.tensor([places[title(name)] for name in names], device=squares.device)
+        squares.index_add_(0, owners, torch.stack(norms).double().square())
+    return dict(zip(trained, squares.unbind(), strict=True))
 
 
+@cache
 def title(name: str) -> str:
     """Of the part that a parameter belongs to; what is only there to train a model is called as its module is."""
     name = name.removeprefix("model.")

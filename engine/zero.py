@@ -20,7 +20,9 @@ def deepspeed_config(recipe: Training, num_parameters: int) -> dict[str, Any]:
       float32. DeepSpeed's `bf16.enabled` would accumulate gradients in bfloat16. No module is listed as safe for
       lower-precision communication, so gradients are also reduced in float32.
     - The stage is 1 to 3. With 0, a NaN gradient would reach the weights.
-    - The optimizer is torch's AdamW, which DeepSpeed calls untested; its own would compile an extension first.
+    - The optimizer is torch's AdamW, which DeepSpeed calls untested; its own would compile an extension first. So it is
+      where the update runs on the host: torch's fused AdamW is as fast there, and there is nothing to build.
+    - Muon needs whole gradients, and its clipping is ours (`muon.py`).
     """
     if recipe.train.precision == "auto":
         raise RuntimeError("train.precision: expected what `precision.settled` makes of auto")
@@ -32,12 +34,20 @@ def deepspeed_config(recipe: Training, num_parameters: int) -> dict[str, Any]:
         zero["allgather_bucket_size"] = bucket
     else:
         zero["stage3_prefetch_bucket_size"] = bucket
+    if recipe.optim.muon is not None:
+        zero["reduce_scatter"] = False
+    host = {"device": "cpu", "pin_memory": compat.uses_cuda()}
+    if recipe.zero.offload is not None:
+        zero["offload_optimizer"] = host
+    if recipe.zero.offload == "parameters":
+        zero["offload_param"] = host
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": recipe.optim.clip,
+        "gradient_clipping": recipe.optim.clip if recipe.optim.muon is None else 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "torch_autocast": {
             "enabled": recipe.train.precision == "bf16",
             "dtype": "bfloat16",
@@ -51,6 +61,7 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Train
     """A DeepSpeed engine around a model whose weights are already in place. Needs a process group (`launch.py`)."""
     import deepspeed
 
+    compat.plain_muon()
     num_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config(recipe, num_parameters), dist_init_required=False

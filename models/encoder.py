@@ -63,7 +63,8 @@ class ConceptEncoder(ConceptPreTrainedModel):
         "states"  the state and its gradient, one each for all layers; layers read in chunks and make keys and values
                   again in the backward pass
         "ids"     the id: states are made again as well; for token embeddings that nothing but the norm follows
-        None      "states" on a CPU; "keys" where they are made once for several layers (tied, share_kv), and elsewhere
+        None      "states" on a CPU for more than 1,024 tokens; "keys" for fewer, where they are made once for several
+                  layers (tied, share_kv), and elsewhere
 
     The result is the same within rounding. None keeps keys where the rest cannot be: by layers of slots (whose softmax
     runs over concepts) and BiXT (which changes tokens), by projections that are wrapped, hooked or cut by ZeRO-3, and
@@ -212,7 +213,7 @@ class ConceptEncoder(ConceptPreTrainedModel):
 
     def read_tokens(self, packed: Packed) -> Tokens:
         """Tokens as concepts read them: through their own layers, as wide as the model, normalised."""
-        keep = self.kept_of_tokens()
+        keep = self.kept_of_tokens(packed.num_tokens)
         if packed.embeds is not None:
             self.check_embeds(packed.embeds)
         if keep == "keys":
@@ -244,11 +245,11 @@ class ConceptEncoder(ConceptPreTrainedModel):
             expected = f"[B, N, {self.config.token_dim}], as wide as token embeddings"
             raise ValueError(f"inputs_embeds: expected shape {expected}, got a width of {embeds_Te.shape[1]}")
 
-    def kept_of_tokens(self) -> str:
+    def kept_of_tokens(self, num_tokens: int) -> str:
         """What is kept of a token in this call, see ``keep``; or a ValueError that begins with "keep"."""
         is_plain = self.config.layer_kind != "cross" or all(layer.read.is_plain for layer in self.layers)
         is_on_cpu = self.token_norm.weight.device.type == "cpu"
-        return what_is_kept(self.config, self.keep, is_plain, self.group is not None, is_on_cpu)
+        return what_is_kept(self.config, self.keep, is_plain, self.group is not None, is_on_cpu, num_tokens)
 
     @property
     def has_plain_embeddings(self) -> bool:

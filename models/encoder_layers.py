@@ -95,7 +95,7 @@ class TokenRead(ConceptAttention):
 
     def __init__(self, config: ConceptConfig, makes_keys: bool = True):
         super().__init__(config, makes_keys=makes_keys)
-        self.is_tied = config.tie_layers
+        self.is_tied, self.hands_on = config.tie_layers, config.tie_layers or config.share_kv > 1
 
     def forward(self, concepts_BCd: Tensor, anchor_angles: Angles | None, tokens: Tokens) -> tuple[Tensor, Tokens]:
         """What they read, [B, C, d]; tokens with the keys and values that they were read with."""
@@ -106,6 +106,7 @@ class TokenRead(ConceptAttention):
                 read_BCHD = read_shard(q_BCHD, *tokens.keys_values, packed, tokens.group)
             else:
                 read_BCHD = concept_attention(q_BCHD, *tokens.keys_values, packed.cu_seqlens, packed.max_seqlen)
+            tokens = tokens if self.hands_on else tokens._replace(keys_values=None)
         else:
             tokens = tokens._replace(maker=self) if hasattr(self, "key") else tokens
             key, value = tokens.maker.key, tokens.maker.value
@@ -287,7 +288,7 @@ class SlotLayer(ConceptLayer):
 
     def __init__(self, config: ConceptConfig, makes_keys: bool = True, is_hybrid: bool = False):
         super().__init__(config, SlotHeads(config, is_hybrid, makes_keys))
-        self.is_tied = config.tie_layers
+        self.is_tied, self.hands_on = config.tie_layers, config.tie_layers or config.share_kv > 1
         self.update = GatedUpdate(config) if config.slot_update == "gated" else ResidualUpdate(config)
 
     def forward(
@@ -296,7 +297,7 @@ class SlotLayer(ConceptLayer):
         tokens = with_keys_values(self.read, tokens, self.is_tied)
         read = self.read(self.read_norm(c_BCd), angles.reading, *tokens.keys_values, tokens.packed)
         c_BCd = self.read_close(self.update(c_BCd, read))
-        return self.think(c_BCd, angles), tokens
+        return self.think(c_BCd, angles), tokens if self.hands_on else tokens._replace(keys_values=None)
 
 
 class HybridLayer(SlotLayer):

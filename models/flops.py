@@ -84,6 +84,13 @@ def step_flops(config: ConceptConfig, sizes: Sizes) -> int:
     return sum(training_flops(config, sizes).values())
 
 
+def view_flops(config: ConceptConfig, view: View) -> int:
+    """The same of a view, with as many concepts as its texts are read into."""
+    if view.num_concepts not in (None, config.num_concepts):
+        config = ConceptConfig(**{**config.to_dict(), "num_concepts": view.num_concepts})
+    return step_flops(config, Sizes.of(view))
+
+
 def embedding(config: ConceptConfig, sizes: Sizes) -> int:
     """2 R e d, from the width of tokens to that of the model; nothing where they are the same."""
     rows, _ = funnelled(config, sizes)

@@ -11,15 +11,19 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from ..kernels.checks import readable
 from ..kernels.streamed_attention.op import streamed_attention
 from ..kernels.streamed_attention.shared import SharedGradient
-from ..kernels.streamed_attention.tokens import Embedded
+from ..kernels.streamed_attention.tokens import Embedded, Rows
+from ..kernels.threads import in_order
 from .config import ConceptConfig
+from .heads_function import nothing
 from .packing import Packed
 from .similarity import wide
 
 KEEPS = ("keys", "states", "ids")
 ROWS = 2048  # of tokens that are embedded at one time
+FEW = 1024  # tokens of a call, whose keys weigh less than concepts do: to read in chunks saves little and takes longer
 
 
 def check_keep(config: ConceptConfig, keep: str | None) -> None:
@@ -42,7 +46,9 @@ def check_keep(config: ConceptConfig, keep: str | None) -> None:
         )
 
 
-def what_is_kept(config: ConceptConfig, keep: str | None, is_plain: bool, is_divided: bool, is_on_cpu: bool) -> str:
+def what_is_kept(
+    config: ConceptConfig, keep: str | None, is_plain: bool, is_divided: bool, is_on_cpu: bool, num_tokens: int
+) -> str:
     """Of a token, in one call of an encoder.
 
     Args:
@@ -57,7 +63,7 @@ def what_is_kept(config: ConceptConfig, keep: str | None, is_plain: bool, is_div
         return "keys"
     if keep is None:
         is_made_once = config.tie_layers or config.share_kv > 1
-        is_better = is_on_cpu and not is_made_once and not torch.compiler.is_compiling()
+        is_better = is_on_cpu and num_tokens > FEW and not is_made_once and not torch.compiler.is_compiling()
         return "states" if is_better and is_plain and not is_divided else "keys"
     if is_divided:
         raise ValueError(f"keep: expected keys or None for a text over several devices, got {keep!r}")
@@ -135,9 +141,15 @@ class _Means(torch.autograd.Function):
         (first, *_), counts = tensors, offsets.diff()
         num_tokens = len(first if embedded is None else embedded.ids)
         sums = first.new_zeros(len(counts), first.shape[1], dtype=torch.promote_types(first.dtype, torch.float32))
-        for part in parts(num_tokens):
+
+        def work(part: slice) -> tuple[slice, Tensor]:
             rows = first[part] if embedded is None else embedded.rows(part)[0].mul_(embedded.norm)
-            add_to_owners(sums, rows.to(sums.dtype), offsets, part)
+            return sums_of_owners(rows.to(sums.dtype), offsets, part)
+
+        def add(_: slice, found: tuple[slice, Tensor]) -> None:
+            sums[found[0]] += found[1]
+
+        in_order(work, parts(num_tokens), add, first.device)
         return sums.div_(counts.clamp_min(1)[:, None])
 
     @staticmethod
@@ -145,12 +157,19 @@ class _Means(torch.autograd.Function):
     def backward(ctx, dmeans):
         (offsets, first, *rest), embedded = ctx.saved_tensors, ctx.embedded
         slopes, gradients = dmeans / offsets.diff().clamp_min(1)[:, None], ctx.buffers.get()
-        for part in parts(len(first if embedded is None else embedded.ids)):
+
+        def work(part: slice) -> Rows | None:
             dx = slopes.index_select(0, owners(offsets, part))
-            if embedded is None:
-                gradients[0][part] += dx
-            else:
-                embedded.add_gradient(part, dx, *gradients)
+            if embedded is not None:
+                return embedded.gradient(part, dx)
+            gradients[0][part] += dx
+            return None
+
+        def add(part: slice, found: Rows | None) -> None:
+            if found is not None:
+                embedded.add(part, found, *gradients)
+
+        in_order(work, parts(len(first if embedded is None else embedded.ids)), add, first.device)
         return first.new_zeros(()), None, None, None, None, *[None] * len(rest)
 
 
@@ -176,8 +195,11 @@ class _Embed(torch.autograd.Function):
         ctx.save_for_backward(table, norm, ids)
         ctx.eps = eps
         states, x = Embedded(ids, table, norm, eps), table.new_empty(len(ids), table.shape[1], dtype=dtype)
-        for part in parts(len(ids)):
-            x[part] = states.rows(part)[0].mul_(norm)
+
+        def work(part: slice) -> None:
+            torch.mul(states.rows(part)[0], norm, out=x[part])
+
+        in_order(work, parts(len(ids)), nothing, ids.device)
         return x
 
     @staticmethod
@@ -186,8 +208,14 @@ class _Embed(torch.autograd.Function):
         table, norm, ids = ctx.saved_tensors
         states, wanted = Embedded(ids, table, norm, ctx.eps), (table, norm)
         sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in wanted]
-        for part in parts(len(ids)):
-            states.add_gradient(part, dx[part], *sums)
+
+        def work(part: slice) -> Rows:
+            return states.gradient(part, dx[part])
+
+        def add(part: slice, found: Rows) -> None:
+            states.add(part, found, *sums)
+
+        in_order(work, parts(len(ids)), add, ids.device)
         return *(part.to(x.dtype) for part, x in zip(sums, wanted, strict=True)), None, None, None
 
 
@@ -202,13 +230,15 @@ def parts(num_tokens: int) -> list[slice]:
     return [slice(i, min(i + ROWS, num_tokens)) for i in range(0, num_tokens, ROWS)]
 
 
-def add_to_owners(sums: Tensor, rows: Tensor, offsets: Tensor, part: slice) -> None:
-    """Adds rows [n, d] of tokens to the sums [S, d] of their segments, in order."""
-    if rows.is_cuda:  # index_add_ would use atomics
+def sums_of_owners(rows: Tensor, offsets: Tensor, part: slice) -> tuple[slice, Tensor]:
+    """(segments, the sums of their rows [n, d]) of some tokens, in order."""
+    if rows.is_cuda or not readable(offsets):  # index_add_ would use atomics, and bounds are on the device
         within = offsets.clamp(part.start, part.stop) - part.start
-        sums += torch.segment_reduce(rows, "sum", offsets=within, axis=0, unsafe=True, initial=0)
-    else:  # seven times as fast as segment_reduce there
-        sums.index_add_(0, owners(offsets, part), rows)
+        return slice(None), torch.segment_reduce(rows, "sum", offsets=within, axis=0, unsafe=True, initial=0)
+    found = owners(offsets, part)  # they ascend
+    first, last = int(found[0]), int(found[-1]) + 1
+    # seven times as fast as segment_reduce there
+    return slice(first, last), rows.new_zeros(last - first, rows.shape[1]).index_add_(0, found - first, rows)
 
 
 def owners(offsets: Tensor, part: slice) -> Tensor:

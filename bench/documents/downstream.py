@@ -30,7 +30,7 @@ STYLE = (
     "table{border-collapse:collapse;margin:.5rem 0 1.5rem;width:100%}td,th{padding:.25rem .6rem;text-align:right;"
     "border-bottom:1px solid #e3e6ea;font-variant-numeric:tabular-nums}td:first-child,td:last-child,th:first-child,"
     "th:last-child{text-align:left}tr.mine td{font-weight:600}tr.quoted td{color:#5b636e;font-style:italic}"
-    "svg{max-width:100%;height:auto}h2{margin-top:2rem}"
+    "svg{max-width:100%;height:auto}h2{margin-top:2rem}pre{white-space:pre-wrap;overflow-wrap:anywhere}"
 )
 
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .. import checkpoint, launch
+from .. import checkpoint, ema, launch
 from ..errors import InputError
 from ..launch import World
 from ..recipe.load import load_recipe
@@ -13,13 +13,15 @@ from ..telemetry import read_history
 from .pretraining import PretrainingJob
 
 
-def export_step(run: Path, step: int | None, out: Path, world: World) -> tuple[Path, int]:
+def export_step(
+    run: Path, step: int | None, out: Path, world: World, is_average: bool = False
+) -> tuple[Path, int]:  # fmt: skip
     """Writes what the run's weights were after ``step`` (None: in its newest valid checkpoint) as a model folder.
 
-    Returns the folder and the step.
+    ``is_average``: their average instead, of a run with ``ema.decay``. Returns the folder and the step.
 
     Raises:
-        InputError: no such run or checkpoint, or it is damaged.
+        InputError: no such run or checkpoint, it is damaged, or has no averages.
     """
     recipe_file, saved = run / "recipe.yaml", run / "checkpoints"
     if not recipe_file.is_file():
@@ -36,9 +38,12 @@ def export_step(run: Path, step: int | None, out: Path, world: World) -> tuple[P
         raise InputError(f"{folder}: {fault}; choose another --step of {', '.join(map(str, kept))}")
     job = PretrainingJob(load_recipe(recipe_file), world)
     module = job.build(is_new=False)
-    checkpoint.load_weights(folder, module)
-    progress = checkpoint.load_progress(folder)
-    job.figures = figures_at(run / "metrics.jsonl", progress.step)
+    if is_average and not checkpoint.has(folder, ema.KEY):
+        raise InputError(f"--average: {folder} has no averaged weights; leave it out, or train with ema.decay")
+    checkpoint.load_weights(folder, module, ema.KEY if is_average else checkpoint.WEIGHT)
+    progress, of = checkpoint.load_progress(folder), job.recipe.ema
+    if is_average == (of.decay is not None and of.use):  # else they are figures of other weights
+        job.figures = figures_at(run / "metrics.jsonl", progress.step)
     return job.export(module, out), progress.step
 
 
@@ -56,7 +61,8 @@ def main(options: argparse.Namespace) -> None:
             raise InputError("--best: expected without --step: it chooses the step itself")
         step = best_step(options.run / "checkpoints")
     named = "best" if options.best else "newest" if step is None else str(step)
+    out = options.out or options.run / f"model-{named}{'-average' if options.average else ''}"
     with launch.world() as world:
-        folder, step = export_step(options.run, step, options.out or options.run / f"model-{named}", world)
+        folder, step = export_step(options.run, step, out, world, options.average)
         if world.is_first:
             print(f"step {step} of {options.run}: the model is in {folder}")

@@ -29,6 +29,7 @@ from ..errors import InputError
 from ..export import export
 from ..labelled.examples import Example, examples, hold_out
 from ..launch import World
+from ..layers import set_up
 from ..model_folder import find, finished, kind_of
 from ..recipe.finetune import Finetune
 from ..saved_model import load_vocabulary, quiet
@@ -209,6 +210,7 @@ class FinetuningJob:
         if is_new:
             self.beginning = f"from {self.recipe.source}: {model.load_report}"
         self.store_states(model, is_filled=is_new)
+        set_up(model, self.recipe.train, self.world.device)
         return Learner(model, self.num_options)
 
     def store_states(self, model: nn.Module, is_filled: bool) -> None:

@@ -12,14 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...models.flops import Sizes, step_flops
+from ...models.flops import view_flops
 from ...models.masked_lm import ConceptForMaskedLM, smoothing_floor
 from ...models.objectives import Distillation, Mixed, ReadBack, StateReader, View
 from ...models.pretraining import Cached, Pretraining, Totals, cache
 from ...models.recursion import draw_iterations
 from ...models.sharding import shard_view
-from .. import compat
-from ..backbone import KEPT, checkpoint_activations, identity
+from ..backbone import KEPT, identity
 from ..beginning import begin
 from ..card import About
 from ..data.cache import cache_folder
@@ -35,6 +34,7 @@ from ..data.teacher import Teacher
 from ..data.windows import Windows
 from ..export import export
 from ..launch import World
+from ..layers import set_up
 from ..recipe.schema import Recipe
 from .evaluation import evaluate, of_states
 from .job import Loss
@@ -169,11 +169,7 @@ class PretrainingJob:
         self.files["data.json"] = json.dumps(self.corpus.description, indent=1, allow_nan=False)
         if recipe.data.states_gb:
             self.take_states(bare, KEPT in self.files)
-        if recipe.train.checkpoint_backbone:
-            checkpoint_activations(bare)
-        bare.encoder.keep = recipe.train.keep
-        if recipe.train.recompute:
-            compat.recompute_layers(bare)
+        set_up(bare, recipe.train, self.world.device)
         distillation = None
         if self.distill:
             bare.config.distilled_from = self.teacher
@@ -202,7 +198,7 @@ class PretrainingJob:
     def flops(self, engine: Any, batches: Sequence[View]) -> int:
         """Of the objective, at the mean number of iterations: not of contrast, a teacher or regularisers."""
         config = engine.module.model.config
-        return sum(step_flops(config, Sizes.of(view)) for view in batches) if self.recipe.has_task else 0
+        return sum(view_flops(config, view) for view in batches) if self.recipe.has_task else 0
 
     def contents(self, step: int) -> dict[str, Any]:
         return {"windows": self.loader.windows(step)}

@@ -27,6 +27,7 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield from of_states(recipe)
     yield from of_stream(recipe)
     yield from of_profile(recipe)
+    yield from of_speed(recipe)
     yield from of_sequence_ranks(recipe)
     yield from of_best(recipe)
     yield from of_model(recipe)
@@ -150,6 +151,22 @@ def of_profile(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "profile.steps", f"expected {expected}, got [{first}, {last}]"
 
 
+def of_speed(recipe: Recipe | Finetune) -> Iterator[tuple[str, str]]:
+    train, offload, stage = recipe.train, recipe.zero.offload, recipe.zero.stage
+    if train.compile and train.keep in ("states", "ids"):
+        yield "train.keep", f"expected keys or nothing with train.compile, got {train.keep!r}"
+    if train.compile and train.tokens_per_concept is not None:
+        yield "train.compile", "expected false with train.tokens_per_concept: each number of concepts has its own graph"
+    if train.compile and train.sequence_ranks > 1:
+        yield "train.compile", "expected false with train.sequence_ranks > 1: ranks meet inside of layers"
+    if offload == "parameters" and stage != 3:
+        yield "zero.offload", f"expected optimizer with zero.stage = {stage}: only stage 3 lets go of parameters"
+    if offload is not None and recipe.optim.muon is not None:
+        yield "zero.offload", "expected nothing with optim.muon, which multiplies matrices in every update"
+    if train.on_spike in ("skip", "rewind") and recipe.optim.muon is not None:
+        yield "train.on_spike", f"expected ignore or warn with optim.muon, which cannot undo, got {train.on_spike!r}"
+
+
 def of_sequence_ranks(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """What is not divided over ranks that share a text."""
     ranks, model = recipe.train.sequence_ranks, recipe.model
@@ -181,6 +198,7 @@ def of_sequence_ranks(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def of_task(recipe: Finetune) -> Iterator[tuple[str, str]]:
     """Conflicts of a recipe that learns a task."""
     yield from of_best(recipe)
+    yield from of_speed(recipe)
     if recipe.train.sequence_ranks > 1:
         found = recipe.train.sequence_ranks
         yield "train.sequence_ranks", f"expected 1 where a task is learned, whose texts are not divided, got {found}"

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ...models.config import ConceptConfig
 from ...models.objectives import OBJECTIVES, Distill, Mixed, NoTask
 from ...models.pretraining import ContrastiveTerm
-from ...models.ranges import number, or_nothing, whole
+from ...models.ranges import below, number, or_nothing, whole
 from ...models.regularizers import Regularization
 from ..data.concepts import Drawn, Fixed
 from ..errors import InputError
@@ -38,8 +38,9 @@ from .reader import one_line
 # What may change between an interruption and its resumption: it moves no data and no weight, or only by rounding.
 FREE = (
     "run.name", "run.folder", "run.hang_minutes", "run.join_minutes", "resume", "eval.", "checkpoint.", "logging.",
-    "profile.", "zero.", "batch.micro_tokens", "data.cache", "data.processes", "data.states_gb", "data.on_unreadable",
-    "task.cache", "distill.max_gib", "train.keep", "train.recompute", "train.on_collapse", "train.sequence_ranks",
+    "profile.", "zero.", "ema.", "batch.micro_tokens", "data.cache", "data.processes", "data.states_gb",
+    "data.on_unreadable", "task.cache", "distill.max_gib", "train.keep", "train.recompute", "train.compile",
+    "train.on_collapse", "train.sequence_ranks",
     "train.on_spike", "train.spike_",  # a run that diverges may need these
 )  # fmt: skip
 
@@ -58,6 +59,13 @@ class Run(Section):
     join_minutes: kind(float, number(0.01, 24 * 60)) = 10.0  # how long a rank waits for the others at the start
 
 
+class Muon(Section):
+    """Of the matrices of layers; embeddings, heads, norms and biases keep AdamW, and `weight_decay` is for both."""
+
+    lr: Positive = 0.02  # the highest; it follows the schedule of `optim.lr`
+    momentum: Share = 0.95
+
+
 class Optim(Section):
     """AdamW; a linear warm-up, then down to `min_lr_ratio * lr` at the last step: by a cosine all the way, or ("wsd")
     in the last `decay` of the steps."""
@@ -66,7 +74,8 @@ class Optim(Section):
     betas: tuple[Share, Share] = (0.9, 0.98)
     eps: Positive = 1e-8
     weight_decay: NotNegative = 0.01
-    clip: PositiveOrZero = 1.0  # largest norm of the whole gradient; 0: no clipping
+    clip: PositiveOrZero = 1.0  # largest norm of the whole gradient, or of AdamW's beside Muon; 0: no clipping
+    muon: Muon | None = None  # a section, which may be empty, gives the matrices of layers to it
     warmup_steps: CountOrZero = 0
     schedule: Literal["cosine", "wsd"] = "cosine"
     decay: kind(float, number(0, 1)) = 0.2
@@ -101,6 +110,7 @@ class Train(Section):
     checkpoint_backbone: Switch = False  # what is trained of model.backbone keeps no activations: less memory
     keep: Literal["keys", "states", "ids"] | None = None  # of a token, for the backward pass: `ConceptEncoder.keep`
     recompute: Switch = False  # gradient checkpointing: layers are computed once more in the backward pass
+    compile: Switch = False  # torch.compile of layers and decoder in training: once, for every length
     sequence_ranks: Count = 1  # that share each text; a pass then has batch.micro_tokens for each of them
     max_bad_steps: Count = 5  # consecutive steps with a non-finite gradient after which the run stops
     on_collapse: Literal["warn", "stop"] = "warn"  # where an evaluation finds that concepts carry next to no content
@@ -111,6 +121,15 @@ class Train(Section):
 
 class Zero(Section):
     stage: kind(int, whole(1, 3)) = 1  # 0 is not offered: DeepSpeed would not skip a NaN gradient there
+    offload: Literal["optimizer", "parameters"] | None = None  # to the host's memory: moments, float32 weights and the
+    # update itself; "parameters": the weights, too, which are fetched layer by layer (stage 3)
+
+
+class Ema(Section):
+    """Averages of the weights, which are better than the last ones where the learning rate has not come down."""
+
+    decay: kind(float | None, or_nothing(below(1))) = None  # what the average keeps of itself a step, such as 0.999
+    use: Switch = True  # in evaluations and in the model folder; false: in checkpoints only, for `export --average`
 
 
 class Eval(Section):
@@ -157,6 +176,7 @@ class Training(Section):
     batch: Batch = Batch()
     train: Train
     zero: Zero = Zero()
+    ema: Ema = Ema()
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()

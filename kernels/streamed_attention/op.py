@@ -47,8 +47,9 @@ def streamed_attention(
         temperature: what turned keys are multiplied by.
         ids:         [T] int64, rows of the table; with ``token_norm`` [E] and ``token_eps``.
         scale:       of the scores, positive; 1/sqrt(D) if None.
-        chunk:       tokens whose keys exist at one time; None: 512 or 1024 on a CPU, where they stay in its caches; on
-                     a GPU 16,384, or four for every row of queries, B * C * H / Hkv, if those are more.
+        chunk:       tokens whose keys exist at one time; None: on a CPU 512, or a quarter of all tokens of narrow keys
+                     but 2,048 at most, which stay in its caches, for each of torch's threads (``kernels/threads.py``);
+                     on a GPU 16,384, or four for every row of queries, B * C * H / Hkv, if those are more.
         shared:      the one gradient of states that are read more than once. x, and with ids token_norm, are then its
                      ``tensors``; their gradient goes there and nowhere else. Not under torch.compile.
         backend:     "torch" is made of matrix products of torch; "triton" of its products and fused kernels (float32,
@@ -62,11 +63,13 @@ def streamed_attention(
         on a CPU; on a GPU only with CONCEPTRON_CHECK=1, because that synchronises.
 
     Dtypes: q's decides (autocast's inside autocast). All others may be wider or narrower, are rounded to it where they
-    are multiplied (on the torch backend to float32 at least), and get gradients in their own dtype; those of weights
-    and of the table are summed in float32 (float64 for float64), over chunks in the order of the tokens: the same bits
-    every time.
+    are multiplied (on the torch backend to float32 at least, but for the projections of bfloat16 on a CPU that has
+    units for it), and get gradients in their own dtype; those of weights and of the table are summed in float32
+    (float64 for float64), over chunks in the order of the tokens: the same bits every time, on a CPU on any number of
+    threads.
     Memory: backward keeps q, x (or the ids), out and lse. While it runs there are keys, values, their gradients and,
-    where it is no float32, x of one chunk; float32 gradients of the weights; and one gradient of the states.
+    where it is no float32, x of one chunk, on a CPU of one for each thread, which keeps these buffers for its next
+    chunk; float32 gradients of the weights; and one gradient of the states.
     Source: the exact merge is that of FlashAttention (Dao et al. 2022, arXiv:2205.14135); making keys and values again
     is gradient checkpointing (Chen et al. 2016, arXiv:1604.06174) by chunks of tokens.
     """

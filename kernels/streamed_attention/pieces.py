@@ -20,8 +20,9 @@ class Piece:
 
     seen: Tensor | None = None  # [P, 1, N], False where a column belongs to nobody
 
-    def __init__(self, first: int, last: int, start: int, stop: int):
+    def __init__(self, first: int, last: int, start: int, stop: int, is_first: bool = True):
         self.sequences, self.columns = slice(first, last), slice(start, stop)
+        self.is_first = is_first  # of the pieces of these sequences
 
     def take(self, x: Tensor) -> Tensor:
         """[Hkv, D, n] of the chunk -> [P, D, N]."""
@@ -44,7 +45,7 @@ class Padded(Piece):
     """Every sequence, padded to ``length``; on the device, without a wait."""
 
     def __init__(self, cu_seqlens: Tensor, start: int, stop: int, length: int, num_kv_heads: int):
-        super().__init__(0, cu_seqlens.shape[0] - 1, 0, stop - start)
+        super().__init__(0, cu_seqlens.shape[0] - 1, 0, stop - start, is_first=start == 0)
         bounds = (cu_seqlens.long() - start).clamp(0, stop - start)
         column = torch.arange(length, device=cu_seqlens.device)
         self.index = bounds[:-1, None] + column  # [B, N]
@@ -86,7 +87,7 @@ def _readable(bounds: Sequence[int], size: int) -> Iterator[Chunk]:
             num_parts = -(-(stop - start) // size)
             cuts = [start + (stop - start) * i // num_parts for i in range(num_parts + 1)]
             for left, right in pairwise(cuts):
-                yield left, right, [Piece(b, b + 1, 0, right - left)]
+                yield left, right, [Piece(b, b + 1, 0, right - left, is_first=left == start)]
         elif stop > start:
             held.append((b, start, stop))
     if held:

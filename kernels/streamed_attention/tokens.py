@@ -25,21 +25,32 @@ class Embedded(NamedTuple):
         inverse = (rows.square().mean(1, keepdim=True) + self.eps).rsqrt_()
         return rows.mul_(inverse), inverse
 
-    def add_gradient(self, part: slice, dx: Tensor, dtable: Tensor | None, dnorm: Tensor) -> None:
-        """Adds what that of the states, ``dx`` [n, E], is for the rows of the table, in the order of the tokens, and
-        for the norm."""
+    def gradient(self, part: slice, dx: Tensor) -> "Rows":
+        """What that of the states, ``dx`` [n, E], is for the rows of the table and for the norm."""
         z, inverse = self.rows(part)
         dx = dx.to(z.dtype)
-        dnorm += (dx * z).sum(0)
-        if dtable is None:
-            return
+        dnorm = (dx * z).sum(0)
         dz = dx * self.norm.to(z.dtype)
         dz.addcmul_(z, (dz * z).mean(1, keepdim=True), value=-1).mul_(inverse)
+        return dz, dnorm
+
+    def add(self, part: slice, of_rows: "Rows", dtable: Tensor | None, dnorm: Tensor) -> None:
+        """Adds it, in the order of the tokens."""
+        dz, dnorm_of = of_rows
+        dnorm += dnorm_of
+        if dtable is None:
+            return
         ids = self.ids[part]
         if dtable.is_cuda:  # sorts, where index_add_ would use atomics
             torch.ops.aten._index_put_impl_(dtable, [ids], dz.to(dtable.dtype), accumulate=True, unsafe=True)
         else:
             dtable.index_add_(0, ids, dz.to(dtable.dtype))  # in order
+
+    def add_gradient(self, part: slice, dx: Tensor, dtable: Tensor | None, dnorm: Tensor) -> None:
+        self.add(part, self.gradient(part, dx), dtable, dnorm)
+
+
+Rows = tuple[Tensor, Tensor]  # gradients of rows of the table [n, E] and of the norm [E]
 
 
 def embedded(a: Arguments) -> Embedded:

@@ -40,7 +40,7 @@ def test_saved_bytes_are_counted_once_and_given_to_their_part():
             return self.decoder(self.encoder(x))
 
     model, x = Model(), torch.randn(10, 4)
-    with saved_by_part(model) as saved:
+    with saved_by_part(model, num_tokens=10) as saved:
         model(x)
     assert saved["encoder"] == 10 * 4 * 4  # x, for the encoder's weight
     assert saved["decoder"] == 10 * 4 * 4  # its input; the weights themselves are parameters and do not count

@@ -5,6 +5,7 @@ from transformers import BertConfig, BertModel
 
 from conceptron.__main__ import perform
 from conceptron.bench import step
+from conceptron.bench.measure.overhead import Bare
 from conceptron.engine.data import tokenizer
 from conceptron.engine.errors import InputError
 from conceptron.engine.recipe.load import load_recipe
@@ -91,7 +92,7 @@ def test_the_vocabulary_is_the_recipes(monkeypatch, tmp_path, words, size):
     """Also that of a preset whose tokenizer is changed."""
     seen = []
 
-    def run(recipe, steps, warm_up, use_synthetic, vocabulary):
+    def run(recipe, steps, warm_up, use_synthetic, vocabulary, bare):
         seen.append(step.synthetic(recipe, vocabulary, 16).tokens.vocab_size)
         return {"vocabulary": seen[-1]}
 
@@ -116,6 +117,21 @@ def test_what_is_timed_is_the_trainers_update(monkeypatch):
     recipe = load_recipe("demo.yaml", [*TINY, "optim.lr=1e-2", "optim.warmup_steps=10", "train.steps=20"])
     step.run(recipe, 1, 1, use_synthetic=True)
     assert seen == [(0, pytest.approx(1e-3)), (1, pytest.approx(2e-3))]
+
+
+def test_a_bare_loop_beside_it_learns_the_same(monkeypatch):
+    """Two models from one seed, the same steps: without dropout their losses are equal."""
+    monkeypatch.setattr(step, "matmul_flops", lambda device, dtype: 1e12)
+    losses, update, bare_step = {"engine": [], "bare": []}, step.update, Bare.step
+    monkeypatch.setattr(step, "update", lambda *given, **named: losses["engine"].append(
+        (given[3], (result := update(*given, **named))[0]["loss"])) or result)  # fmt: skip
+    monkeypatch.setattr(Bare, "step", lambda *given: losses["bare"].append((given[2], bare_step(*given))) or 0)
+    given = [*TINY, "model.dropout=0", "optim.warmup_steps=0", "optim.schedule=wsd", "optim.lr=1e-3"]
+    row = step.run(load_recipe("demo.yaml", given), 1, 0, use_synthetic=True, num_bare=4)
+    assert [number for number, _ in losses["bare"]] == [1, 1, 2, 3, 4]  # once more, to warm up
+    engine, bare = dict(losses["engine"]), dict(losses["bare"])
+    assert bare[1] == pytest.approx(engine[0], rel=0.02) and bare[4] < bare[1]
+    assert row["engine_overhead"] == pytest.approx(row["step_alone_ms"] / row["bare_step_ms"] - 1)
 
 
 def test_padding_waste_by_hand():

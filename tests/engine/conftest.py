@@ -51,12 +51,15 @@ def world() -> Iterator[World]:
 def build(world) -> Callable[..., Any]:
     """A DeepSpeed engine around a small diffusion model, at the start of training or as a checkpoint holds it."""
 
-    def build(stage: int = 1, precision: str = "fp32", found: Any = None, **optim: Any) -> Any:
+    def build(
+        stage: int = 1, precision: str = "fp32", found: Any = None, offload: str | None = None, **optim: Any
+    ) -> Any:  # fmt: skip
         torch.manual_seed(0)
         model = ConceptForMaskedLM(ConceptConfig(**SHAPE, dropout=0.1))
         if found:
             checkpoint.load_weights(found, model)
-        sections = {"data": {}, "objective": {"name": "diffusion"}, "optim": optim, "zero": {"stage": stage}}
+        of_zero = {"stage": stage, "offload": offload}
+        sections = {"data": {}, "objective": {"name": "diffusion"}, "optim": optim, "zero": of_zero}
         recipe = Recipe.model_validate({**sections, "train": {"steps": 9, "precision": precision}})
         engine = zero.initialize(model.train(), build_optimizer(model, recipe.optim), recipe)
         if found:

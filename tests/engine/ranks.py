@@ -1,8 +1,10 @@
 """Runs `train` on several ranks, without a port: one process imports everything, then forks the ranks of each job.
 
-    python ranks.py JOBS.json    JOBS: [{"world": 2, "recipe": PATH, "overrides": [...], "fault": [KIND, RANK, STEP]}]
+    python ranks.py JOBS.json    JOBS: [{"world": 2, "recipe": PATH, "overrides": [...], "fault": [KIND, RANK, STEP],
+                                         "again": [RUN, COPY, STEP], "backend": NAME}]
 
-The exit codes of all ranks are printed as JSON, one line a job. `fault` makes one rank send itself a signal ("stop":
+The exit codes of all ranks are printed as JSON, one line a job. `again` copies a finished run's folder before the job
+begins, as it was after STEP; `backend` is that of torch.compile. `fault` makes one rank send itself a signal ("stop":
 SIGTERM, "freeze": SIGSTOP, "kill": SIGKILL), sleep without end ("sleep"), or meet weights that are not a number
 ("poison") or a thousand times too large ("spike"), once, at a step counted from 1. With a "port" ranks meet there, as
 launchers let them, and not in a file; "errors" is a file for what they say; "memory_mb" is how much more they may have.
@@ -12,6 +14,7 @@ import importlib
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -24,7 +27,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from conceptron.engine import trainer, watch
+from conceptron.engine import compiled, trainer, watch
 from conceptron.engine.data.loader import Loader
 from conceptron.engine.errors import InputError
 from conceptron.engine.telemetry import Telemetry
@@ -58,6 +61,14 @@ def scale(at_step: int, factor: float) -> None:
     Loader.step = step
 
 
+def again(run: str, to: str, step: int) -> None:
+    shutil.copytree(run, to)
+    shutil.rmtree(f"{to}/model")
+    for checkpoint in os.listdir(f"{to}/checkpoints"):
+        if checkpoint > f"step-{step:08d}":
+            shutil.rmtree(f"{to}/checkpoints/{checkpoint}")
+
+
 SIGNALS = {"stop": signal.SIGTERM, "freeze": signal.SIGSTOP, "kill": signal.SIGKILL}
 FACTORS = {"poison": float("nan"), "spike": 1000.0}
 
@@ -88,6 +99,7 @@ def rank_of(job: dict, rank: int, store: str) -> None:
         else:
             place = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os.environ.update({name: str(value) for name, value in place.items()})
+        compiled.BACKEND = job.get("backend", compiled.BACKEND)
         kind, where, when = job.get("fault", ("", -1, 0))
         watch.NO_STORE_S = 3.0
         if rank == where:
@@ -112,6 +124,8 @@ def main(path: str) -> None:
     with open(path) as file:
         jobs = json.load(file)
     for job in jobs:
+        if "again" in job:
+            again(*job["again"])
         with tempfile.TemporaryDirectory() as folder:
             children = []
             for rank in range(job["world"]):

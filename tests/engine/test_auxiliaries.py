@@ -17,6 +17,7 @@ CONTRAST = "contrastive={weight: 0.2, start: 0.3, learnable_temperature: true, p
 TERMS = "regularization={terms: [vicreg, t_regs], weighting: learnable, warmup_steps: 4, weight: 0.05}"
 TIMED = "{name: prefix_diffusion, direction: mixed, weight: 1}"
 MIXED = f"objective={{name: mixed, parts: [{{name: diffusion, weight: 2}}, {TIMED}]}}"
+OF_THE_MACHINE = ("elapsed_s", "tokens_per_s", "seconds", "tflops", "mfu", "memory", "gpu")
 SHORT = ["train.steps=8", "eval.every=0", "checkpoint.every=0"]
 EVERYTHING = [
     CONTRAST, TERMS, MIXED, "train.stages=[{until: 3, window: 16}]", "train.precision=bf16", "batch.micro_tokens=128",
@@ -31,7 +32,7 @@ def lines(folder: Path, kind: str = "train") -> list[dict]:
 
 def history(folder: Path) -> list[dict]:
     """Everything but the times, to the last bit."""
-    return [{k: v for k, v in e.items() if k not in ("elapsed_s", "tokens_per_s")} for e in lines(folder)]
+    return [{k: v for k, v in entry.items() if k not in OF_THE_MACHINE} for entry in lines(folder)]
 
 
 def stop_after(step: int, monkeypatch) -> None:

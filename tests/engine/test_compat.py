@@ -170,3 +170,14 @@ def test_a_launcher_that_dies_is_noticed():
     assert compat.is_gone(here._replace(parent=here.parent + 1))
     assert compat.is_gone(here._replace(pid=here.pid + 1))
     assert compat._parent(os.getpid()) == os.getppid()
+
+
+def test_canary_muon_is_compiled_as_it_is_imported(build):
+    """Once here, in a process of its own elsewhere: a module is imported once."""
+    from deepspeed.runtime import compiler
+
+    build()
+    from deepspeed.runtime.zero.muon import original_muon
+
+    assert "@compiler.compile()" in inspect.getsource(original_muon) and compiler.compile() is torch.compile
+    assert not hasattr(original_muon.muon_update, "_torchdynamo_orig_callable")

@@ -1,6 +1,8 @@
 """Every recipe that is shipped runs with size=tiny from beginning to end, and its loss falls."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,24 @@ def test_it_runs_and_learns(path, text, save_teacher, tmp_path):
     first, *_, a, b, c = (entry.get("task", entry["loss"]) for entry in steps)
     assert len(steps) == STEPS and (a + b + c) / 3 < FALLS_TO.get(path.stem, 0.8) * first
     assert (folder / "model" / "model.safetensors").exists() and folder.name == f"{path.stem}-tiny"
+
+
+def arms() -> list[list[str]]:
+    """The commands that the head of mixture.yaml gives for other shares, as overrides."""
+    head = "".join(re.findall(r"^# ?(.*\n)", (RECIPES / "pretrain" / "mixture.yaml").read_text(), re.MULTILINE))
+    commands = head.replace("\\\n", " ").split("conceptron train recipes/pretrain/mixture.yaml")[1:]
+    return [[word for word in shlex.split(command.partition("\n\n")[0]) if "=" in word] for command in commands]
+
+
+@pytest.mark.parametrize("name, parts", [("mixture-100", {}), ("mixture-20", {"tsdae": 1, "prefix_diffusion": 4})])
+def test_the_arms_of_the_mixture_run(name, parts, text, tmp_path):
+    (overrides,) = [given for given in arms() if f"run.name={name}" in given]
+    data = [f"data.source={text}", f"data.tokenizer={text}/tokenizer", f"data.cache={text}/cache"]
+    folder = train(
+        RECIPES / "pretrain" / "mixture.yaml",
+        [*FEW, *data, *overrides, f"run.folder={tmp_path}", "train.steps=10", "eval.every=0"],
+    )
+    assert folder.name == name
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    taken = [entry.get("objective") for entry in steps if entry["kind"] == "train"]
+    assert {part: taken.count(part) for part in parts} == {part: 2 * weight for part, weight in parts.items()}

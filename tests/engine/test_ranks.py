@@ -27,6 +27,7 @@ TERMS = "regularization={terms: [orthogonality, t_regs], gradient_ratio: null, w
 PARTS = "objective={name: mixed, parts: [{name: tsdae}, {name: mlm}]}"  # deletion pairs share the first one's encoder
 ADDED = [*COMMON, CONTRAST, TERMS, PARTS]
 ALONE = [*COMMON, CONTRAST, "objective={name: none}", "data.window=24"]
+MUON = [*COMMON, "optim.muon={lr: 0.02}", "ema.decay=0.9"]
 EVERY = ["checkpoint.every=1", "checkpoint.keep_last=9"]
 WATCHED = ["train.on_spike=skip", "train.spike_window=8", "train.spike_deviations=200"]
 STOPPED = [*COMMON, "model.dropout=0.1", "zero.stage=2", "train.precision=bf16"]
@@ -48,6 +49,9 @@ def ran(recipe_in, tmp_path_factory):
         "added": dict(world=2, overrides=[*ADDED, "zero.stage=3"]),
         "alone one": dict(world=1, overrides=ALONE),
         "alone": dict(world=2, overrides=[*ALONE, "zero.stage=2"]),
+        "muon one": dict(world=1, overrides=MUON),
+        "muon": dict(world=2, overrides=[*MUON, "zero.stage=2"]),
+        "muon 3": dict(world=2, overrides=[*MUON, "zero.stage=3"]),
         "whole": dict(world=2, overrides=STOPPED),
         "stopped": dict(world=2, overrides=STOPPED, fault=["stop", 1, 3]),
         "resumed": dict(world=2, overrides=[*STOPPED, "resume=auto", "run.name=stopped"]),
@@ -96,6 +100,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
         ("sparse", "sparse one"),
         ("added", "added one"),
         ("alone", "alone one"),
+        ("muon", "muon one"),
+        ("muon 3", "muon one"),
     ],
 )
 def test_two_ranks_are_one(ran, name, alone):

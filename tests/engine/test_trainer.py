@@ -66,7 +66,7 @@ def interrupt_after(step: int, monkeypatch) -> None:
 
 def test_a_run_leaves_what_it_promises(straight):
     assert {path.name for path in straight.iterdir()} == {
-        "recipe.yaml", "environment.json", "metrics.jsonl", "tb", "checkpoints", "model", ".lock",
+        "recipe.yaml", "environment.json", "data.json", "metrics.jsonl", "tb", "checkpoints", "model", ".lock",
     }  # fmt: skip
     assert [path.name for path in checkpoint.list_checkpoints(straight / "checkpoints")] == [
         "step-00000012",

@@ -139,6 +139,20 @@ def test_chunks_change_rounding_only_and_bits_stay(backend, device):
         torch.testing.assert_close(runs[1][name], whole, rtol=4e-3, atol=4e-3 * float(whole.abs().max()))
 
 
+@pytest.mark.parametrize("parts", [("bias", "norm", "turn"), ("norm", "ids")], ids=["states", "ids"])
+def test_the_same_bits_on_any_number_of_threads(parts):
+    """Also where the number comes from the first call of a thread."""
+    case = [3000, 0, 17, 17, 900], 24, 4, 2, 16, 32, False, None, parts
+    drawn, rest, dout = draw(*case, torch.float32, "cpu")
+    cu_seqlens, before, runs = boundaries(case[0], "cpu"), torch.get_num_threads(), []
+    for num_threads in (1, 2, 3, 2):
+        torch.set_num_threads(num_threads)
+        runs.append(results(through("torch", cu_seqlens, 3000, None), drawn, rest, dout, torch.float32))
+    torch.set_num_threads(before)
+    for name, value in runs[0].items():
+        assert all(torch.equal(value, run[name]) for run in runs[1:]), name
+
+
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_any_strides(backend, device):
     case = CASES["ids"]

@@ -12,13 +12,14 @@ from conceptron.models.config import ConceptConfig
 from conceptron.models.encoder import ConceptEncoder
 from conceptron.models.masked_lm import ConceptForMaskedLM
 from conceptron.models.packing import pack
-from conceptron.models.token_source import what_is_kept
+from conceptron.models.token_source import FEW, what_is_kept
 
 SMALL = dict(
     vocab_size=60, hidden_size=32, num_concepts=6, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
     num_decoder_layers=1, mask_token_id=3,
 )  # fmt: skip
 LENGTHS = (13, 0, 5, 5, 40, 1)
+MANY = FEW + 1
 PLAIN = {
     "default": {},
     "grouped heads": dict(num_key_value_heads=2, block_norm="sandwich"),
@@ -122,12 +123,12 @@ def test_bytes_of_a_token():
 
 
 def test_defaults():
-    assert encoder().kept_of_tokens() == "states"
+    assert encoder().kept_of_tokens(MANY) == "states" and encoder().kept_of_tokens(FEW) == "keys"
     for options in ({"tie_layers": True}, {"share_kv": 3}, {"layer_kind": "slot"}, {"layer_kind": "bixt"}):
-        assert encoder(**options).kept_of_tokens() == "keys"
+        assert encoder(**options).kept_of_tokens(MANY) == "keys"
     model = encoder()
     model.layers[1].read.value = nn.Sequential(model.layers[1].read.value)  # an adapter
-    assert model.kept_of_tokens() == "keys"
+    assert model.kept_of_tokens(MANY) == "keys"
 
 
 def test_what_cannot_be_kept_is_refused():
@@ -188,9 +189,9 @@ def test_compiled_it_is_the_plain_form(monkeypatch):
     """Of which test_combinations.py compiles every kind; what is asked for by name is done."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     model = encoder()
-    assert model.kept_of_tokens() == "keys"
+    assert model.kept_of_tokens(MANY) == "keys"
     model.keep = "ids"
-    assert model.kept_of_tokens() == "ids"
+    assert model.kept_of_tokens(MANY) == "ids"
 
 
 @pytest.mark.parametrize(("options", "keep"), [
@@ -220,12 +221,12 @@ def test_what_wrapped_layers_cannot_keep_is_refused(keep):
     ):
         model = encoder()
         wrap(model.layers[1].read)
-        assert model.kept_of_tokens() == "keys"
+        assert model.kept_of_tokens(MANY) == "keys"
         model.keep = keep
         with pytest.raises(ValueError, match=f"keep: expected keys or None, got '{keep}': projections of keys"):
             model(packed=batch(4))
     with pytest.raises(ValueError, match=f"keep: expected keys or None for a text over several devices, got '{keep}'"):
-        what_is_kept(model.config, keep, True, True, True)
+        what_is_kept(model.config, keep, True, True, True, MANY)
 
 
 @pytest.mark.parametrize("keep", ["states", "ids"])

@@ -147,6 +147,30 @@ def test_the_trainer_evaluates_and_takes_back_the_best(kind, tmp_path):
     assert "stranger" not in trainer._remove_unused_columns(data, "training").column_names
 
 
+@pytest.mark.parametrize("options", [
+    dict(num_token_layers=1, token_window=4), dict(layer_kind="bixt", num_hidden_layers=2),
+], ids=["token layers", "bixt"])  # fmt: skip
+def test_the_trainer_recomputes_layers(options, tmp_path):
+    """With its own switch: every layer runs once more a step, and the losses and weights are the same."""
+    pytest.importorskip("accelerate")
+    data = Dataset.from_dict({"input_ids": ids(ConceptForMaskedLM).repeat(4, 1).tolist(), "labels": [[1] * 7] * 8})
+    found = {}
+    for is_recomputed in (False, True):
+        built, calls = model(**options).train(), []
+        for layer in (*built.encoder.layers, *built.encoder.token_layers):
+            layer.feed_norm.register_forward_hook(lambda *given, calls=calls: calls.append(1))
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / str(is_recomputed)), max_steps=2, per_device_train_batch_size=4, use_cpu=True,
+            gradient_checkpointing=is_recomputed, report_to=[], disable_tqdm=True, save_strategy="no", seed=1,
+        )  # fmt: skip
+        trainer = Trainer(built, arguments, train_dataset=data)
+        trainer.train()
+        found[is_recomputed] = len(calls), {name: p.detach().clone() for name, p in built.named_parameters()}
+    assert found[True][0] == 2 * found[False][0] > 0
+    for name, parameter in found[False][1].items():
+        torch.testing.assert_close(found[True][1][name], parameter)
+
+
 def test_pipelines(words, tmp_path):
     options = {"tokenizer": words, "device": "cpu"}
     (states,) = pipeline("feature-extraction", model(ConceptEncoder), **options)("the train")

@@ -194,7 +194,7 @@ def test_answers_of_yes_no_and_nothing(folder):
     assert extract.answer_in("Is the door red?", "The door is red.", 3) == "Yes"
     assert extract.answer_in("Is the door red?", "The door isn't red.", 3) == "No"
     assert extract.answer_in("Is it not red?", "The door is not red.", 3) == "Yes"
-    assert extract.answer_in("Which colour is it?", "It is not red.", 1) == "red"
+    assert extract.answer_in("Which colour is it?", "It is not red.", 1) == "red."
     task, (reader, _) = load_task("scrolls/qasper"), open_reader(str(folder / "model"), None, str(folder / "cache"))
     given = examples(task, "validation", folder, 2)
     found = extract.spans(task, given, reader, reader)
@@ -284,7 +284,7 @@ def test_fine_tuning_that_was_killed_gives_the_same_scores(folder):
     recipe = folder / "killed.yaml"
     recipe.write_text(
         "source: x\ntask: {name: x}\nmodel: {dropout: 0.1}\nbatch: {tokens: 400, micro_tokens: 400}\n"
-        "train: {steps: 6, precision: fp32}\neval: {every: 0}\ncheckpoint: {every: 3, keep: 2}\n"
+        "train: {steps: 6, precision: fp32}\neval: {every: 0}\ncheckpoint: {every: 3, keep_last: 2}\n"
     )
     settings = ("report=validation", f"finetune={recipe}", "rates=1e-2", "seeds=3")
     whole, out = run(folder, "scrolls/contract_nli", *settings, out="whole", no_floors=True)

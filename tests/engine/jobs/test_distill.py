@@ -19,6 +19,8 @@ from conceptron.engine.errors import InputError
 from conceptron.engine.trainer import train
 from conceptron.models.objectives.distill import stretch_bounds
 
+from ..test_auxiliaries import OF_THE_MACHINE
+
 
 @pytest.fixture(scope="session")
 def wide(save_teacher, tmp_path_factory) -> Path:
@@ -131,7 +133,7 @@ def test_beside_a_task_a_contrast_and_regularisers_and_resumed_exactly(recipe, n
             "regularization={terms: [t_regs]}", "eval.every=0", "batch.micro_tokens=128"]  # fmt: skip
 
     def figures(run: Path) -> list[dict]:
-        return [{k: v for k, v in e.items() if k not in ("elapsed_s", "tokens_per_s")} for e in lines(run, "train")]
+        return [{k: v for k, v in e.items() if k not in OF_THE_MACHINE} for e in lines(run, "train")]
 
     straight = train(recipe, [*more, "run.name=straight"])
     for entry in figures(straight):

@@ -77,23 +77,26 @@ def attempt(path, field: str, objective: str, value: str) -> str:
 
 # what a field may hold, of what looks wrong elsewhere
 FINE = {
-    "1e-320": """optim.weight_decay optim.min_lr_ratio optim.decay train.label_smoothing model.dropout model.anchor_bias
+    "1e-320": """optim.weight_decay optim.min_lr_ratio optim.decay optim.muon.momentum ema.decay
+        train.label_smoothing model.dropout model.anchor_bias
         model.condition_dropout model.label_offset contrastive.start distill.whole distill.similarity distill.stretch
         distill.contrast
         objective.random@mlm objective.unchanged@mlm objective.kept_weight@tsdae""",  # acts as 0, which is allowed
-    "18446744073709551616": """data.source.0.weight optim.lr optim.eps optim.weight_decay optim.clip
+    "18446744073709551616": """data.source.0.weight optim.lr optim.muon.lr optim.eps optim.weight_decay optim.clip
         model.initializer_range model.norm_eps model.rope_theta model.anchor_bias model.anchor_sharpness model.row_scale
         model.label_offset model.label_scale contrastive.temperature contrastive.weight contrastive.temperature_floor
         distill.weight distill.whole distill.similarity distill.stretch distill.contrast distill.temperature
         distill.max_gib regularization.weight regularization.gradient_ratio objective.parts.0.weight
         objective.words@read_back""",  # any number below 1e30
     "-1": "model.label_offset",
-    "true": """train.checkpoint_backbone train.recompute model.normalize_tokens model.tie_layers model.nested_concepts
+    "true": """train.checkpoint_backbone train.recompute train.compile ema.use
+        model.normalize_tokens model.tie_layers model.nested_concepts
         model.asked_reading
         model.tie_word_embeddings contrastive.across_ranks contrastive.learnable_temperature regularization.dynamic
         checkpoint.async batch.by_length data.dedup""",
     "[]": "train.stages",
-    "{}": "run model data contrastive regularization optim batch zero eval checkpoint logging profile",
+    "{}": """run model data contrastive regularization optim optim.muon batch zero ema eval checkpoint logging
+        profile""",
     '""': "run.name",  # the file's
 }
 TEXTS = """run.name run.folder data.source data.source.0.path data.source.0.text_column data.source.0.split

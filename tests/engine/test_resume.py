@@ -1,0 +1,85 @@
+"""Resuming is exact at any stage and number of ranks, in any precision, compiled or not, however it was saved."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SAVING = {"beside": ["checkpoint.async=true"], "at once": ["checkpoint.async=false"]}  # way -> overrides
+# (stage, ranks, precision, compiled, way of saving). Two ranks have Muon. One, not compiled: test_trainer.py
+ROWS = [
+    (1, 2, "bf16", False, "at once"),
+    (2, 2, "fp32", False, "beside"),
+    (3, 2, "bf16", False, "beside"),
+    (2, 1, "bf16", True, "beside"),
+]
+COMMON = ["train.steps=6", "eval.every=0", "checkpoint.every=3", "ema.decay=0.9"]
+
+
+def name_of(row: tuple) -> str:
+    stage, ranks, precision, is_compiled, way = row
+    return f"stage-{stage}-{ranks}-{precision}-{'compiled' if is_compiled else 'eager'}-{way.replace(' ', '-')}"
+
+
+def run_all(
+    recipe: Path, rows: list[tuple], folder: Path, backend: str = "eager"
+) -> dict[tuple, list[list[int]]]:  # fmt: skip
+    """Trains each row from beginning to end, and again from the middle, in a process of its own a rank; exit codes.
+
+    ``backend``: of torch.compile; graphs are the same without inductor's kernels, which take minutes to build.
+    """
+    jobs = []
+    for row in rows:
+        stage, ranks, precision, is_compiled, way = row
+        given = [*COMMON, *SAVING[way], f"zero.stage={stage}", f"train.precision={precision}"]
+        given += [f"train.compile={str(is_compiled).lower()}", f"optim.muon={'{}' if ranks == 2 else 'null'}"]
+        whole, resumed = name_of(row), f"{name_of(row)}-resumed"
+        common = dict(world=ranks, recipe=str(recipe), backend=backend)
+        jobs.append(dict(**common, overrides=[*given, f"run.name={whole}"]))
+        jobs.append(dict(
+            **common, overrides=[*given, f"run.name={resumed}", "resume=auto"],
+            again=[str(folder / "runs" / whole), str(folder / "runs" / resumed), 3],
+        ))  # fmt: skip
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("ranks.py"), folder / "jobs.json"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    codes = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert len(codes) == len(jobs), done.stderr[-4000:]
+    return {row: codes[2 * i : 2 * i + 2] for i, row in enumerate(rows)}
+
+
+def history(folder: Path) -> list[tuple]:
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(e["step"], e["loss"].hex(), float(e["grad_norm"]).hex()) for e in entries if e["kind"] == "train"]
+
+
+def difference(row: tuple, folder: Path) -> str:
+    """Where the resumed run is not the whole one; "" if it is, to the last bit."""
+    whole, resumed = (folder / "runs" / f"{name_of(row)}{end}" for end in ("", "-resumed"))
+    for ours, theirs in zip(history(whole), history(resumed), strict=True):
+        if ours != theirs:
+            return f"{ours} {theirs}"
+    first, second = (load_file(each / "model" / "model.safetensors") for each in (whole, resumed))
+    return ", ".join(name for name, tensor in first.items() if not torch.equal(tensor, second[name]))
+
+
+@pytest.fixture(scope="module")
+def ran(recipe_in, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    return run_all(recipe_in(folder), ROWS, folder), folder
+
+
+@pytest.mark.xdist_group("resume")
+@pytest.mark.parametrize("row", ROWS, ids=name_of)
+def test_a_resumed_run_is_the_whole_one(ran, row):
+    codes, folder = ran
+    assert codes[row] == [[0] * row[1]] * 2
+    assert difference(row, folder) == ""
