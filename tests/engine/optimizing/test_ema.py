@@ -7,13 +7,13 @@ import torch
 from safetensors.torch import load_file
 
 from conceptron.engine import compat
-from conceptron.engine.checkpoint import Progress
-from conceptron.engine.ema import KEY, Average
+from conceptron.engine.checkpoints.checkpoint import Progress
+from conceptron.engine.checkpoints.writer import save
 from conceptron.engine.jobs.export import export_step
+from conceptron.engine.optimizing.ema import KEY, Average
 from conceptron.engine.recipe.schema import Ema
 from conceptron.engine.telemetry import Telemetry
 from conceptron.engine.trainer import train
-from conceptron.engine.writer import save
 
 
 def weights(engine) -> list[torch.Tensor]:
