@@ -15,6 +15,8 @@ from conceptron.engine.recipe.schema import Ema
 from conceptron.engine.telemetry import Telemetry
 from conceptron.engine.trainer import train
 
+from ..test_auxiliaries import OF_THE_MACHINE
+
 
 def weights(engine) -> list[torch.Tensor]:
     return [compat.whole(parameter) for parameter in engine.module.parameters()]
@@ -73,8 +75,7 @@ AVERAGED = ["train.steps=6", "eval.every=3", "checkpoint.every=2", "ema.decay=0.
 
 def figures(folder, kind="eval"):
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    clocks = ("elapsed_s", "tokens_per_s")
-    return [{k: v for k, v in e.items() if k not in clocks} for e in entries if e["kind"] == kind]
+    return [{k: v for k, v in e.items() if k not in OF_THE_MACHINE} for e in entries if e["kind"] == kind]
 
 
 def test_a_resumed_run_averages_and_exports_as_the_straight_one(recipe, world, monkeypatch, tmp_path):
