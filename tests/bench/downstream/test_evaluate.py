@@ -88,7 +88,7 @@ def run(
     folder, task, *settings, out="out", model="model", limit=None, no_floors=False, data=True, protocol=None,
     costs=False,
 ):  # fmt: skip
-    """The rows of the table by their names, and the folder of the results."""
+    """The rows that these tasks have in the table, by their names, and the folder of the results."""
     places = [f"cache={folder}/cache", *([f"data={folder}"] if data else [])]
     options = argparse.Namespace(
         task=task, model=str(folder / model), settings=[*places, *settings], limit=limit, no_floors=no_floors,
@@ -96,7 +96,23 @@ def run(
     )  # fmt: skip
     assert evaluate.main(options) == 0
     rows = json.loads((folder / out / "downstream.json").read_text())["rows"]
-    return {row["row"]: row for row in rows}, folder / out
+    return {row["row"]: row for row in rows if row["task"] in expand(task)}, folder / out
+
+
+def test_one_table_of_several_evaluations(folder, tmp_path, monkeypatch):
+    def table(*tasks, model="model"):
+        for task in tasks:
+            monkeypatch.setattr("sys.argv", ["conceptron", "evaluate", "--task", task])
+            run(folder, task, out=tmp_path, limit=4, no_floors=True, model=model)
+        content = json.loads((tmp_path / "downstream.json").read_text())
+        return [row["task"] for row in content["rows"] if row["row"] == "concepts"], content["environment"]
+
+    tasks, environment = table("scrolls/quality", "scrolls/qasper")
+    assert tasks == ["scrolls/quality", "scrolls/qasper"]
+    assert environment["earlier commands"] == ["conceptron evaluate --task scrolls/quality"]
+    tasks, _ = table("scrolls/quality")
+    assert tasks == ["scrolls/qasper", "scrolls/quality"]
+    assert table("scrolls/quality", model="writer")[0] == ["scrolls/quality"]  # other weights: a table of their own
 
 
 def test_labels_on_frozen_vectors(folder):
