@@ -44,7 +44,8 @@ def test_a_step_tells_speed_parts_loading_and_padding(monkeypatch):
 
 
 @pytest.mark.parametrize("more", [
-    ["contrastive={}", "regularization={terms: [t_regs]}"], ["objective={name: none}", "contrastive={}"],
+    ["contrastive={}", "regularization={terms: [t_regs]}"],
+    ["objective={name: none}", "contrastive={}", "checkpoint.keep_best=null"],
     ["model.tie_layers=true", "model.iteration_sampling=random"],
     ["objective={name: mixed, parts: [{name: mlm}, {name: tsdae}]}"],
 ])  # fmt: skip
