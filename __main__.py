@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what goes wrong is an error of ours, too
     from .engine.errors import InputError, LaunchError
-    from .engine.place import is_first
+    from .engine.launching.place import is_first
 
     try:
         return perform(argv)

@@ -21,7 +21,8 @@ TASKS = ["tasks", *(f"tasks.{family}" for family in (
 FOLDERS = [  # tests/test_house.py holds this list against the tree
     "commands", "kernels", *(f"kernels.{operator}" for operator in OPERATORS),
     "models", "models.generation", "models.objectives", "models.start", "models.tasks",
-    "engine", "engine.data", "engine.embedding", "engine.jobs", "engine.labelled", "engine.recipe",
+    "engine", "engine.checkpoints", "engine.data", "engine.embedding", "engine.failures", "engine.jobs",
+    "engine.labelled", "engine.launching", "engine.optimizing", "engine.recipe",
     "recipes", "recipes.ablation", "recipes.finetune", "recipes.pretrain",
     "bench", "bench.analysis", "bench.analysis.geometry", "bench.documents", "bench.figures", "bench.kernels",
     "bench.measure",

@@ -28,20 +28,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..engine import launch, zero
+from ..engine import zero
 from ..engine.data import tokenizer
 from ..engine.data.corpus import Corpus
 from ..engine.data.stages import Stages
 from ..engine.data.windows import Part, Windows, cut
 from ..engine.errors import InputError
 from ..engine.jobs.pretraining import PretrainingJob, counted
+from ..engine.launching import launch
 from ..engine.meter import Stopwatch, matmul_flops, synchronize
 from ..engine.nvml import monitor_of
-from ..engine.optimizer import build_optimizer
+from ..engine.optimizing.optimizer import build_optimizer
+from ..engine.optimizing.schedule import learning_rate
 from ..engine.precision import settled
 from ..engine.recipe.load import load_recipe
 from ..engine.recipe.schema import Recipe
-from ..engine.schedule import learning_rate
 from ..engine.update import update
 from ..models.flops import view_flops
 from ..models.objectives.view import View

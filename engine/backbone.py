@@ -23,7 +23,7 @@ from .data.corpus import Corpus
 from .data.loader import EVALUATION_SEED
 from .data.tokenizer import load as load_tokenizer
 from .errors import InputError
-from .launch import World
+from .launching.launch import World
 from .model_folder import find, has_tokenizer, in_one_line, inspect
 from .recipe.schema import Recipe
 from .saved_model import quiet

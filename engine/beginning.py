@@ -6,7 +6,7 @@ from ..models.masked_lm import ConceptForMaskedLM
 from .backbone import KEPT, fill, open_backbone, with_layers
 from .data.corpus import Corpus
 from .initialize import initialize
-from .launch import World
+from .launching.launch import World
 from .recipe.schema import Recipe
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from . import launch
 from .beginning import begin
 from .card import About
 from .data.corpus import open_corpus
 from .data.teacher import read_pooling
 from .errors import InputError
 from .export import export
+from .launching import launch
 from .model_folder import find
 from .recipe.load import load_recipe
 from .recipe.schema import Recipe

@@ -20,10 +20,10 @@ from packaging.requirements import Requirement
 
 from .data.cache import cache_folder
 from .errors import InputError
-from .place import is_first
+from .launching.place import is_first
 
 if TYPE_CHECKING:
-    from .launch import World
+    from .launching.launch import World
 
 GB = 10**9
 ENOUGH_BYTES = 5 * GB  # of checkpoints and cache, before a run is likely to end for want of room
@@ -104,7 +104,8 @@ def together(runs: Path) -> tuple[Finding, Finding]:
 
     if not dist.is_available():
         return Finding(FAULT, "torch was built without torch.distributed", "install another build of torch"), unknown
-    from . import compat, launch
+    from . import compat
+    from .launching import launch
 
     wanted = "nccl" if compat.uses_cuda() else "gloo"
     if wanted == "nccl" and not dist.is_nccl_available():

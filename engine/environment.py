@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from .launch import World
+from .launching.launch import World
 
 PACKAGES = ("torch", "triton", "deepspeed", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "NCCL_DEBUG", "CONCEPTRON_BACKEND", "TRITON_INTERPRET")

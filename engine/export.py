@@ -17,7 +17,7 @@ from . import compat
 from .card import INSTALL, About, card
 from .data.tokenizer import for_use
 from .errors import InputError
-from .launch import World
+from .launching.launch import World
 
 
 def export(world: World, model: nn.Module, tokenizer: Any, folder: Path, about: About) -> Path:

@@ -14,7 +14,7 @@ from ..models.masked_lm import ConceptForMaskedLM
 from ..models.start.warm_start import WarmStart, warm_start_tied
 from ..models.tasks.model import LoadReport
 from .errors import InputError
-from .launch import World
+from .launching.launch import World
 from .model_folder import find, has_tokenizer, in_one_line, inspect
 from .recipe.schema import Init
 from .saved_model import quiet

@@ -9,7 +9,7 @@ import torch
 
 from . import compat
 from .errors import InputError
-from .launch import World
+from .launching.launch import World
 from .recipe.reader import read_yaml
 from .recipe.schema import Training
 

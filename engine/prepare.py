@@ -2,8 +2,8 @@
 
 import argparse
 
-from . import launch
 from .jobs.pretraining import PretrainingJob, counted
+from .launching import launch
 from .recipe.load import load_recipe
 
 

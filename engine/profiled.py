@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from .launch import World
+from .launching.launch import World
 
 ROWS = 40  # of the table
 

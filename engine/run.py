@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint
+from .checkpoints import checkpoint
 from .environment import environment
 from .errors import InputError
 from .files import write_json
-from .launch import World
+from .launching.launch import World
 from .recipe.load import save_recipe
 from .recipe.schema import Training
 from .record import record, trajectory

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from .errors import InputError
 from .files import as_json, in_words, is_lost
-from .launch import World
+from .launching.launch import World
 from .recipe.schema import Training
 from .weights_and_biases import open_project
 

@@ -12,32 +12,34 @@ from typing import Any
 import torch
 
 from ..kernels.environment import check_environment
-from . import checkpoint, compat, launch, zero
-from .ema import Average
+from . import compat, zero
+from .checkpoints import checkpoint
+from .checkpoints.retention import Retention
+from .checkpoints.writer import Writer
 from .errors import InputError
+from .failures.out_of_memory import OutOfMemory
+from .failures.rewind import rewind
+from .failures.spikes import Spikes
+from .failures.watch import Watch
 from .jobs.finetuning import FinetuningJob
 from .jobs.job import Job
 from .jobs.pretraining import PretrainingJob, counted
-from .launch import StopRequest, World
+from .launching import launch
+from .launching.launch import StopRequest, World
 from .meter import Meter, peak_memory_bytes
-from .optimizer import build_optimizer
-from .out_of_memory import OutOfMemory
+from .optimizing.ema import Average
+from .optimizing.optimizer import build_optimizer
+from .optimizing.schedule import learning_rate
 from .precision import settled
 from .profiled import Profiled
 from .recipe.finetune import Finetune
 from .recipe.load import load_any
 from .recipe.schema import Training
 from .record import trajectory
-from .retention import Retention
-from .rewind import rewind
 from .run import RunFolder
-from .schedule import learning_rate
-from .spikes import Spikes
 from .telemetry import Clock, Telemetry, duration
 from .update import update
-from .watch import Watch
 from .weights_and_biases import check_project
-from .writer import Writer
 
 MAX_FAILED_SAVES = 3  # in a row, after which the run stops
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)

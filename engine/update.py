@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from ..models.parts import part_of
-from . import compat, muon
+from . import compat
+from .failures.spikes import Spikes
 from .jobs.job import Job
-from .launch import World
-from .spikes import Spikes
+from .launching.launch import World
+from .optimizing import muon
 
 
 def update(

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from conceptron.engine import launch
 from conceptron.engine.card import About
 from conceptron.engine.data import tokenizer as tokenizers
 from conceptron.engine.export import export
+from conceptron.engine.launching import launch
 from conceptron.models.config import ConceptConfig
 from conceptron.models.masked_lm import ConceptForMaskedLM
 

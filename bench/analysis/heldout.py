@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...engine.data.loader import Loader
 from ...engine.data.windows import Windows, unigram_entropy
 from ...engine.jobs.evaluation import evaluate
-from ...engine.launch import World
+from ...engine.launching.launch import World
 from ...models.generation.canvas import fill
 from ...models.generation.sampling import Sampling
 from ...models.masked_lm import ConceptForMaskedLM

@@ -13,7 +13,7 @@ import torch
 
 from ...engine import environment as of_run
 from ...engine.environment import first_line, last_line
-from ...engine.launch import World
+from ...engine.launching.launch import World
 
 COMMAND = "conceptron"  # however Python was told to run it
 

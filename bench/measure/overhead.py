@@ -10,7 +10,7 @@ from torch import nn
 
 from ...engine.jobs.job import Job
 from ...engine.meter import synchronize
-from ...engine.optimizer import build_optimizer
+from ...engine.optimizing.optimizer import build_optimizer
 from ...engine.recipe.schema import Training
 
 

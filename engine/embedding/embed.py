@@ -24,7 +24,7 @@ from .. import compat
 from ..data.cache import UNUSABLE, fingerprint, locked
 from ..errors import InputError
 from ..files import write_json
-from ..place import MOST, number
+from ..launching.place import MOST, number
 from .documents import Document, Survey, files_of, report_faults, survey, surveyed, windows
 from .model import ConceptModel
 

@@ -7,7 +7,7 @@ import torch
 from ...models import geometry
 from ...models.objectives import Mixed
 from ..data.loader import Loader
-from ..launch import World
+from ..launching.launch import World
 
 MAX_TEXTS = 64  # over all ranks, whose concepts are looked at
 

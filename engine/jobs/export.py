@@ -4,11 +4,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .. import checkpoint, ema, launch
+from ..checkpoints import checkpoint
+from ..checkpoints.retention import best_step
 from ..errors import InputError
-from ..launch import World
+from ..launching import launch
+from ..launching.launch import World
+from ..optimizing import ema
 from ..recipe.load import load_recipe
-from ..retention import best_step
 from ..telemetry import read_history
 from .pretraining import PretrainingJob
 

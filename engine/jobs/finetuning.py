@@ -28,7 +28,7 @@ from ..data.windows import Part, Windows
 from ..errors import InputError
 from ..export import export
 from ..labelled.examples import Example, examples, hold_out
-from ..launch import World
+from ..launching.launch import World
 from ..layers import set_up
 from ..model_folder import find, finished, kind_of
 from ..recipe.finetune import Finetune

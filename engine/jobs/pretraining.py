@@ -33,7 +33,7 @@ from ..data.stream import Streamed, seed_of
 from ..data.teacher import Teacher
 from ..data.windows import Windows
 from ..export import export
-from ..launch import World
+from ..launching.launch import World
 from ..layers import set_up
 from ..recipe.schema import Recipe
 from .evaluation import evaluate, of_states

@@ -14,9 +14,9 @@ from ...models.objectives import OBJECTIVES, Distill, Mixed, NoTask
 from ...models.pretraining import ContrastiveTerm
 from ...models.ranges import below, number, or_nothing, whole
 from ...models.regularizers import Regularization
+from ..checkpoints.retention import METRICS
 from ..data.concepts import Drawn, Fixed
 from ..errors import InputError
-from ..retention import METRICS
 from . import kinds
 from .data import DataRecipe, Window
 from .kinds import (

@@ -142,7 +142,7 @@ def test_report_agrees_with_the_engine(run):
     from conceptron.engine.data.corpus import open_corpus
     from conceptron.engine.data.loader import Loader
     from conceptron.engine.jobs.evaluation import evaluate
-    from conceptron.engine.launch import World
+    from conceptron.engine.launching.launch import World
 
     recipe = load_recipe(run / "recipe.yaml")
     corpus = open_corpus(recipe.data)

@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from ranks import SHARED, after_step
 
-from conceptron.engine import checkpoint, trainer
+from conceptron.engine import trainer
+from conceptron.engine.checkpoints import checkpoint
 
 FIRST = ("kill", "stop", "torn", "full")  # each at least once
 THEN = ("kill", "torn", "full", "torn", "kill", "torn", "stop", "full")

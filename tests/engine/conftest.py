@@ -12,10 +12,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-from conceptron.engine import checkpoint, launch, zero
+from conceptron.engine import zero
+from conceptron.engine.checkpoints import checkpoint
 from conceptron.engine.data import tokenizer
-from conceptron.engine.launch import World
-from conceptron.engine.optimizer import build_optimizer
+from conceptron.engine.launching import launch
+from conceptron.engine.launching.launch import World
+from conceptron.engine.optimizing.optimizer import build_optimizer
 from conceptron.engine.recipe.schema import Recipe
 from conceptron.models.config import ConceptConfig
 from conceptron.models.masked_lm import ConceptForMaskedLM

@@ -27,9 +27,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from conceptron.engine import compiled, trainer, watch
+from conceptron.engine import compiled, trainer
 from conceptron.engine.data.loader import Loader
 from conceptron.engine.errors import InputError
+from conceptron.engine.failures import watch
 from conceptron.engine.telemetry import Telemetry
 
 # imported before the ranks are forked, and so once; a run needs them all

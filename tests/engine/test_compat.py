@@ -78,7 +78,7 @@ def test_canary_groups_outlive_the_process_group():
     """torch's own destroy leaves DeepSpeed with a dead group."""
     from deepspeed.utils import groups
 
-    from conceptron.engine import launch
+    from conceptron.engine.launching import launch
 
     assert groups._WORLD_GROUP is None
     with launch.world():

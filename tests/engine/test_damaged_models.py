@@ -11,12 +11,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from conceptron.__main__ import main
-from conceptron.engine import backbone, launch
+from conceptron.engine import backbone
 from conceptron.engine.data import tokenizer
 from conceptron.engine.data.corpus import open_corpus
 from conceptron.engine.data.teacher import Teacher
 from conceptron.engine.errors import InputError
 from conceptron.engine.initialize import initialize
+from conceptron.engine.launching import launch
 from conceptron.engine.model_folder import find
 from conceptron.engine.recipe.load import load_recipe
 from conceptron.engine.recipe.schema import Init

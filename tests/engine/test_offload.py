@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from conceptron.engine import zero
-from conceptron.engine.checkpoint import Progress
+from conceptron.engine.checkpoints.checkpoint import Progress
+from conceptron.engine.checkpoints.writer import save
 from conceptron.engine.recipe.schema import Recipe
 from conceptron.engine.trainer import train
-from conceptron.engine.writer import save
 
 
 def config(**zero_section) -> dict:

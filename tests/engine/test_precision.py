@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from conceptron.engine import launch, precision
+from conceptron.engine import precision
+from conceptron.engine.launching import launch
 from conceptron.engine.recipe.schema import Recipe
 from conceptron.engine.trainer import train
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conceptron.engine import checkpoint
+from conceptron.engine.checkpoints import checkpoint
 from conceptron.engine.data.corpus import open_corpus
 from conceptron.engine.data.loader import Loader
 from conceptron.engine.recipe.load import load_recipe

@@ -10,7 +10,7 @@ import yaml
 
 from conceptron import __version__
 from conceptron.bench.analyze import analyze
-from conceptron.engine import checkpoint
+from conceptron.engine.checkpoints import checkpoint
 from conceptron.engine.errors import InputError
 from conceptron.engine.recipe.load import load_recipe, save_recipe
 from conceptron.engine.record import HERE, record, trajectory

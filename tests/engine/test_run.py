@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conceptron.engine.errors import InputError
-from conceptron.engine.launch import World
+from conceptron.engine.launching.launch import World
 from conceptron.engine.recipe.load import load_recipe
 from conceptron.engine.run import RunFolder
 

@@ -12,9 +12,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from conceptron.engine import launch
 from conceptron.engine.errors import InputError
-from conceptron.engine.launch import World
+from conceptron.engine.launching import launch
+from conceptron.engine.launching.launch import World
 from conceptron.engine.recipe.load import load_any, load_recipe
 from conceptron.engine.telemetry import numbers
 from conceptron.engine.trainer import train

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conceptron.engine.errors import InputError
-from conceptron.engine.launch import World
+from conceptron.engine.launching.launch import World
 from conceptron.engine.recipe.schema import Recipe
 from conceptron.engine.telemetry import UNCOUNTED_STEPS, Clock, Telemetry, duration, forget_after, numbers
 from conceptron.engine.trainer import train

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from conceptron.engine import checkpoint
+from conceptron.engine.checkpoints import checkpoint
 from conceptron.engine.data.loader import Loader
 from conceptron.engine.errors import InputError
 from conceptron.engine.telemetry import Telemetry

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from conceptron.__main__ import perform
-from conceptron.engine import checkpoint
+from conceptron.engine.checkpoints import checkpoint
 from conceptron.engine.errors import InputError
 from conceptron.engine.trainer import train
 from conceptron.models.masked_lm import ConceptForMaskedLM

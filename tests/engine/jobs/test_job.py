@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from conceptron.engine.jobs.job import Loss
-from conceptron.engine.launch import StopRequest
+from conceptron.engine.launching.launch import StopRequest
 from conceptron.engine.recipe.load import load_recipe
 from conceptron.engine.run import RunFolder
 from conceptron.engine.telemetry import Telemetry

@@ -2,7 +2,7 @@
 
 import math
 
-from .recipe.schema import Optim
+from ..recipe.schema import Optim
 
 
 def learning_rate(step: int, optim: Optim, total_steps: int) -> float:

@@ -3,8 +3,8 @@
 import gc
 from typing import Any
 
-from . import checkpoint
-from .errors import InputError
+from ..checkpoints import checkpoint
+from ..errors import InputError
 
 MAX_REWINDS = 3  # to the same checkpoint
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import LaunchError
-from .launch import World
-from .meter import peak_memory_bytes
-from .recipe.schema import Training
+from ..errors import LaunchError
+from ..launching.launch import World
+from ..meter import peak_memory_bytes
+from ..recipe.schema import Training
 
 REST = "activations and the rest"
 ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+) (bytes|[KMGT]iB)")

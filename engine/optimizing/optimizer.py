@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from ..models.queries import ConceptQueries
+from ...models.queries import ConceptQueries
+from ..recipe.schema import Optim
 from .muon import build_muon
-from .recipe.schema import Optim
 
 NO_DECAY = (nn.Embedding, ConceptQueries)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .launch import World
+from ..launching.launch import World
 
 POLL_S = 1.0
 GRACE_S = 5.0  # for answers
@@ -27,7 +27,7 @@ NO_STORE_S = 10.0  # more, after which the store itself does not answer
 FAILED = 1  # the exit code
 CALL = "call"
 COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
-PACKAGE = str(Path(__file__).parents[1]) + os.sep
+PACKAGE = str(Path(__file__).parents[2]) + os.sep
 
 
 class Watch:

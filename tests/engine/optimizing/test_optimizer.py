@@ -2,7 +2,7 @@
 
 import torch
 
-from conceptron.engine.optimizer import build_optimizer, parameter_groups
+from conceptron.engine.optimizing.optimizer import build_optimizer, parameter_groups
 from conceptron.engine.recipe.schema import Optim
 from conceptron.models.config import ConceptConfig
 from conceptron.models.masked_lm import ConceptForMaskedLM

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from . import compat
-from .recipe.schema import Ema
+from .. import compat
+from ..recipe.schema import Ema
 
 KEY = "average"  # of a flat partition, in the optimizer's state, where checkpoints find it
 

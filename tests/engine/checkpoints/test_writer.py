@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conceptron.engine import checkpoint, writer
-from conceptron.engine.checkpoint import Progress
+from conceptron.engine.checkpoints import checkpoint, writer
+from conceptron.engine.checkpoints.checkpoint import Progress
+from conceptron.engine.checkpoints.retention import Retention, best_step
+from conceptron.engine.checkpoints.writer import Writer, save
 from conceptron.engine.errors import InputError
-from conceptron.engine.retention import Retention, best_step
-from conceptron.engine.writer import Writer, save
 
 STATE = "state-00000-of-00001.safetensors"
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conceptron.engine import checkpoint
-from conceptron.engine.checkpoint import Progress
+from conceptron.engine.checkpoints import checkpoint
+from conceptron.engine.checkpoints.checkpoint import Progress
+from conceptron.engine.checkpoints.writer import save
 from conceptron.engine.errors import InputError
-from conceptron.engine.launch import World
-from conceptron.engine.writer import save
+from conceptron.engine.launching.launch import World
 from conceptron.models.config import ConceptConfig
 from conceptron.models.masked_lm import ConceptForMaskedLM
 

@@ -2,9 +2,9 @@
 
 import torch
 
-from conceptron.engine import out_of_memory
-from conceptron.engine.launch import World
-from conceptron.engine.out_of_memory import REST, advice, asked, is_meant, num_bytes, with_rest
+from conceptron.engine.failures import out_of_memory
+from conceptron.engine.failures.out_of_memory import REST, advice, asked, is_meant, num_bytes, with_rest
+from conceptron.engine.launching.launch import World
 from conceptron.engine.recipe.schema import Recipe
 
 ALONE, PAIR = (World(0, 0, size, torch.device("cpu")) for size in (1, 2))

@@ -7,13 +7,15 @@ import torch
 from safetensors.torch import load_file
 
 from conceptron.engine import compat
-from conceptron.engine.checkpoint import Progress
-from conceptron.engine.ema import KEY, Average
+from conceptron.engine.checkpoints.checkpoint import Progress
+from conceptron.engine.checkpoints.writer import save
 from conceptron.engine.jobs.export import export_step
+from conceptron.engine.optimizing.ema import KEY, Average
 from conceptron.engine.recipe.schema import Ema
 from conceptron.engine.telemetry import Telemetry
 from conceptron.engine.trainer import train
-from conceptron.engine.writer import save
+
+from ..test_auxiliaries import OF_THE_MACHINE
 
 
 def weights(engine) -> list[torch.Tensor]:
@@ -73,8 +75,7 @@ AVERAGED = ["train.steps=6", "eval.every=3", "checkpoint.every=2", "ema.decay=0.
 
 def figures(folder, kind="eval"):
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    clocks = ("elapsed_s", "tokens_per_s")
-    return [{k: v for k, v in e.items() if k not in clocks} for e in entries if e["kind"] == kind]
+    return [{k: v for k, v in e.items() if k not in OF_THE_MACHINE} for e in entries if e["kind"] == kind]
 
 
 def test_a_resumed_run_averages_and_exports_as_the_straight_one(recipe, world, monkeypatch, tmp_path):

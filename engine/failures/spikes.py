@@ -20,7 +20,7 @@ import math
 from statistics import fmean, pstdev
 from typing import Any
 
-from .recipe.schema import Train
+from ..recipe.schema import Train
 
 STRETCH = 4  # outliers in a row
 LEAST_DEVIATION = 0.01  # of the mean: what is steadier than this is not looked at more closely

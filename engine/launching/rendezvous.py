@@ -15,7 +15,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from .errors import InputError, LaunchError
+from ..errors import InputError, LaunchError
 from .place import Place
 
 NOTICE_S = 20.0  # of silence, before a line says what is waited for

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .errors import InputError
-from .files import write_json
+from ..errors import InputError
+from ..files import write_json
 
 LOWER = ("loss", "nll_unseen", "nll_seen", "contrastive", "state_error")  # figures of an evaluation; less is better
 HIGHER = ("retrieval", "alignment", "alignment_of_stretches", "accuracy", "pearson")

@@ -7,9 +7,9 @@ from contextlib import closing, contextmanager
 
 import pytest
 
-from conceptron.engine import rendezvous
 from conceptron.engine.errors import InputError, LaunchError
-from conceptron.engine.place import Place
+from conceptron.engine.launching import rendezvous
+from conceptron.engine.launching.place import Place
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from . import compat
-from .errors import InputError, LaunchError
+from .. import compat
+from ..errors import InputError, LaunchError
 from .place import VARIABLES, Place, find_place
 from .rendezvous import first_line, meet
 

@@ -5,12 +5,14 @@ import json
 import pytest
 import torch
 
-from conceptron.engine import checkpoint, compat, muon
-from conceptron.engine.checkpoint import Progress
-from conceptron.engine.optimizer import build_optimizer, parameter_groups
+from conceptron.engine import compat
+from conceptron.engine.checkpoints import checkpoint
+from conceptron.engine.checkpoints.checkpoint import Progress
+from conceptron.engine.checkpoints.writer import save
+from conceptron.engine.optimizing import muon
+from conceptron.engine.optimizing.optimizer import build_optimizer, parameter_groups
 from conceptron.engine.recipe.schema import Optim
 from conceptron.engine.trainer import train
-from conceptron.engine.writer import save
 from conceptron.models.config import ConceptConfig
 from conceptron.models.masked_lm import ConceptForMaskedLM
 

@@ -6,7 +6,7 @@ import pytest
 
 from conceptron.__main__ import main
 from conceptron.engine.errors import LaunchError
-from conceptron.engine.place import VARIABLES, find_place, first_host, is_first
+from conceptron.engine.launching.place import VARIABLES, find_place, first_host, is_first
 
 TORCH = dict(RANK="1", WORLD_SIZE="4", LOCAL_RANK="1", MASTER_ADDR="gpu3", MASTER_PORT="29500")
 SLURM = dict(

@@ -16,9 +16,9 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..launching.launch import World
 from . import checkpoint
 from .checkpoint import Progress
-from .launch import World
 from .retention import Retention
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conceptron.engine import checkpoint
+from conceptron.engine.checkpoints import checkpoint
 from conceptron.engine.data.loader import Loader
 from conceptron.engine.errors import InputError
+from conceptron.engine.failures.spikes import STRETCH, Spikes
 from conceptron.engine.recipe.schema import Train
-from conceptron.engine.spikes import STRETCH, Spikes
 from conceptron.engine.telemetry import Telemetry
 from conceptron.engine.trainer import train
 

@@ -32,10 +32,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import compat
-from .ema import KEY as AVERAGE
-from .errors import InputError
-from .launch import World
+from .. import compat
+from ..errors import InputError
+from ..launching.launch import World
+from ..optimizing.ema import KEY as AVERAGE
 from .retention import MANIFEST, step_of
 
 FORMAT = 2

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from conceptron.engine import watch
+from conceptron.engine.failures import watch
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -48,7 +48,7 @@ def ran(recipe_in, tmp_path_factory):
         job |= dict(world=job.get("world", 2), recipe=recipe, overrides=overrides, errors=f"{folder}/{run}.txt")
     (folder / "jobs.json").write_text(json.dumps(list(jobs.values())))
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("ranks.py"), folder / "jobs.json"],
+        [sys.executable, Path(__file__).parents[1] / "ranks.py", folder / "jobs.json"],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     codes = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]

@@ -2,8 +2,8 @@ import math
 
 import pytest
 
+from conceptron.engine.optimizing.schedule import learning_rate
 from conceptron.engine.recipe.schema import Optim
-from conceptron.engine.schedule import learning_rate
 
 COSINE = Optim(lr=2.0, warmup_steps=4, min_lr_ratio=0.1)
 WSD = Optim(lr=2.0, warmup_steps=4, min_lr_ratio=0.1, schedule="wsd", decay=0.25)

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.decoder import ConceptDecoder
-from ..models.encoder import ConceptEncoder
-from . import compat
-from .launch import World
-from .recipe.schema import Optim
+from ...models.decoder import ConceptDecoder
+from ...models.encoder import ConceptEncoder
+from .. import compat
+from ..launching.launch import World
+from ..recipe.schema import Optim
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:

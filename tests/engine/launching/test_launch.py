@@ -14,8 +14,10 @@ import torch
 import torch.distributed as dist
 
 from conceptron.__main__ import main
-from conceptron.engine import checkpoint, compat, launch, place
+from conceptron.engine import compat
+from conceptron.engine.checkpoints import checkpoint
 from conceptron.engine.errors import LaunchError
+from conceptron.engine.launching import launch, place
 from conceptron.engine.trainer import train
 
 BIN = Path(sys.executable).parent
