@@ -12,6 +12,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 from conceptron.bench import evaluate
+from conceptron.bench.downstream import figures
 from conceptron.bench.downstream.answers import extract, labels, write
 from conceptron.bench.downstream.intervals import interval
 from conceptron.bench.downstream.readers import Ablated, open_reader
@@ -121,6 +122,7 @@ def test_labels_on_frozen_vectors(folder):
                          "concepts shuffled", "LED-base, 16K (quoted)"}  # fmt: skip
     mine = rows["concepts"]
     assert mine["low"] <= mine["score"] <= mine["high"] and mine["spread over seeds"] >= 0
+    assert mine["beside it"].startswith("reported on validation; ")
     difference = mine["score"] - rows["majority"]["score"]
     assert f"{difference:+.2f} (" in mine["beside it"] and "over majority" in mine["beside it"]
     assert mine["tokens seen"] == mine["tokens given"] > 0 and mine["documents"] == 10
@@ -136,6 +138,9 @@ def test_labels_on_frozen_vectors(folder):
 def test_similarity_and_values(folder):
     rows, out = run(folder, "similarity/stsb,glue/stsb", out="pairs")
     assert {"concepts, centred", "concepts, whitened", "majority"} <= set(rows)
+    every = json.loads((out / "downstream.json").read_text())["rows"]
+    assert rows["all-MiniLM-L6-v2 (quoted)"]["metric"] == "spearmanr"  # which has no place on a line of Pearson's
+    assert figures.metrics_of(every) == {"similarity/stsb": "pearson", "glue/stsb": "pearson"}
     assert rows["concepts zeroed"]["task"] == "glue/stsb"
     of_task = json.loads((out / "similarity/stsb/metrics.json").read_text())["rows"]
     zeroed = next(row for row in of_task if row["row"] == "concepts zeroed")
