@@ -147,11 +147,12 @@ def test_similarity_and_values(folder):
     assert zeroed["score"] is None and "all answers alike" in zeroed["beside it"]
 
 
-def test_retrieval_out_of_a_zip(folder):
+def test_retrieval_out_of_a_zip(folder, caplog):
     rows, _ = run(folder, "retrieval/qmsum", out="retrieval")
     assert rows["concepts"]["metric"] == "ndcg@10" and rows["concepts"]["documents"] == 10
     assert rows["concepts"]["examples"] == 120  # of two splits
     assert {"BM25", "concepts, one vector"} <= set(rows)
+    assert not [record for record in caplog.records if record.name == "bm25s"]
 
 
 def test_choice_spans_and_summaries(folder):
