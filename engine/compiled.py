@@ -34,7 +34,8 @@ def compile_layers(model: nn.Module, backend: Any = None) -> list[nn.Module]:
 
     Layers of one kind share their code. In every tensor they are given, the first size counts texts, tokens or rows and
     is left open; the others are fixed. So there is one graph for all batches of two texts and more, and another for
-    those of one, since torch.compile tells sizes of 0 and 1 from all others. Batches without any text are not compiled.
+    those of one, since torch.compile tells sizes of 0 and 1 from all others; likewise where all rows of a decoder with
+    local mixing are one window. Batches without any text are not compiled.
     """
     shapes.use_duck_shape = False  # else as many texts as heads in the first batch would be a rule for all
     parts = list(compilable(model))

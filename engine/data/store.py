@@ -103,7 +103,7 @@ class Writer:
         for name, file in self._files.items():
             file.truncate(entries[name] * sizes[name])
         self._progress = opened((folder / PROGRESS).open("w"))
-        self._progress.write(json.dumps(self.done) + "\n")
+        self._progress.write(json.dumps(self.done, allow_nan=False) + "\n")
         self._marked = time.monotonic()
 
     def _marks(self) -> list[dict[str, int]]:
@@ -130,7 +130,7 @@ class Writer:
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
-        self._progress.write(json.dumps(self.done) + "\n")
+        self._progress.write(json.dumps(self.done, allow_nan=False) + "\n")
         self._progress.flush()
         self._marked = time.monotonic()
 

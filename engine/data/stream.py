@@ -211,7 +211,7 @@ class Streamed:
             )
         if number == len(self._steps):
             self._steps.append(loader.steps_without_repeat)
-            write_whole(self._steps_file, json.dumps(self._steps))
+            write_whole(self._steps_file, json.dumps(self._steps, allow_nan=False))
         self._loaders = {**dict(list(self._loaders.items())[-AHEAD:]), number: loader}
         if self.reads_ahead:
             self.blocks.forget(number - AHEAD - 1)

@@ -92,7 +92,7 @@ class Watch:
                 if store.check([CALL]):
                     self._called.set()
             store.set(CALL, "")
-            store.set(str(self.world.rank), json.dumps(self._state()))
+            store.set(str(self.world.rank), json.dumps(self._state(), allow_nan=False))
             until = time.monotonic() + GRACE_S
             while len(present) < self.world.size and time.monotonic() < until:
                 for rank in set(range(self.world.size)) - present.keys():

@@ -53,6 +53,9 @@ class Lines:
     def num_tokens(self, step):
         return 8
 
+    def flops(self, engine, batches):
+        return None
+
     def contents(self, step):
         return {"points": [step]}
 

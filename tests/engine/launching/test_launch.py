@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -40,6 +41,13 @@ def start(command: list, folder: Path) -> subprocess.Popen:
         )  # fmt: skip
 
 
+def on_a_free_port() -> list:
+    """Options of `deepspeed`, whose own port another test may have."""
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("", 0))
+        return ["--master_port", probe.getsockname()[1]]
+
+
 def wait_for(process: subprocess.Popen, folder: Path, number: int) -> None:
     """Until the run has recorded that many steps."""
     deadline = time.monotonic() + 180
@@ -70,7 +78,8 @@ def test_killed_in_the_middle_and_resumed(recipe, tmp_path):
 def test_the_deepspeed_launcher_and_torchrun(recipe, tmp_path):
     """Two ranks under `deepspeed`, whose death stops and saves them; one under `torchrun` goes on, as if ever alone."""
     arguments = ["train", recipe, *LONG, "model.dropout=0", "zero.stage=2"]
-    process = start([BIN / "deepspeed", "--num_gpus", 2, "--module", "conceptron", *arguments], tmp_path)
+    launcher = [BIN / "deepspeed", "--num_gpus", 2, *on_a_free_port(), "--module", "conceptron"]
+    process = start([*launcher, *arguments], tmp_path)
     wait_for(process, tmp_path, 4)
     process.terminate()  # only this one: the inner launcher and the ranks hear nothing
     process.wait()
@@ -92,10 +101,12 @@ def test_the_deepspeed_launcher_and_torchrun(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("launcher, signum, what", [
-    ([BIN / "torchrun", "--standalone", "--nproc_per_node", 2, "-m", "conceptron"], signal.SIGSTOP, "is stopped"),
-    ([BIN / "deepspeed", "--num_gpus", 2, "--module", "conceptron"], signal.SIGKILL, "has died"),
+    (["torchrun", "--standalone", "--nproc_per_node", 2, "-m", "conceptron"], signal.SIGSTOP, "is stopped"),
+    (["deepspeed", "--num_gpus", 2, "--module", "conceptron"], signal.SIGKILL, "has died"),
 ])  # fmt: skip
 def test_a_rank_that_is_gone_is_named_and_leaves_nobody_behind(recipe, tmp_path, launcher, signum, what):
+    name, *options = launcher
+    launcher = [BIN / name, *(on_a_free_port() if name == "deepspeed" else ()), *options]
     process = start([*launcher, "train", recipe, *LONG, "train.steps=9000", "run.hang_minutes=0.05"], tmp_path)
     wait_for(process, tmp_path, 4)
     (victim,) = [pid for pid in running(recipe) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
