@@ -5,11 +5,13 @@
     OUT/downstream.png .svg, places.png .svg                    the same drawn; synthetic tasks against length
     OUT/costs.json .csv .md                             with --costs: time and memory of a document
     OUT/report.md .html                                         all of it as one page
+
+What an earlier evaluation of the same weights left in OUT of other tasks stays in the tables.
 """
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from .downstream.grid import tuned
 from .downstream.protocol import Outcome, Settings, run
 from .downstream.readers import BAG, UNTRAINED, open_reader
 from .measure.environment import environment
-from .measure.results import markdown_table, write_json, write_results
+from .measure.results import markdown_table, read_results, write_json, write_results
 
 COLUMNS = ("task", "row", "metric", "score", "low", "high", "spread over seeds", "learning rate", "examples",
            "documents", "tokens seen", "tokens given", "beside it")  # fmt: skip
@@ -60,8 +62,11 @@ def main(options: argparse.Namespace) -> int:
     how = (whole_number(given, "piece", 0) or None, given.get("cache"), whole_number(given, "concepts", 0) or None)
     reader, floors = open_reader(options.model, *how)
     floors = without(given, floors)
-    stamp = environment() | {"model": options.model, "piece": how[0], "limit": options.limit}
-    out, rows, places, costs = Path(options.out), [], [], []
+    stamp = environment() | {"model": options.model, "piece": how[0], "limit": options.limit,
+                             "weights": reader.fingerprint}  # fmt: skip
+    out = Path(options.out)
+    rows, places, costs = (earlier(out, name, names, stamp) for name in ("downstream", "places", "costs"))
+    stamp["earlier commands"] = commands_before(out, stamp)
     outcomes: list[Outcome] = []
     of_seeds = options.protocol == "seeds"
     reports = [seeds.report_of(task) if of_seeds and not settings.report else settings.report for task in tasks]
@@ -92,6 +97,22 @@ def main(options: argparse.Namespace) -> int:
     page.write(out)
     print(f"written to {out}")
     return 0
+
+
+def earlier(out: Path, name: str, tasks: Sequence[str], stamp: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows in ``out`` of other tasks than these, if the same weights were evaluated."""
+    path = out / f"{name}.json"
+    rows, before = read_results(path) if path.is_file() else ([], {})
+    return [row for row in rows if before.get("weights") == stamp["weights"] and row["task"] not in tasks]
+
+
+def commands_before(out: Path, stamp: Mapping[str, Any]) -> list[str] | None:
+    path = out / "downstream.json"
+    before = read_results(path)[1] if path.is_file() else {}
+    if before.get("weights") != stamp["weights"]:
+        return None
+    commands = [*(before.get("earlier commands") or []), before["command"]]
+    return [each for each in dict.fromkeys(commands) if each != stamp["command"]]
 
 
 def by_seeds(given: dict[str, str]) -> dict[str, str]:

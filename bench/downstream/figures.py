@@ -29,13 +29,14 @@ def draw(folder: Path) -> None:
 
 def plot_scores(path: Path, rows: Sequence[dict[str, Any]], note: str) -> None:
     """One line a task: the model with its interval, and what it is held against."""
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    labels = [f"{task}  ({next(r['metric'] for r in rows if r['task'] == task)})" for task in tasks]
+    metrics = metrics_of(rows)
+    tasks = list(metrics)
+    labels = [f"{task}  ({metric})" for task, metric in metrics.items()]
     note = f"{note}; bars: 95 % of the bootstrap; quoted: published, on other data"
     with canvas(path, "Downstream scores, in percent", note, size=(9.6, 1.9 + 0.36 * len(tasks))) as (axes,):
         for row in rows:
             y, score = tasks.index(row["task"]), row.get("score")
-            if score is None:
+            if score is None or row["metric"] != metrics[row["task"]]:  # a quoted one may be of another metric
                 continue
             if row["row"] in MODELS:
                 low, high = row.get("low") or score, row.get("high") or score
@@ -51,6 +52,14 @@ def plot_scores(path: Path, rows: Sequence[dict[str, Any]], note: str) -> None:
         axes.grid(True, axis="x")
         found = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         axes.figure.legend(found.values(), found, loc="outside lower center", ncols=5, fontsize=9)
+
+
+def metrics_of(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Task -> the metric of its line, which is that of the model's row."""
+    found: dict[str, str] = {}
+    for row in rows:
+        found.setdefault(row["task"], row["metric"])
+    return found
 
 
 def plot_places(path: Path, places: Sequence[dict[str, Any]]) -> None:

@@ -89,9 +89,9 @@ def run(
         "tokens seen": seen, "tokens given": total, "seconds": round(time.perf_counter() - started, 1),
         "spread over seeds": asked.spread(reader, fitted, seeds),
     })  # fmt: skip
-    if settings.train and asked.train:
-        words = f"learned from {' and '.join(settings.train)}"
-        outcome.rows[0]["beside it"] = "; ".join(each for each in (words, outcome.rows[0]["beside it"]) if each)
+    beside = [f"reported on {' and '.join(settings.report)}"] if settings.report else []
+    beside += [f"learned from {' and '.join(settings.train)}"] if settings.train and asked.train else []
+    outcome.rows[0]["beside it"] = "; ".join(each for each in (*beside, outcome.rows[0]["beside it"]) if each)
     for name, other in asked.variants(reader, fitted).items():
         outcome.rows.append(add(f"{MODEL}, {name}", score(task, other, asked.references), other))
     if settings.with_floors:

@@ -43,6 +43,7 @@ class Read(NamedTuple):
 
 class Reader(Protocol):
     name: str
+    fingerprint: str  # of the weights
 
     def whole(self, texts: Sequence[str]) -> np.ndarray:
         """[n, e] float32: one vector a text."""
@@ -143,9 +144,10 @@ class ConceptReader:
             self.encoder = ConceptEncoder(self.config).to(device).eval()
         if kind != CONCEPTS:
             self.config = ConceptConfig.from_dict({**self.config.to_dict(), "task": None})  # the head is not theirs
-        key = fingerprint([fingerprint_of(folder), kind, piece])
+        self.fingerprint = fingerprint_of(folder)
+        key = fingerprint([self.fingerprint, kind, piece])
         self.stored = Stored(cache_folder(cache) / f"downstream-{key}")
-        key = fingerprint([fingerprint_of(folder), kind, piece, *([concepts] if concepts else [])])
+        key = fingerprint([self.fingerprint, kind, piece, *([concepts] if concepts else [])])
         self.pooled = Stored(cache_folder(cache) / f"downstream-{key}")
 
     def count(self, texts: Sequence[str]) -> tuple[int, int]:
@@ -217,6 +219,7 @@ class PeerReader:
 
     def __init__(self, place: str, cache: str | None = None) -> None:
         self.name, self.teacher = "peer", Teacher(place)
+        self.fingerprint = self.teacher.fingerprint
         self.stored = Stored(cache_folder(cache) / f"downstream-{self.teacher.fingerprint}")
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
@@ -254,6 +257,7 @@ class Ablated:
 
     def __init__(self, reader: Reader, how: str) -> None:
         self.name, self.reader, self.how = f"concepts {how}", reader, how
+        self.fingerprint = reader.fingerprint
 
     def count(self, texts: Sequence[str]) -> tuple[int, int]:
         return self.reader.count(texts)

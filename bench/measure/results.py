@@ -134,4 +134,4 @@ def environment_lines(environment: Mapping[str, Any]) -> str:
 def in_words(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {item}" for name, item in value.items() if item is not None)
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return "; ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -3,6 +3,7 @@
 Q queries, n documents, P parts of a document, e width of a vector.
 """
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -51,6 +52,7 @@ def bm25_scores(queries: Sequence[str], documents: Sequence[str]) -> np.ndarray:
         import bm25s
     except ImportError as error:
         raise InputError("bm25s is not installed; pip install 'conceptron[downstream]'") from error
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells of every index, a line a question
     index = bm25s.BM25()
     index.index(bm25s.tokenize(list(documents), stopwords="en", show_progress=False), show_progress=False)
     words = bm25s.tokenize(list(queries), stopwords="en", return_ids=False, show_progress=False)

@@ -12,6 +12,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 from conceptron.bench import evaluate
+from conceptron.bench.downstream import figures
 from conceptron.bench.downstream.answers import extract, labels, write
 from conceptron.bench.downstream.intervals import interval
 from conceptron.bench.downstream.readers import Ablated, open_reader
@@ -88,7 +89,7 @@ def run(
     folder, task, *settings, out="out", model="model", limit=None, no_floors=False, data=True, protocol=None,
     costs=False,
 ):  # fmt: skip
-    """The rows of the table by their names, and the folder of the results."""
+    """The rows that these tasks have in the table, by their names, and the folder of the results."""
     places = [f"cache={folder}/cache", *([f"data={folder}"] if data else [])]
     options = argparse.Namespace(
         task=task, model=str(folder / model), settings=[*places, *settings], limit=limit, no_floors=no_floors,
@@ -96,7 +97,23 @@ def run(
     )  # fmt: skip
     assert evaluate.main(options) == 0
     rows = json.loads((folder / out / "downstream.json").read_text())["rows"]
-    return {row["row"]: row for row in rows}, folder / out
+    return {row["row"]: row for row in rows if row["task"] in expand(task)}, folder / out
+
+
+def test_one_table_of_several_evaluations(folder, tmp_path, monkeypatch):
+    def table(*tasks, model="model"):
+        for task in tasks:
+            monkeypatch.setattr("sys.argv", ["conceptron", "evaluate", "--task", task])
+            run(folder, task, out=tmp_path, limit=4, no_floors=True, model=model)
+        content = json.loads((tmp_path / "downstream.json").read_text())
+        return [row["task"] for row in content["rows"] if row["row"] == "concepts"], content["environment"]
+
+    tasks, environment = table("scrolls/quality", "scrolls/qasper")
+    assert tasks == ["scrolls/quality", "scrolls/qasper"]
+    assert environment["earlier commands"] == ["conceptron evaluate --task scrolls/quality"]
+    tasks, _ = table("scrolls/quality")
+    assert tasks == ["scrolls/qasper", "scrolls/quality"]
+    assert table("scrolls/quality", model="writer")[0] == ["scrolls/quality"]  # other weights: a table of their own
 
 
 def test_labels_on_frozen_vectors(folder):
@@ -105,6 +122,7 @@ def test_labels_on_frozen_vectors(folder):
                          "concepts shuffled", "LED-base, 16K (quoted)"}  # fmt: skip
     mine = rows["concepts"]
     assert mine["low"] <= mine["score"] <= mine["high"] and mine["spread over seeds"] >= 0
+    assert mine["beside it"].startswith("reported on validation; ")
     difference = mine["score"] - rows["majority"]["score"]
     assert f"{difference:+.2f} (" in mine["beside it"] and "over majority" in mine["beside it"]
     assert mine["tokens seen"] == mine["tokens given"] > 0 and mine["documents"] == 10
@@ -120,17 +138,21 @@ def test_labels_on_frozen_vectors(folder):
 def test_similarity_and_values(folder):
     rows, out = run(folder, "similarity/stsb,glue/stsb", out="pairs")
     assert {"concepts, centred", "concepts, whitened", "majority"} <= set(rows)
+    every = json.loads((out / "downstream.json").read_text())["rows"]
+    assert rows["all-MiniLM-L6-v2 (quoted)"]["metric"] == "spearmanr"  # which has no place on a line of Pearson's
+    assert figures.metrics_of(every) == {"similarity/stsb": "pearson", "glue/stsb": "pearson"}
     assert rows["concepts zeroed"]["task"] == "glue/stsb"
     of_task = json.loads((out / "similarity/stsb/metrics.json").read_text())["rows"]
     zeroed = next(row for row in of_task if row["row"] == "concepts zeroed")
     assert zeroed["score"] is None and "all answers alike" in zeroed["beside it"]
 
 
-def test_retrieval_out_of_a_zip(folder):
+def test_retrieval_out_of_a_zip(folder, caplog):
     rows, _ = run(folder, "retrieval/qmsum", out="retrieval")
     assert rows["concepts"]["metric"] == "ndcg@10" and rows["concepts"]["documents"] == 10
     assert rows["concepts"]["examples"] == 120  # of two splits
     assert {"BM25", "concepts, one vector"} <= set(rows)
+    assert not [record for record in caplog.records if record.name == "bm25s"]
 
 
 def test_choice_spans_and_summaries(folder):
