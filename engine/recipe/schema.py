@@ -116,7 +116,7 @@ class Train(Section):
     on_collapse: Literal["warn", "stop"] = "warn"  # where an evaluation finds that concepts carry next to no content
     on_spike: Literal["ignore", "warn", "skip", "rewind"] = "warn"  # where a step's loss or gradient norm is an outlier
     spike_window: kind(int, whole(8, 10000)) = 128  # steps that it is compared with, and: `spikes.py`
-    spike_deviations: kind(float, number(1, 1000)) = 6.0  # how many standard deviations above their mean are too many
+    spike_deviations: kind(float, number(1, 1000)) = 10.0  # how many standard deviations above their mean are too many
 
 
 class Zero(Section):
