@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 LAYERS = {  # model types that are known here -> where their layers are
     "bert": "encoder.layer", "camembert": "encoder.layer", "roberta": "encoder.layer", "xlm-roberta": "encoder.layer",
@@ -26,6 +26,8 @@ def inner_config(described: dict[str, Any]) -> PretrainedConfig:
     if kind not in LAYERS:
         raise ValueError(f"backbone: expected a model of type {', '.join(LAYERS)}, got {kind}")
     fields = {name: value for name, value in fields.items() if name not in ("model_type", "dtype", "torch_dtype")}
+    from transformers import AutoConfig  # whose arrival loads config.py, which loads this file: `auto.py`
+
     return AutoConfig.for_model(kind, **fields)
 
 
