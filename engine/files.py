@@ -7,6 +7,7 @@ JSON knows neither, and what is not a number is no result. Where a figure is not
 import json
 import math
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")  # others may write it now, too
     try:
         with temporary.open("wb") as file:
             file.write(content)

@@ -6,7 +6,6 @@ from torch import nn
 from . import compat
 from .backbone import checkpoint_activations
 from .compiled import check_compiler, compile_layers
-from .errors import InputError
 from .recipe.schema import Train
 
 
@@ -25,6 +24,4 @@ def set_up(network: nn.Module, train: Train, device: torch.device) -> None:
         compat.recompute_layers(network)
     if train.compile:
         check_compiler(device.type)
-        if train.keep in ("states", "ids"):
-            raise InputError(f"train.keep: expected keys or nothing with train.compile, got {train.keep!r}")
         compile_layers(network)

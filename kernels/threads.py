@@ -22,8 +22,9 @@ Part = TypeVar("Part")
 
 
 def in_order(
-    work: Callable[[Item], Part], items: Iterable[Item], add: Callable[[Item, Part], object], device: torch.device
-) -> None:
+    work: Callable[[Item], Part], items: Iterable[Item], device: torch.device,
+    add: Callable[[Item, Part], object] = lambda item, part: None,
+) -> None:  # fmt: skip
     """``add(item, work(item))`` for every item; ``add`` in their order, by the caller's thread. The same bits on any
     number of threads, since what is one item's is one thread's. ``work`` runs without gradient, and writes to nothing
     that another item's reads.

@@ -31,7 +31,7 @@ class _Heads(torch.autograd.Function):
             else:
                 _turn(z_of * norm, cos[part], sin[part], 1, out_of)
 
-        in_order(work, parts(x), nothing, x.device)
+        in_order(work, parts(x), x.device)
         ctx.save_for_backward(x, weight, norm, z, inverse, cos, sin)
         return out
 
@@ -59,7 +59,7 @@ class _Heads(torch.autograd.Function):
             for whole, of_part in zip(sums, found, strict=True):
                 whole += of_part
 
-        in_order(work, parts(x), add, x.device)
+        in_order(work, parts(x), x.device, add)
         dbias, dnorm, *dweight = sums
         return dx, *(dweight or [None]), dbias, dnorm, None, None, None
 
@@ -68,10 +68,6 @@ def parts(x: Tensor) -> list[slice]:
     """Rows that go through all of it while they are in the caches of a CPU."""
     step = ROWS if x.device.type == "cpu" else max(1, x.shape[0])
     return [slice(i, min(i + step, x.shape[0])) for i in range(0, x.shape[0], step)]
-
-
-def nothing(*_: object) -> None:
-    """What is to be added up where each part writes its own rows."""
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int, out: Tensor) -> Tensor:

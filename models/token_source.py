@@ -17,7 +17,6 @@ from ..kernels.streamed_attention.shared import SharedGradient
 from ..kernels.streamed_attention.tokens import Embedded, Rows
 from ..kernels.threads import in_order
 from .config import ConceptConfig
-from .heads_function import nothing
 from .packing import Packed
 from .similarity import wide
 
@@ -149,7 +148,7 @@ class _Means(torch.autograd.Function):
         def add(_: slice, found: tuple[slice, Tensor]) -> None:
             sums[found[0]] += found[1]
 
-        in_order(work, parts(num_tokens), add, first.device)
+        in_order(work, parts(num_tokens), first.device, add)
         return sums.div_(counts.clamp_min(1)[:, None])
 
     @staticmethod
@@ -169,7 +168,7 @@ class _Means(torch.autograd.Function):
             if found is not None:
                 embedded.add(part, found, *gradients)
 
-        in_order(work, parts(len(first if embedded is None else embedded.ids)), add, first.device)
+        in_order(work, parts(len(first if embedded is None else embedded.ids)), first.device, add)
         return first.new_zeros(()), None, None, None, None, *[None] * len(rest)
 
 
@@ -199,7 +198,7 @@ class _Embed(torch.autograd.Function):
         def work(part: slice) -> None:
             torch.mul(states.rows(part)[0], norm, out=x[part])
 
-        in_order(work, parts(len(ids)), nothing, ids.device)
+        in_order(work, parts(len(ids)), ids.device)
         return x
 
     @staticmethod
@@ -215,7 +214,7 @@ class _Embed(torch.autograd.Function):
         def add(part: slice, found: Rows) -> None:
             states.add(part, found, *sums)
 
-        in_order(work, parts(len(ids)), add, ids.device)
+        in_order(work, parts(len(ids)), ids.device, add)
         return *(part.to(x.dtype) for part, x in zip(sums, wanted, strict=True)), None, None, None
 
 

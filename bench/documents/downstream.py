@@ -1,7 +1,7 @@
 """The page of a downstream table, as Markdown and as one HTML file that needs no other."""
 
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -48,9 +48,9 @@ def write(folder: Path) -> None:
     body = [f"<h1>{html.escape(title)}</h1>", *(f"<p>{html.escape(note)}</p>" for note in NOTES)]
     body += [drawing(folder / f"{name}.svg") for name in there(folder)]
     for task, mine in sections(rows):
-        body += [f"<h2>{html.escape(task)}</h2>", html_table(mine)]
+        body += [f"<h2>{html.escape(task)}</h2>", html_table(mine, {name: COLUMNS[name] for name in used(mine)})]
     if costs:
-        body += [f"<h2>{COSTS}</h2>", f"<p>{COSTS_NOTE}</p>", plain_table(costs)]
+        body += [f"<h2>{COSTS}</h2>", f"<p>{COSTS_NOTE}</p>", html_table(costs, {name: name for name in costs[0]})]
     body.append(f"<pre>{html.escape(environment_lines(environment))}</pre>")
     head = f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title><style>{STYLE}</style>"
     write_text(folder / "report.html", "\n".join([head, *body]))
@@ -58,12 +58,6 @@ def write(folder: Path) -> None:
 
 def costs_of(folder: Path) -> list[dict[str, Any]]:
     return read_results(folder / "costs.json")[0] if (folder / "costs.json").is_file() else []
-
-
-def plain_table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = ["<table>", f"<tr>{''.join(f'<th>{html.escape(name)}</th>' for name in rows[0])}</tr>"]
-    lines += [f"<tr>{''.join(f'<td>{html.escape(text(value))}</td>' for value in row.values())}</tr>" for row in rows]
-    return "\n".join([*lines, "</table>"])
 
 
 def there(folder: Path) -> list[str]:
@@ -88,12 +82,13 @@ def used(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [name for name in COLUMNS if any(row.get(name) not in (None, "") for row in rows)]
 
 
-def html_table(rows: Sequence[dict[str, Any]]) -> str:
-    names = used(rows)
-    lines = ["<table>", f"<tr>{''.join(f'<th>{html.escape(COLUMNS[name])}</th>' for name in names)}</tr>"]
+def html_table(rows: Sequence[dict[str, Any]], titles: Mapping[str, str]) -> str:
+    """``titles``: of the columns, by their names in the rows."""
+    lines = ["<table>", f"<tr>{''.join(f'<th>{html.escape(title)}</th>' for title in titles.values())}</tr>"]
     for row in rows:
-        kind = "quoted" if row["row"].endswith("(quoted)") else "mine" if row["row"] in ("concepts", "encoder") else ""
-        cells = "".join(f"<td>{html.escape(text(row.get(name)))}</td>" for name in names)
+        who = row.get("row", "")
+        kind = "quoted" if who.endswith("(quoted)") else "mine" if who in ("concepts", "encoder") else ""
+        cells = "".join(f"<td>{html.escape(text(row.get(name)))}</td>" for name in titles)
         lines.append(f"<tr class='{kind}'>{cells}</tr>")
     return "\n".join([*lines, "</table>"])
 

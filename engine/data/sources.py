@@ -9,6 +9,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -177,10 +178,10 @@ def read_later(name: str, files: list[Path], source: Source) -> Documents:
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     column, lost = source.text_column or "text", []
     identity: dict[str, Any] = {"files": stats, "text_column": column}
-    read = lambda: read_files(files, column)  # noqa: E731
+    read = partial(read_files, files, column)
     if source.on_unreadable == "skip":
         identity["on_unreadable"] = "skip"
-        read = lambda: read_what_can_be(files, column, lost)  # noqa: E731
+        read = partial(read_what_can_be, files, column, lost)
     stream = Stream(column, lambda: open_stream(files), f"data.source: {name}", is_remote=False)
     return Documents(name, identity, read, lambda: num_rows(files), stream, lost).first(source.max_documents)
 

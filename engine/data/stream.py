@@ -10,7 +10,6 @@ Of the processes of a machine one reads ahead; the others find what it has put t
 """
 
 import json
-import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
+from ..files import write_text
 from .cache import built, fingerprint, say
 from .encoder_process import hash_of
 from .encoders import encoded
@@ -69,7 +69,7 @@ class SourceStream:
         folder = self.folder / f"block-{number:06d}"
         index = built(folder, build)
         if not self._state_file(number + 1).exists():
-            write_whole(self._state_file(number + 1), json.dumps(index["after"], allow_nan=False))
+            write_text(self._state_file(number + 1), json.dumps(index["after"], allow_nan=False))
         return opened(folder, index)
 
     def state(self, number: int) -> dict[str, Any]:
@@ -211,7 +211,7 @@ class Streamed:
             )
         if number == len(self._steps):
             self._steps.append(loader.steps_without_repeat)
-            write_whole(self._steps_file, json.dumps(self._steps, allow_nan=False))
+            write_text(self._steps_file, json.dumps(self._steps, allow_nan=False))
         self._loaders = {**dict(list(self._loaders.items())[-AHEAD:]), number: loader}
         if self.reads_ahead:
             self.blocks.forget(number - AHEAD - 1)
@@ -229,11 +229,3 @@ class Streamed:
 def seed_of(seed: int, number: int) -> int:
     """Of what is random in a block."""
     return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0] >> 1)
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Several processes may do it at once, with the same text."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}")
-    unfinished.write_text(text)
-    os.replace(unfinished, file)

@@ -66,7 +66,7 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor]:
 
 def _each(a: Arguments, work: Callable[[Chunk], Any], add: Callable[[Chunk, Any], None]) -> None:
     cut = chunks(a.cu_seqlens, a.num_tokens, a.max_seqlen, a.num_kv_heads, chunk_size(a))
-    in_order(work, cut, add, a.q.device)
+    in_order(work, cut, a.q.device, add)
 
 
 def _read(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Read:

@@ -1,8 +1,5 @@
 """What is added to the task, mixtures, stages: logged, resumed exactly, left out of the finished model."""
 
-import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -10,40 +7,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
-from conceptron.engine.telemetry import Telemetry
 from conceptron.engine.trainer import train
+
+from .running import history, lines, stop_after
 
 CONTRAST = "contrastive={weight: 0.2, start: 0.3, learnable_temperature: true, pairs: deletion}"
 TERMS = "regularization={terms: [vicreg, t_regs], weighting: learnable, warmup_steps: 4, weight: 0.05}"
 TIMED = "{name: prefix_diffusion, direction: mixed, weight: 1}"
 MIXED = f"objective={{name: mixed, parts: [{{name: diffusion, weight: 2}}, {TIMED}]}}"
-OF_THE_MACHINE = ("elapsed_s", "tokens_per_s", "seconds", "tflops", "mfu", "memory", "gpu")
 SHORT = ["train.steps=8", "eval.every=0", "checkpoint.every=0"]
 EVERYTHING = [
     CONTRAST, TERMS, MIXED, "train.stages=[{until: 3, window: 16}]", "train.precision=bf16", "batch.micro_tokens=128",
     "train.tokens_per_concept=[10, 24]", "batch.by_length=true", *SHORT,
 ]  # fmt: skip
-
-
-def lines(folder: Path, kind: str = "train") -> list[dict]:
-    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [entry for entry in entries if entry["kind"] == kind]
-
-
-def history(folder: Path) -> list[dict]:
-    """Everything but the times, to the last bit."""
-    return [{k: v for k, v in entry.items() if k not in OF_THE_MACHINE} for entry in lines(folder)]
-
-
-def stop_after(step: int, monkeypatch) -> None:
-    report = Telemetry.step
-
-    def report_and_send(self, now, *rest):
-        report(self, now, *rest)
-        if now == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Telemetry, "step", report_and_send)
 
 
 @pytest.fixture(scope="session")

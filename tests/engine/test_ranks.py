@@ -1,10 +1,7 @@
 """Two ranks do what one does, whatever the ZeRO stage."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,8 @@ from conceptron.engine.data.loader import Loader
 from conceptron.engine.recipe.load import load_recipe
 from conceptron.engine.telemetry import numbers
 from conceptron.engine.trainer import train
+
+from .running import run_jobs
 
 pytestmark = pytest.mark.xdist_group("ranks")  # one worker, so that the jobs run once
 
@@ -63,13 +62,7 @@ def ran(recipe_in, tmp_path_factory):
     for name, job in jobs.items():
         run = name.replace(" ", "-")
         job["recipe"], job["overrides"] = recipe, [f"run.name={run}", *job["overrides"]]
-    (folder / "jobs.json").write_text(json.dumps(list(jobs.values())))
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("ranks.py"), folder / "jobs.json"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    codes = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    assert len(codes) == len(jobs), done.stderr[-4000:]
+    codes, _ = run_jobs(list(jobs.values()), folder)
     runs = folder / "runs"
     return {name: (code, runs / name.replace(" ", "-")) for name, code in zip(jobs, codes, strict=True)}
 

@@ -1,14 +1,13 @@
 """Resuming is exact at any stage and number of ranks, in any precision, compiled or not, however it was saved."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from .running import run_jobs
 
 SAVING = {"beside": ["checkpoint.async=true"], "at once": ["checkpoint.async=false"]}  # way -> overrides
 # (stage, ranks, precision, compiled, way of saving). Two ranks have Muon. One, not compiled: test_trainer.py
@@ -45,14 +44,7 @@ def run_all(
             **common, overrides=[*given, f"run.name={resumed}", "resume=auto"],
             again=[str(folder / "runs" / whole), str(folder / "runs" / resumed), 3],
         ))  # fmt: skip
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("ranks.py"), folder / "jobs.json"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}, capture_output=True,
-        text=True,
-    )  # fmt: skip
-    codes = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    assert len(codes) == len(jobs), done.stderr[-4000:]
+    codes, _ = run_jobs(jobs, folder, TORCHINDUCTOR_COMPILE_THREADS="1")
     return {row: codes[2 * i : 2 * i + 2] for i, row in enumerate(rows)}
 
 

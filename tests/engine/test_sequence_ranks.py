@@ -1,10 +1,7 @@
 """A document over several ranks, in training: the grid of ranks changes no loss, no gradient norm and no weight."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +15,8 @@ from conceptron.engine.launching.launch import World
 from conceptron.engine.recipe.load import load_any, load_recipe
 from conceptron.engine.telemetry import numbers
 from conceptron.engine.trainer import train
+
+from .running import run_jobs
 
 COMMON = ["train.steps=6", "eval.every=0", "optim.clip=0.5", "model.dropout=0", "train.label_smoothing=0"]
 TERMS = "regularization={terms: [orthogonality, variance], warmup_steps: 2, weight: 0.5}"
@@ -43,14 +42,8 @@ def ran(recipe_in, tmp_path_factory):
     }
     for name, job in jobs.items():
         job["recipe"], job["overrides"] = recipe, [f"run.name={name.replace(' ', '-')}", *job["overrides"]]
-    (folder / "jobs.json").write_text(json.dumps(list(jobs.values())))
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("ranks.py"), folder / "jobs.json"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    codes = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    assert len(codes) == len(jobs), done.stderr[-4000:]
-    assert all(code == 0 for each in codes for code in each), done.stderr[-4000:]
+    codes, said = run_jobs(list(jobs.values()), folder)
+    assert all(code == 0 for each in codes for code in each), said
     return {name: folder / "runs" / name.replace(" ", "-") for name in jobs}
 
 

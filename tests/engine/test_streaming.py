@@ -6,7 +6,7 @@ import pytest
 
 from conceptron.engine.trainer import train
 
-from .test_auxiliaries import history, stop_after
+from .running import history, stop_after
 
 STREAMED = ["data.stream_mb=0.004", "train.steps=12", "eval.every=0", "checkpoint.every=0", "batch.by_length=true",
             "train.stages=[{until: 2, window: 16, num_concepts: 2}, {until: 3, window: 24}]"]  # fmt: skip

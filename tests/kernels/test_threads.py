@@ -23,7 +23,7 @@ def num_threads(request):
 
 def results(items, work, device=CPU):
     found = []
-    in_order(work, items, lambda item, part: found.append((item, part)), device)
+    in_order(work, items, device, lambda item, part: found.append((item, part)))
     return found
 
 
@@ -48,7 +48,7 @@ def test_each_piece_has_one_thread_and_no_gradient(num_threads):
 def test_no_more_results_wait_than_a_few(num_threads):
     """Or the parts of a long text would all be there at once."""
     made, held = [], []
-    in_order(made.append, iter(range(100)), lambda *_: held.append(len(made) - len(held)), CPU)
+    in_order(made.append, iter(range(100)), CPU, lambda *_: held.append(len(made) - len(held)))
     assert max(held) <= 3 * num_threads + 1
 
 
@@ -72,7 +72,7 @@ def test_an_error_is_the_callers_and_nobody_works_on(place):
             yield i
 
     with pytest.raises(RuntimeError, match="four"):
-        in_order(work, items(), lambda i, _: fail("add", i), CPU)
+        in_order(work, items(), CPU, lambda i, _: fail("add", i))
     running.append(True)
     time.sleep(0.01)
     assert after == []
@@ -82,7 +82,7 @@ def test_an_error_is_the_callers_and_nobody_works_on(place):
 def test_in_inference_mode():
     total = torch.zeros(2)
     with torch.inference_mode():
-        in_order(lambda i: torch.full((2,), float(i)), range(5), lambda _, part: total.add_(part), CPU)
+        in_order(lambda i: torch.full((2,), float(i)), range(5), CPU, lambda _, part: total.add_(part))
     assert total.tolist() == [10.0, 10.0]
 
 

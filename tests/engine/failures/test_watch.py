@@ -1,7 +1,5 @@
 """A rank that is killed, stopped or asleep: its number in one line, and nobody left. Lack of memory, too."""
 
-import json
-import os
 import re
 import socket
 import subprocess
@@ -14,6 +12,8 @@ import pytest
 import torch.distributed as dist
 
 from conceptron.engine.failures import watch
+
+from ..running import run_jobs
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -46,13 +46,7 @@ def ran(recipe_in, tmp_path_factory):
         run = name.replace(" ", "-")
         overrides = [f"run.name={run}", *SHORT, *job.get("overrides", [])]
         job |= dict(world=job.get("world", 2), recipe=recipe, overrides=overrides, errors=f"{folder}/{run}.txt")
-    (folder / "jobs.json").write_text(json.dumps(list(jobs.values())))
-    done = subprocess.run(
-        [sys.executable, Path(__file__).parents[1] / "ranks.py", folder / "jobs.json"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    codes = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    assert len(codes) == len(jobs), done.stderr[-4000:]
+    codes, _ = run_jobs(list(jobs.values()), folder)
     return {name: (code, Path(jobs[name]["errors"]).read_text()) for name, code in zip(jobs, codes, strict=True)}
 
 

@@ -1,6 +1,5 @@
 """Distillation from a fabricated sentence encoder: vectors, their store, the run, what the model says of it."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from conceptron.engine.errors import InputError
 from conceptron.engine.trainer import train
 from conceptron.models.objectives.distill import stretch_bounds
 
-from ..test_auxiliaries import OF_THE_MACHINE
+from ..running import history, lines, stop_after
 
 
 @pytest.fixture(scope="session")
@@ -31,11 +30,6 @@ def wide(save_teacher, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def narrow(save_teacher, tmp_path_factory) -> Path:
     return save_teacher(tmp_path_factory.mktemp("teacher") / "narrow", 16)
-
-
-def lines(folder: Path, kind: str) -> list[dict]:
-    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [entry for entry in entries if entry["kind"] == kind]
 
 
 ALONE = ["objective={name: none}", "model.dropout=0", "eval.every=0", "checkpoint.every=0", "train.label_smoothing=0"]
@@ -124,33 +118,18 @@ def test_concepts_come_to_mean_what_the_teacher_says(recipe, teacher, request):
 
 
 def test_beside_a_task_a_contrast_and_regularisers_and_resumed_exactly(recipe, narrow, monkeypatch):
-    import os
-    import signal
-
-    from conceptron.engine.telemetry import Telemetry
-
     more = [f"distill={{teacher: {narrow}, weight: 0.5}}", "contrastive={weight: 0.2}", "train.steps=6",
             "regularization={terms: [t_regs]}", "eval.every=0", "batch.micro_tokens=128"]  # fmt: skip
 
-    def figures(run: Path) -> list[dict]:
-        return [{k: v for k, v in e.items() if k not in OF_THE_MACHINE} for e in lines(run, "train")]
-
     straight = train(recipe, [*more, "run.name=straight"])
-    for entry in figures(straight):
+    for entry in history(straight):
         total = entry["task"] + 0.2 * entry["contrastive"] + 0.5 * entry["distill"]["loss"] + entry["regularization"]
         assert entry["loss"] == pytest.approx(total, rel=1e-5)
-    report = Telemetry.step
-
-    def report_and_send(self, now, *rest):
-        report(self, now, *rest)
-        if now == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Telemetry, "step", report_and_send)
+    stop_after(2, monkeypatch)
     with pytest.raises(SystemExit):
         train(recipe, more)
     monkeypatch.undo()
-    assert figures(train(recipe, [*more, "resume=auto"])) == figures(straight)
+    assert history(train(recipe, [*more, "resume=auto"])) == history(straight)
     with pytest.raises(InputError, match=r"distill\.weight = 0.5, now it is 0.7"):
         train(recipe, [*more, "resume=auto", "run.name=straight", "distill.weight=0.7"])
 

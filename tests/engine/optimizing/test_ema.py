@@ -1,6 +1,5 @@
 """Averaged weights: what they are, and that using them leaves the run as it was."""
 
-import json
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from conceptron.engine.recipe.schema import Ema
 from conceptron.engine.telemetry import Telemetry
 from conceptron.engine.trainer import train
 
-from ..test_auxiliaries import OF_THE_MACHINE
+from ..running import history
 
 
 def weights(engine) -> list[torch.Tensor]:
@@ -73,11 +72,6 @@ def test_another_stage_reads_the_averages(world, build, steps, tmp_path):
 AVERAGED = ["train.steps=6", "eval.every=3", "checkpoint.every=2", "ema.decay=0.8"]
 
 
-def figures(folder, kind="eval"):
-    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in e.items() if k not in OF_THE_MACHINE} for e in entries if e["kind"] == kind]
-
-
 def test_a_resumed_run_averages_and_exports_as_the_straight_one(recipe, world, monkeypatch, tmp_path):
     straight = train(recipe, [*AVERAGED, "run.name=straight", "checkpoint.keep_last=3"])
     monkeypatch.setattr(Telemetry, "step", lambda self, step, *rest: 1 / 0 if step == 5 else None)
@@ -85,7 +79,7 @@ def test_a_resumed_run_averages_and_exports_as_the_straight_one(recipe, world, m
         train(recipe, AVERAGED)
     monkeypatch.undo()
     folder = train(recipe, [*AVERAGED, "resume=auto"])
-    assert figures(folder) == figures(straight) and figures(folder, "train") == figures(straight, "train")
+    assert history(folder, "eval") == history(straight, "eval") and history(folder) == history(straight)
     models = [load_file(each / "model" / "model.safetensors") for each in (folder, straight)]
     assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
     state = load_file(straight / "checkpoints" / "step-00000006" / "state-00000-of-00001.safetensors")
@@ -104,5 +98,5 @@ def test_averages_change_nothing_but_evaluations(recipe):
         train(recipe, ["train.steps=4", "eval.every=2", f"run.name=run{i}", *more])
         for i, more in enumerate(([], ["ema.decay=0.9", "ema.use=false"], ["ema.decay=0.9"]))
     )
-    assert figures(off, "train") == figures(kept, "train") == figures(used, "train")
-    assert figures(off) == figures(kept) != figures(used)
+    assert history(off) == history(kept) == history(used)
+    assert history(off, "eval") == history(kept, "eval") != history(used, "eval")
