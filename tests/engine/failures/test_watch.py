@@ -1,5 +1,6 @@
 """A rank that is killed, stopped or asleep: its number in one line, and nobody left. Lack of memory, too."""
 
+import os
 import re
 import socket
 import subprocess
@@ -84,7 +85,8 @@ def test_a_lack_of_memory_is_one_line_with_what_to_lower(ran):
     assert "Traceback" not in wide + deep
 
 
-def test_the_position_of_a_thread_and_the_state_of_a_process():
+def test_the_position_of_a_thread_and_the_state_of_a_process(monkeypatch):
+    monkeypatch.setattr(watch, "PACKAGE", str(Path(__file__).parent) + os.sep)  # this file is ours, wherever it lies
     started, end = threading.Event(), threading.Event()
 
     def wait() -> None:
