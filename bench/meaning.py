@@ -11,8 +11,8 @@ holds the data: ``glue/stsb``, ``sick``, ``openstax_books``, each with parquet f
               place where it stood (or has its middle within 128 tokens of it); with the sentences left in, and taken
               out; beside BM25 where `bm25s` is installed, the windows of a backbone, and the first 512 tokens
     geometry  of 256 windows of 512 tokens out of these chapters; and out of as many kinds of text as DIR has
-    content   words of 128-token texts written again from the concepts alone, against concepts set to zero and those of
-              another text
+    content   words of 128-token texts written again from the concepts alone, from fewer of them, from concepts set to
+              zero and from those of another text
     speed     tokens per second of CPU time on 8192 tokens, as `conceptron embed` reads them, beside ``--backbone`` in
               windows of 512, interleaved, in float32 and, where there are units for it, in bfloat16
 """
@@ -57,6 +57,7 @@ WINDOW, NUM_WINDOWS = 512, 256
 KINDS = ("eltec_novels", "govweb", "openstax_books", "plos_articles", "techdocs", "wikipedia_articles")
 FIRST_CHARS = 40_000  # of a text of these kinds: novels are long
 READ_TOKENS, NUM_READ = 128, 64
+FEWER = (8, 32)  # concepts that as many tokens are read back from, too
 FIRST = 512  # tokens, of the floor that reads no further
 LONG, ROUNDS, BACKBONE_WINDOW = 8192, 3, 512
 
@@ -200,19 +201,23 @@ def content(model: ConceptEmbedder, texts: Sequence[str]) -> list[dict[str, Any]
     windows = windows[: len(windows) // 2 * 2]  # the concepts of another text: no batch of one
     objective = Diffusion(encoder_view="clean", weighting="none", hidden=model.config.hidden_tokens,
                           context=model.config.decoder_mixing != "none")  # fmt: skip
-    hits = {None: [], "shuffle": [], "zero": []}
+    C = model.config.num_concepts
+    fewer = [count for count in FEWER if count < C]
+    ways = [(C, None), *((count, None) for count in fewer), (C, "shuffle"), (C, "zero")]
+    hits: dict[tuple[int, str | None], list[torch.Tensor]] = {way: [] for way in ways}
     for begin in range(0, len(windows), 16):
         batch = pack([np.array(ids, dtype=np.int64) for ids in windows[begin : begin + 16]])
         keys = [SampleKey(0, 0, begin + i) for i in range(batch.num_sequences)]
         views = objective.evaluation_views(batch, keys, tokens)
         view = views[max(views)]  # the grid's last: everything is asked for
-        encoded = network.encoder(packed=view.encoder)
-        for how, found in hits.items():
-            hidden = network.decode_view(ablated(encoded, how), view)
+        encoded = {count: network.encoder(packed=view.encoder, num_concepts=count) for count in (C, *fewer)}
+        for (count, how), found in hits.items():
+            hidden = network.decode_view(ablated(encoded[count], how), view)
             pairs = zip(hidden.split(1024), view.targets.split(1024), strict=True)  # [1024, V] logits at a time
             found += [network.lm_head(rows).argmax(-1) == targets for rows, targets in pairs]
     names = {None: "words read back", "shuffle": "from another text's concepts", "zero": "from concepts set to zero"}
-    return [row("content", names[how], *chapters.share(torch.cat(found).numpy())) for how, found in hits.items()]
+    return [row("content", names[how] + (f", C = {count}" if count < C else ""),
+                *chapters.share(torch.cat(found).numpy())) for (count, how), found in hits.items()]  # fmt: skip
 
 
 def speed(model: Embedder, backbone: str | None, texts: Sequence[str]) -> list[dict[str, Any]]:

@@ -56,7 +56,8 @@ def model(data, tmp_path_factory):
 
 
 def test_the_whole_command(model, data, tmp_path, monkeypatch, capsys):
-    for name, value in dict(MIN_WORDS=100, WINDOW=64, NUM_WINDOWS=6, READ_TOKENS=48, NUM_READ=4, LONG=256).items():
+    sizes = dict(MIN_WORDS=100, WINDOW=64, NUM_WINDOWS=6, READ_TOKENS=48, NUM_READ=4, FEWER=(4, 8), LONG=256)
+    for name, value in sizes.items():
         monkeypatch.setattr(meaning, name, value)
     argv = ["bench", "meaning", str(model), "--data", str(data), "--out", str(tmp_path), "--chapters", "3"]
     assert perform([*argv, "--name", "small"]) == 0
@@ -67,7 +68,8 @@ def test_the_whole_command(model, data, tmp_path, monkeypatch, capsys):
     assert found["chapters", "chapter, sentence kept, one vector"] >= 0
     assert found["geometry", "textbooks, concepts"] == 8 and ("geometry", "all kinds of text, concepts") not in found
     assert found["speed", "tokens per CPU second, model, float32"] > 0
-    assert 0 <= found["content", "words read back"] <= 1
+    assert {what: 0 <= share <= 1 for (part, what), share in found.items() if part == "content"} == dict.fromkeys((
+        "words read back", "words read back, C = 4", "from another text's concepts", "from concepts set to zero"), True)
     assert content["environment"]["distilled_from"] == {"teacher": "some/encoder"}
     assert found["chapters", "chapter, sentence removed, first 512 tokens"] >= 0
     assert "distilled from some/encoder" in (tmp_path / "small.md").read_text().splitlines()[0]
