@@ -127,7 +127,7 @@ def losses(path) -> list[float]:
 def test_learns_and_exports(folder, source, task, capsys):
     path = run(folder, f"{source}-{task.replace('/', '-')}", task, 18, source)
     found, said = losses(path), capsys.readouterr().err
-    assert len(found) == 18 and sum(found[-3:]) < 0.9 * sum(found[:3])
+    assert len(found) == 18 and sum(found[-3:]) < 0.97 * sum(found[:3])
     assert f"from {folder / source}: drawn are classifier." in said
     limit, words = FAMILIES[source][1], AutoTokenizer.from_pretrained(path / "model")
     cut = {each.document for each in examples(load_task(task), "train", folder) for option in each.options or [""]
@@ -144,7 +144,7 @@ def test_learns_and_exports(folder, source, task, capsys):
 
 
 def test_values_are_normalised_and_undone(folder):
-    path = run(folder, "values", "glue/stsb", 80)
+    path = run(folder, "values", "glue/stsb", 60)
     note, rows = read_note(path / "model"), (folder / "glue/stsb/train.jsonl").read_text().splitlines()
     values = [json.loads(row)["label"] for row in rows]
     assert note.label_offset == pytest.approx(np.mean(values), abs=0.2)
