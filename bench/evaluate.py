@@ -20,9 +20,9 @@ from ..engine.errors import InputError
 from ..engine.labelled.task import expand, load_task
 from .documents import downstream as page
 from .downstream import cost, figures, seeds, submission
-from .downstream.grid import tuned
+from .downstream.grid import PEER, tuned
 from .downstream.protocol import Outcome, Settings, run
-from .downstream.readers import BAG, UNTRAINED, open_reader
+from .downstream.readers import BAG, UNTRAINED, PeerReader, open_reader
 from .measure.environment import environment
 from .measure.results import markdown_table, read_results, write_json, write_results
 
@@ -74,7 +74,8 @@ def main(options: argparse.Namespace) -> int:
         mine, others, chosen = reader, [], None
         settings = replace(settings, report=report)
         if "finetune" in given:
-            fixed = seeds.overrides(task, reader, settings.train, settings.data, settings.limit) if of_seeds else ()
+            fixed = seeds.overrides(task, reader, settings.train, settings.data, settings.limit) if of_seeds else []
+            fixed += PEER if isinstance(reader, PeerReader) else ()
             chosen = tuned(given["finetune"], task, options.model, settings.data, out / task.name / "runs",
                            rates_of(given), settings.seeds, settings.limit, fixed)  # fmt: skip
             mine, *others = [open_reader(str(run), *how)[0] for run in chosen.folders]

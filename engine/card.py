@@ -33,6 +33,27 @@ def card(model: nn.Module, about: About) -> str:
                       *scores(about), *recipe(about)])  # fmt: skip
 
 
+def peer_card(model: nn.Module, about: About) -> str:
+    """The same of a fine-tuned model of transformers, which needs nothing of this package."""
+    fields = {"library_name": "transformers", "tags": ["conceptron"], "pipeline_tag": "text-classification"}
+    millions, note = sum(p.numel() for p in model.parameters()) / 1e6, model.config.conceptron_task
+    scale, offset = (in_words(note[name], ".7g") for name in ("label_scale", "label_offset"))
+    lines = [
+        "```python", "from transformers import AutoModelForSequenceClassification, AutoTokenizer", "",
+        "model, tokenizer = (auto.from_pretrained(FOLDER) for auto in (AutoModelForSequenceClassification, "
+        "AutoTokenizer))",
+        'logits = model(**tokenizer("A question.", "A document.", return_tensors="pt")).logits', "```", "",
+        f"- {millions:.1f} M parameters, a {model.config.model_type} fine-tuned on {note['name']}",
+        f"- question and document are read together, up to {note['max_tokens']} tokens",
+    ]  # fmt: skip
+    if model.config.problem_type == "regression":
+        lines.append(f"- a value is {scale} times the logit, plus {offset}")
+    lines += [f"- data: {line}" for line in about.data]
+    lines += ["- licence of the data, and of these weights: not recorded by the run", ""]
+    front = f"---\n{yaml.safe_dump(fields, sort_keys=False)}---\n"
+    return "\n".join([front, f"# {about.name}", "", *lines, *scores(about), *recipe(about)])
+
+
 def head(model: nn.Module) -> str:
     config, fields = model.config, {"library_name": "transformers", "tags": ["conceptron", "sentence-transformers"]}
     fields["pipeline_tag"] = "feature-extraction"

@@ -4,17 +4,17 @@ import contextlib
 import copy
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from .. import __version__
 from ..models.folder import not_finite
 from . import compat
-from .card import INSTALL, About, card
+from .card import INSTALL, About, card, peer_card
 from .data.tokenizer import for_use
 from .errors import InputError
 from .launching.launch import World
@@ -30,6 +30,39 @@ def export(world: World, model: nn.Module, tokenizer: Any, folder: Path, about: 
         InputError: a weight is not finite; nothing is written, and what was in the folder stays.
         OSError: on every rank.
     """
+
+    def fill(weights: dict[str, Tensor], unfinished: Path) -> None:
+        bare = type(model)(finished(model.config, about.length))
+        bare.load_state_dict(weights)
+        with quiet():
+            bare.save_pretrained(unfinished)
+        for_use(tokenizer, about.length).save_pretrained(unfinished)
+        for name, content in sentence_transformers_files(about.length).items():
+            (unfinished / name).parent.mkdir(exist_ok=True)
+            (unfinished / name).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        (unfinished / "README.md").write_text(card(bare, about), encoding="utf-8")
+
+    return written(world, model, folder, fill)
+
+
+def export_peer(world: World, model: nn.Module, tokenizer: Any, folder: Path, about: About) -> Path:
+    """The same of a model of transformers with a head: a plain folder of its own kind. ``tokenizer``: its own."""
+
+    def fill(weights: dict[str, Tensor], unfinished: Path) -> None:
+        bare = type(model)(model.config)
+        bare.load_state_dict(weights)
+        with quiet():
+            bare.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        (unfinished / "README.md").write_text(peer_card(bare, about), encoding="utf-8")
+
+    return written(world, model, folder, fill)
+
+
+def written(
+    world: World, model: nn.Module, folder: Path, fill: Callable[[dict[str, Tensor], Path], None]
+) -> Path:  # fmt: skip
+    """``folder``, with what ``fill`` makes of the gathered weights. See `export`."""
     gathered = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         value = compat.whole(tensor)
@@ -45,15 +78,7 @@ def export(world: World, model: nn.Module, tokenizer: Any, folder: Path, about: 
         unfinished = folder.with_name(f".unfinished-{folder.name}")
         shutil.rmtree(unfinished, ignore_errors=True)
         try:
-            bare = type(model)(finished(model.config, about.length))
-            bare.load_state_dict(gathered)
-            with quiet():
-                bare.save_pretrained(unfinished)
-            for_use(tokenizer, about.length).save_pretrained(unfinished)
-            for name, content in sentence_transformers_files(about.length).items():
-                (unfinished / name).parent.mkdir(exist_ok=True)
-                (unfinished / name).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-            (unfinished / "README.md").write_text(card(bare, about), encoding="utf-8")
+            fill(gathered, unfinished)
             for weights in unfinished.glob("*.safetensors"):
                 shutil.copymode(unfinished / "config.json", weights)  # safetensors lets only the owner read
             shutil.rmtree(folder, ignore_errors=True)

@@ -21,8 +21,8 @@ from .failures.out_of_memory import OutOfMemory
 from .failures.rewind import rewind
 from .failures.spikes import Spikes
 from .failures.watch import Watch
-from .jobs.finetuning import FinetuningJob
 from .jobs.job import Job
+from .jobs.peer import finetuning
 from .jobs.pretraining import PretrainingJob, counted
 from .launching import launch
 from .launching.launch import StopRequest, World
@@ -72,7 +72,7 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
                 print(f"{run.path}: finished already ({run.progress.step} steps); the model is in {run.model}")
             return run.path
         memory = stack.enter_context(OutOfMemory(recipe, world))
-        job = (FinetuningJob if is_finetune else PretrainingJob)(recipe, world)
+        job = (finetuning if is_finetune else PretrainingJob)(recipe, world)
         memory.trainer = trainer = Trainer(recipe, world, stop, run, job)
         try:
             with stop, trainer.watch, trainer.writer:

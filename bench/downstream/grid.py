@@ -14,6 +14,7 @@ from ...engine.labelled.task import Task
 from ...engine.telemetry import read_history
 from ...engine.trainer import train
 
+PEER = ("model={}", "task.states_gb=null")  # what a recipe asks of a concept encoder is nothing to another encoder
 FIGURES = ("accuracy", "pearson")  # of held-out examples; one of them says which learning rate is best
 
 
@@ -30,7 +31,7 @@ def tuned(
     limit: int | None, overrides: Sequence[str] = (),
 ) -> Chosen:  # fmt: skip
     """Trains each learning rate with each seed, which also draws the part that is held out. The reported split is not
-    opened.
+    opened. ``overrides``: of the recipe; PEER among them where ``model`` is none of this package.
 
     Raises:
         InputError: what `conceptron train` refuses, or a run that measured nothing on its held-out part.

@@ -79,7 +79,7 @@ def run(
     scored = score(task, predictions, asked.references)
     outcome = Outcome(task, predictions, asked.references, scored.score)
     documents = list(dict.fromkeys(each.document for each in given))
-    seen, total = reader.count(documents)
+    seen, total = head.count(task, given, reader)
     middle = sorted(documents, key=len)[len(documents) // 2]
     outcome.median_tokens = reader.count([middle])[1]
     if is_written:

@@ -5,19 +5,24 @@ n texts, P parts of a text, C concepts, e width of a vector.
 
 import functools
 import hashlib
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AutoConfig
 
 from ...engine.data.cache import cache_folder, fingerprint
 from ...engine.data.teacher import Teacher, fingerprint_of
 from ...engine.errors import InputError
-from ...engine.model_folder import find, finished, kind_of
-from ...engine.saved_model import load_model, load_vocabulary
+from ...engine.jobs.peer import load_with_head
+from ...engine.labelled.joint import Joint, read_note
+from ...engine.labelled.task import Task
+from ...engine.model_folder import find, finished, in_one_line, kind_of
+from ...engine.saved_model import load_model, load_vocabulary, quiet
 from ...models.config import ConceptConfig
 from ...models.encoder import ConceptEncoder
 from ...models.objectives.distill import stretch_bounds
@@ -215,12 +220,33 @@ class ConceptReader:
 
 
 class PeerReader:
-    """Any encoder of transformers: the beginning of a text, as far as it reads, and one vector of it."""
+    """Any encoder of transformers: the beginning of a text, as far as it reads, and one vector of it. One that was
+    fine-tuned here also has the head of its task."""
 
     def __init__(self, place: str, cache: str | None = None) -> None:
-        self.name, self.teacher = "peer", Teacher(place)
+        self.name, self.folder, self.note = "peer", Path(place), read_note(Path(place))
+        self.teacher = Teacher(place)
         self.fingerprint = self.teacher.fingerprint
         self.stored = Stored(cache_folder(cache) / f"downstream-{self.teacher.fingerprint}")
+
+    @functools.cached_property
+    def head(self) -> nn.Module:
+        """
+        Raises:
+            InputError: config.json says that there is one, and the weights have none.
+        """
+        with in_one_line(self.folder, "--model"), quiet():
+            config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+            model, drawn = load_with_head(self.folder, config)
+        if drawn:
+            raise InputError(f"--model {self.folder}: {len(drawn)} weights of its head are missing, {drawn[0]} among "
+                             "them; export the model again")  # fmt: skip
+        return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+    def joint(self, task: Task) -> Joint:
+        """How it reads question and document together."""
+        most = self.note.max_tokens if self.note else sys.maxsize
+        return Joint(self.teacher.tokenizer, self.teacher.model, task, most, f"--model {self.folder}")
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         return self.teacher.tokenizer(

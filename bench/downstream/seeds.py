@@ -6,7 +6,7 @@ from pathlib import Path
 from ...engine.errors import InputError
 from ...engine.labelled.examples import several
 from ...engine.labelled.task import Task
-from .readers import ConceptReader, Reader
+from .readers import ConceptReader, PeerReader
 
 RECIPE, RATE, PAIRS = "finetune/seeds.yaml", 1e-5, 96
 EPOCHS = {"glue/mrpc": 20, "glue/stsb": 20, "paws": 5, "sick/relatedness": 10, "sick/entailment": 10}
@@ -23,18 +23,17 @@ def report_of(task: Task) -> tuple[str, ...]:
     return ("validation",) if task.name in ON_DEVELOPMENT else tuple(task.splits.report)
 
 
-def overrides(task: Task, reader: Reader, splits: Sequence[str], data: Path | None, limit: int | None) -> list[str]:
-    """Steps and batch in tokens, for the epochs and pairs a step of the notes.
-
-    Raises:
-        InputError: the model cannot be fine-tuned here.
-    """
-    if not isinstance(reader, ConceptReader):
-        raise InputError("--protocol seeds: fine-tunes models of this package; leave it out for another encoder")
+def overrides(
+    task: Task, reader: ConceptReader | PeerReader, splits: Sequence[str], data: Path | None, limit: int | None
+) -> list[str]:  # fmt: skip
+    """Steps and batch in tokens, for the epochs and pairs a step of the notes."""
     given = several(task, splits or task.splits.train, data, limit)
-    texts = [text for each in given for text in (each.question, each.document)]
-    tokens = sum(map(len, reader.vocabulary.encode(texts)))
-    longest = 2 * max(map(len, reader.vocabulary.encode(texts)))
-    room = max(longest, round(PAIRS * tokens / len(given)))
+    if isinstance(reader, PeerReader):
+        lengths = [sum(len(one.ids) for one in inputs) for inputs in reader.joint(task).read(given)]
+        longest = max(lengths)
+    else:
+        lengths = list(map(len, reader.vocabulary.encode([t for e in given for t in (e.question, e.document)])))
+        longest = 2 * max(lengths)
+    room = max(longest, round(PAIRS * sum(lengths) / len(given)))
     steps = max(1, round(EPOCHS[task.name] * len(given) / PAIRS))
     return [f"train.steps={steps}", f"batch.tokens={room}", f"batch.micro_tokens={room}"]

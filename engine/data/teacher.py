@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from ...models.backbone_source import check_loaded
@@ -67,7 +67,7 @@ class Teacher:
         self.is_mixed = reads_mixed(self.width, self.device.type)
         own = self.tokenizer("").input_ids
         self.opening, self.closing = (own[:1], own[1:]) if len(own) > 1 else ([], own)
-        longest = getattr(config, "max_position_embeddings", None) or 512
+        longest = reach(model)
         self.max_tokens = min(limit or longest, longest) - len(own)
         self.fingerprint = fingerprint_of(folder)
         is_here = Path(place).expanduser().exists()
@@ -112,6 +112,19 @@ class Teacher:
         if self.pooling == "cls":
             return states[:, 0]
         return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+def reach(model: nn.Module) -> int:
+    """Tokens of the longest input of a model of transformers, special ones among them; 512 where it sets no limit.
+
+    A family whose positions are counted from behind its padding token's (RoBERTa, MPNet) has fewer than rows of them.
+    """
+    rows = getattr(model.config, "max_position_embeddings", None) or 512
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            rows = min(rows, module.num_embeddings - first)
+    return rows
 
 
 def read_pooling(folder: Path) -> tuple[str, int | None]:

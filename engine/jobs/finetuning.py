@@ -30,7 +30,6 @@ from ..export import export
 from ..labelled.examples import Example, examples, hold_out
 from ..launching.launch import World
 from ..layers import set_up
-from ..model_folder import find, finished, kind_of
 from ..recipe.finetune import Finetune
 from ..saved_model import load_vocabulary, quiet
 from .job import Loss
@@ -59,6 +58,11 @@ class Group(NamedTuple):
     @property
     def num_tokens(self) -> int:
         return len(self.document) + sum(map(len, self.questions))
+
+    @property
+    def content(self) -> bytes:
+        """By which a run that goes on knows its texts."""
+        return self.document.tobytes()
 
 
 def grouped(given: Sequence[Example], encode: Any, max_tokens: int, is_pair: bool) -> list[Group]:
@@ -122,18 +126,12 @@ class FinetuningJob:
     split that is reported is not opened.
     """
 
-    def __init__(self, recipe: Finetune, world: World) -> None:
-        self.recipe, self.world, self.beginning, self.files = recipe, world, "", {}
+    def __init__(self, recipe: Finetune, world: World, folder: Path) -> None:
+        """``folder``: of the source."""
+        self.recipe, self.world, self.folder, self.beginning, self.files = recipe, world, folder, "", {}
         self.loss_floor, self.figures = 0.0, {}
         self.task = task = recipe.open_task()
-        source = finished(recipe.source, f"source: {recipe.source}")
-        self.folder = world.first_then_others(lambda: find(source, "source"))
-        kind = kind_of(self.folder, "source")
-        if kind != ConceptConfig.model_type:
-            found = kind or "no config.json"
-            raise InputError(f"source: {recipe.source}: expected a model of this package, got {found}")
-        self.source = ConceptConfig.from_dict(read_config(self.folder))
-        self.vocabulary = load_vocabulary(self.folder, self.source)
+        self.open()
         self.is_pair, self.is_whole = task.form == "pair", task.answer != "values"
         data = Path(recipe.task.data).expanduser() if recipe.task.data else None
         splits = recipe.task.train or task.splits.train
@@ -145,12 +143,26 @@ class FinetuningJob:
         truth = np.array([each.truth for each in train], dtype=np.float64)
         self.middle, self.spread = (float(truth.mean()), float(truth.std()) or 1.0) if not self.is_whole else (0.0, 1.0)
         self.loader, self.held_out = self.read(train), self.read(held)
-        cut = sum(len(g.document) == recipe.task.max_tokens for p in (self.loader, self.held_out) for g in p.groups)
-        self.cut = f", {cut} documents read up to task.max_tokens = {recipe.task.max_tokens}" if cut else ""
+
+    def open(self) -> None:
+        """What of the source is needed before its weights."""
+        self.source = ConceptConfig.from_dict(read_config(self.folder))
+        self.vocabulary = load_vocabulary(self.folder, self.source)
+
+    def grouped(self, given: Sequence[Example]) -> Sequence[Any]:
+        return grouped(given, self.vocabulary.encode, self.recipe.task.max_tokens, self.is_pair)
+
+    def dealt(self, groups: Sequence[Any], **order: Any) -> Groups:
+        return Groups(groups, self.is_whole, **order)
+
+    def cut(self) -> str:
+        """In words, what of the texts is not read."""
+        most = self.recipe.task.max_tokens
+        cut = sum(len(group.document) == most for part in (self.loader, self.held_out) for group in part.groups)
+        return f", {cut} documents read up to task.max_tokens = {most}" if cut else ""
 
     def read(self, given: Sequence[Example]) -> Groups:
-        recipe = self.recipe
-        groups = grouped(given, self.vocabulary.encode, recipe.task.max_tokens, self.is_pair)
+        recipe, groups = self.recipe, self.grouped(given)
         longest = max(group.num_tokens for group in groups)
         for field, room in (("tokens", recipe.batch.tokens), ("micro_tokens", recipe.batch.micro_tokens)):
             if room < longest:
@@ -158,8 +170,8 @@ class FinetuningJob:
                     f"batch.{field}: expected room for the longest document with its questions, {longest} tokens, got "
                     f"{room}; raise it or lower task.max_tokens"
                 )
-        return Groups(
-            groups, self.is_whole, seed=recipe.run.seed, tokens_per_step=recipe.batch.tokens,
+        return self.dealt(
+            groups, seed=recipe.run.seed, tokens_per_step=recipe.batch.tokens,
             micro_tokens=recipe.batch.micro_tokens, by_length=recipe.batch.by_length, rank=self.world.rank,
             world_size=self.world.size,
         )  # fmt: skip
@@ -167,7 +179,7 @@ class FinetuningJob:
     def identity(self) -> dict[str, dict[str, Any]]:
         digest = hashlib.sha256()
         for group in self.loader.groups:
-            digest.update(group.document.tobytes())
+            digest.update(group.content)
             digest.update(json.dumps([group.names, group.labels], allow_nan=False).encode())
         count, source = sum(len(group.labels) for group in self.loader.groups), fingerprint_of(self.folder)
         return {"task": {"examples": count, "texts and labels": digest.hexdigest()[:16], "source": source}}
@@ -175,7 +187,7 @@ class FinetuningJob:
     def describe(self) -> str:
         parts = (self.loader, "learned from"), (self.held_out, "held out")
         words = [f"{sum(len(group.labels) for group in part.groups)} examples {what}" for part, what in parts]
-        return f"{self.task.name}: {', '.join(words)} ({self.loader.steps_per_epoch} steps an epoch{self.cut})"
+        return f"{self.task.name}: {', '.join(words)} ({self.loader.steps_per_epoch} steps an epoch{self.cut()})"
 
     def build_config(self) -> ConceptConfig:
         task = self.task

@@ -24,15 +24,17 @@ class Learned(Section):
     train: list[kinds.Text] = Field(default_factory=list)  # splits, in place of the task's own
     limit: kinds.Count | None = None  # pairs, or documents
     fold: kinds.CountOrZero = 0  # which draw of the training split is held out, to choose by
-    max_tokens: kinds.Count = 65536  # of a text; the rest of a longer one is not read, which the log says
+    max_tokens: kinds.Count = 65536  # of a text, or of what a model of transformers reads at once, within its own
+    # limit; the rest of a longer one is not read, which the log says
     cache: kinds.PathOrNothing = None  # where stored states are kept
     states_gb: kinds.Positive | None = None  # room for the states of a frozen backbone, made once
 
 
 class Finetune(Training):
-    """One run that learns a task. `model` holds fields of `ConceptConfig` that differ from those of the source."""
+    """One run that learns a task. `model` holds fields of `ConceptConfig` that differ from those of the source; a model
+    of transformers has none."""
 
-    source: kinds.Path  # a folder, a run, or a hub id of a model of this package
+    source: kinds.Path  # a folder, a run, or a hub id: of a model of this package, or any encoder of transformers
     task: Learned
     model: dict[str, Any] = Field(default_factory=dict)
     learned: Literal["head", "all"] = "all"  # head: the encoder stays as it is

@@ -14,18 +14,23 @@ from ....engine.labelled.examples import Example
 from ....engine.labelled.task import Task
 from ....models.packing import pack
 from ....models.tasks.questions import ConceptForQuestions
-from ..readers import BATCH_TOKENS, Ablated, ConceptReader, Reader
+from ..readers import BATCH_TOKENS, Ablated, ConceptReader, PeerReader, Reader
+from . import joint
 from .labels import as_predictions
 
 ABLATE = {"zeroed": "zero", "shuffled": "shuffle"}
 
 
 def has_head(reader: Reader, task: Task) -> bool:
+    if isinstance(reader, PeerReader):
+        return reader.note is not None and reader.note.name == task.name
     return isinstance(reader, ConceptReader) and getattr(reader.config, "task", None) == task.name
 
 
 def predict(task: Task, given: Sequence[Example], reader: Reader) -> dict[str, Any]:
     """What ``scoring.score`` takes. Documents that are read at once are a batch, in which an ablation shuffles them."""
+    if isinstance(reader, PeerReader):
+        return joint.predict(task, given, reader)
     how = ABLATE[reader.how] if isinstance(reader, Ablated) else None
     whole: ConceptReader = reader.reader if isinstance(reader, Ablated) else reader
     groups = grouped(given, whole.vocabulary.encode, max_tokens=2**30, is_pair=task.form == "pair")
@@ -38,6 +43,13 @@ def predict(task: Task, given: Sequence[Example], reader: Reader) -> dict[str, A
     if task.answer == "choice":
         return {each.id: each.options[int(row.argmax())] for each, row in zip(given, found, strict=True)}
     return as_predictions(task, given, found[:, 0] if task.answer == "values" else found)
+
+
+def count(task: Task, given: Sequence[Example], reader: Reader) -> tuple[int, int]:
+    """(tokens of the documents that are read, of all of them)"""
+    if isinstance(reader, PeerReader) and has_head(reader, task):
+        return joint.count(task, given, reader)
+    return reader.count(list(dict.fromkeys(each.document for each in given)))
 
 
 def batches(groups: Sequence[Group], at_least: int) -> list[list[Group]]:

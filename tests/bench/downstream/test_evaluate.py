@@ -9,11 +9,12 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
 from conceptron.bench import evaluate
 from conceptron.bench.downstream import figures
-from conceptron.bench.downstream.answers import extract, labels, write
+from conceptron.bench.downstream.answers import extract, head, labels, write
 from conceptron.bench.downstream.intervals import interval
 from conceptron.bench.downstream.readers import Ablated, open_reader
 from conceptron.engine.data import tokenizer
@@ -198,8 +199,10 @@ def test_the_protocol_of_the_seeds(folder):
                                 ("glue/stsb", ("rates=1",), "rates=1: --protocol seeds has rates=1e-05")):  # fmt: skip
         with pytest.raises(InputError, match=says):
             run(folder, task, *setting, out="seeds", protocol="seeds")
-    with pytest.raises(InputError, match="fine-tunes models of this package"):
-        run(folder, "glue/stsb", out="seeds", protocol="seeds", model="peer")
+    rows, out = run(folder, "glue/stsb", out="seeds-peer", protocol="seeds", no_floors=True, limit=48, model="peer")
+    entries = (out / "glue/stsb/runs/lr1e-05-seed0/metrics.jsonl").read_text().splitlines()
+    assert len([entry for entry in entries if json.loads(entry)["kind"] == "train"]) == 10
+    assert rows["encoder"]["learning rate"] == 1e-5
 
 
 def test_what_a_document_costs(folder):
@@ -299,6 +302,85 @@ def test_fine_tuned_over_a_grid(folder):
     assert {path.name for path in (out / "scrolls/contract_nli/runs").iterdir()} == {
         "lr0.001-seed0", "lr0.001-seed1", "lr0.01-seed0", "lr0.01-seed1"}  # fmt: skip
     assert {"concepts zeroed", "concepts shuffled"} <= set(rows)
+
+
+@pytest.fixture(scope="module")
+def tuned_peer(folder):
+    """The rows, the results and the best run of a peer fine-tuned on ContractNLI over a grid."""
+    recipe = folder / "peer.yaml"
+    recipe.write_text(
+        "source: x\ntask: {name: x, states_gb: 1}\nmodel: {dropout: 0.1}\nbatch: {tokens: 400, micro_tokens: 400}\n"
+        "train: {steps: 6, precision: fp32}\neval: {every: 0}\ncheckpoint: {every: 0}\n"
+    )
+    settings = ("report=validation", f"finetune={recipe}", "rates=1e-3,1e-2", "seeds=2")
+    rows, out = run(folder, "scrolls/contract_nli", *settings, out="tuned-peer", model="peer")
+    rate = rows["encoder"]["learning rate"]
+    return rows, out, out / f"scrolls/contract_nli/runs/lr{rate:g}-seed0/model"
+
+
+def test_a_peer_is_fine_tuned_over_the_same_grid(folder, tuned_peer):
+    """Its head answers, from what it reads: question and document together, cut at its limit."""
+    rows, out, best = tuned_peer
+    assert {"encoder", "majority", "LED-base, 16K (quoted)"} <= set(rows)
+    assert rows["encoder"]["spread over seeds"] is not None and len(list(best.parents[1].iterdir())) == 4
+    task, words = load_task("scrolls/contract_nli"), AutoTokenizer.from_pretrained(best)
+    model, given = AutoModelForSequenceClassification.from_pretrained(best).eval(), {}
+    seen: dict[str, int] = {}
+    for each in examples(task, "validation", folder):
+        question = words(each.question, add_special_tokens=False).input_ids
+        document = words(each.document, add_special_tokens=False).input_ids
+        kept = document[: 32 - len(question)]
+        seen[each.document] = min(len(kept), seen.get(each.document, len(kept)))
+        logits = model(torch.tensor([question + kept])).logits
+        given[each.id] = task.labels[int(logits.argmax())]
+    assert json.loads((out / task.name / "predictions.json").read_text()) == given
+    assert rows["encoder"]["tokens seen"] == sum(seen.values()) < rows["encoder"]["tokens given"] == sum(
+        len(words(text, add_special_tokens=False).input_ids) for text in seen)  # fmt: skip
+
+
+def test_a_fine_tuned_peer_is_itself_again_and_another_task_as_before(folder, tuned_peer):
+    rows, _, best = tuned_peer
+    again, _ = run(folder, "scrolls/contract_nli", "report=validation", out="tuned-peer-2", model=best)
+    assert again["encoder"]["score"] == rows["encoder"]["score"]
+    reader, _ = open_reader(str(best), None, str(folder / "cache"))
+    assert head.has_head(reader, load_task("scrolls/contract_nli"))
+    assert not head.has_head(reader, load_task("scrolls/quality"))
+    other, _ = run(folder, "scrolls/quality", out="tuned-peer-2", model=best)
+    assert other["encoder"]["tokens seen"] < other["encoder"]["tokens given"]
+
+
+def test_a_peer_chooses_options_and_gives_values(folder):
+    recipe = folder / "peer-two.yaml"
+    recipe.write_text(
+        "source: x\ntask: {name: x}\nbatch: {tokens: 400, micro_tokens: 400}\ntrain: {steps: 4, precision: fp32}\n"
+        "eval: {every: 0}\ncheckpoint: {every: 0}\noptim: {lr: 1e-3}\n"
+    )
+    settings = (f"finetune={recipe}", "rates=1e-3", "seeds=1")
+    rows, out = run(folder, "scrolls/quality", *settings, out="peer-choice", model="peer")
+    assert rows["encoder"]["examples"] == 60 and "first option" in rows
+    assert set(json.loads((out / "scrolls/quality/predictions.json").read_text()).values()) <= set(COLOURS)
+    rows, out = run(folder, "glue/stsb", *settings, out="peer-values", model="peer")
+    found = list(json.loads((out / "glue/stsb/predictions.json").read_text()).values())
+    assert 1.5 < np.mean(found) < 2.5 and rows["encoder"]["metric"] == "pearson"  # the mean is 2
+
+
+@pytest.mark.parametrize("fault", ["head", "labels"])
+def test_a_peer_whose_note_lies_is_one_line(folder, tuned_peer, fault, tmp_path):
+    shutil.copytree(tuned_peer[2], tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    if fault == "head":  # which were drawn, if nobody looked
+        tensors = load_file(tmp_path / "model/model.safetensors")
+        del tensors["classifier.weight"]
+        save_file(tensors, tmp_path / "model/model.safetensors", {"format": "pt"})
+        says = "1 weights of its head are missing, classifier.weight among them"
+    else:
+        config["conceptron_task"]["name"] = "glue/stsb"
+        says = "has learned glue/stsb: expected a head of 1 outputs, got 3"
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    task = "scrolls/contract_nli" if fault == "head" else "glue/stsb"
+    with pytest.raises(InputError) as caught:
+        run(folder, task, out="refused", model=tmp_path / "model")
+    assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_fine_tuning_that_was_killed_gives_the_same_scores(folder):
