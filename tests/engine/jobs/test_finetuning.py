@@ -95,6 +95,8 @@ def test_learns_and_exports(folder, task, model, kind):
     found = losses(path)
     assert len(found) == 12 and sum(found[-3:]) < 0.95 * sum(found[:3])
     assert {"accuracy", "pearson"} & set(last_evaluation(path))
+    assert all(0 < entry["mfu"] < 1 for entry in map(json.loads, (path / "metrics.jsonl").open())
+               if entry["kind"] == "train")  # fmt: skip
     saved = load_model(path / "model")
     assert type(saved).__name__ == kind and saved.config.task == task
 
