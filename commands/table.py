@@ -89,7 +89,7 @@ COMMANDS = (
         (Option("recipe", Text("a recipe"), "also what this one needs: folder, tokenizer", None, "?"), OVERRIDES),
     ),
     Command(
-        "prepare", "tokenise what a recipe reads, and embed what a teacher says of it, ahead of the run",
+        "prepare", "make what a recipe reads ahead of the run: tokens, what a teacher says of them, states of a task",
         "conceptron prepare pretrain/mlm.yaml data.cache=/shared/cache", "engine.prepare:main", (RECIPE, OVERRIDES),
     ),
     Command(

@@ -4,13 +4,15 @@ when upstream has mended the fault, so that the work-around can go.
 Seen with DeepSpeed 0.19.8; `pyproject.toml` allows no 0.20.
 """
 
+import functools
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -95,6 +97,26 @@ def _parent(pid: int) -> int:
         return 0
 
 
+def once_per_engine(find: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """What does not change while an engine lives is found once: to walk through a module with a dozen layers takes
+    half a millisecond, in every step."""
+    known: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+    @functools.wraps(find)
+    def found(engine: Any) -> Any:
+        if engine not in known:
+            known[engine] = find(engine)
+        return known[engine]
+
+    return found
+
+
+@once_per_engine
+def names_of(engine: Any) -> dict[int, str]:
+    """id(parameter) -> name. An engine keeps the parameters that it was given."""
+    return {id(parameter): name for name, parameter in engine.module.named_parameters()}
+
+
 class Fragment(NamedTuple):
     """The part of one parameter whose float32 master weights and moments this rank holds."""
 
@@ -116,7 +138,7 @@ def fragments(engine: Any) -> Iterator[Fragment]:
     the first are "not found", because they are linked after the first group's first step; on stage 3 the setter reads
     beyond the end of a parameter whose size the world size does not divide.
     """
-    zero, names = engine.optimizer, {id(p): name for name, p in engine.module.named_parameters()}
+    zero, names = engine.optimizer, names_of(engine)
     if engine.zero_optimization_stage() < 3:
         for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
             for parameter in group:
@@ -162,7 +184,7 @@ def momenta(engine: Any) -> list[tuple[str, int, Tensor]]:
             (part.name, part.start, part.of(zero.optimizer.state[part.flat]["momentum_buffer"]))
             for part in fragments(engine) if any(part.flat is flat for flat in own)
         ]  # fmt: skip
-    names, found = {id(p): name for name, p in engine.module.named_parameters()}, []
+    names, found = names_of(engine), []
     for i, is_muon in enumerate(of_muon):
         parameters = zero.params_in_partition[i]
         if not is_muon or not parameters:
@@ -182,7 +204,7 @@ def muon_gradients(engine: Any) -> list[tuple[str, Tensor]]:
     step of the momentum, m <- m + (1 - beta) * (g - m), which is staged until the step is known to be good.
     """
     zero, of_muon = engine.optimizer, muon_groups(engine)
-    names = {id(p): name for name, p in engine.module.named_parameters()}
+    names = names_of(engine)
     if engine.zero_optimization_stage() == 3:
         return [
             (names[id(parameter)], gradient)
@@ -239,7 +261,7 @@ def gradient_norms(engine: Any) -> tuple[list[str], list[Tensor]] | None:
     optimizer is offloaded, whose gradients are on their way to the host.
 
     There is no public way: `safe_get_full_grad` gathers each parameter by itself."""
-    zero, known = engine.optimizer, {id(p): name for name, p in engine.module.named_parameters()}
+    zero, known = engine.optimizer, names_of(engine)
     if getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False):
         return None
     stage, of_muon = engine.zero_optimization_stage(), muon_groups(engine)

@@ -104,10 +104,12 @@ class Telemetry:
 
     def evaluation(self, step: int, figures: dict[str, Any]) -> None:
         self.record("eval", step, **figures)
-        grids = figures.get("parts", {"": figures})
+        grids = {at: figures_at.get("parts", {"": figures_at})
+                 for at, figures_at in {"": figures, **figures.get("ratios", {})}.items()}  # fmt: skip
         nll = [
-            f"{part}{' ' * bool(part)}{name} {in_words(grid[name], '.4f')}"
-            for part, grid in grids.items() for name in ("nll_unseen", "nll_seen") if grid.get(name) is not None
+            " ".join(filter(None, (at, part, name, in_words(grid[name], ".4f"))))
+            for at, parts in grids.items() for part, grid in parts.items()
+            for name in ("nll_unseen", "nll_seen") if grid.get(name) is not None
         ]  # fmt: skip
         found = [f"{name} {in_words(figures[name], '.4f')}" for name in ("contrastive", "retrieval") if name in figures]
         taught = [

@@ -78,13 +78,19 @@ def squares_by_part(engine: Any) -> dict[str, torch.Tensor]:
     if found is None:
         return {}
     names, norms = found
-    trained = {title(name): p.device for name, p in engine.module.named_parameters() if p.requires_grad}
-    places = {part: i for i, part in enumerate(trained)}
-    squares = torch.zeros(len(trained), dtype=torch.float64, device=next(iter(trained.values())))
+    places, device = trained_parts(engine)
+    squares = torch.zeros(len(places), dtype=torch.float64, device=device)
     if names:
-        owners = torch.tensor([places[title(name)] for name in names], device=squares.device)
+        owners = torch.tensor([places[title(name)] for name in names], device=device)
         squares.index_add_(0, owners, torch.stack(norms).double().square())
-    return dict(zip(trained, squares.unbind(), strict=True))
+    return dict(zip(places, squares.unbind(), strict=True))
+
+
+@compat.once_per_engine
+def trained_parts(engine: Any) -> tuple[dict[str, int], torch.device]:
+    """The parts that are trained, numbered, and the device of the first."""
+    trained = {title(name): p.device for name, p in engine.module.named_parameters() if p.requires_grad}
+    return {part: i for i, part in enumerate(trained)}, next(iter(trained.values()))
 
 
 @cache

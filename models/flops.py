@@ -8,7 +8,8 @@ decoder (M, and context that nobody asks for), d model width, e width of tokens,
 width, V vocabulary, K layers or iterations.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass
 
 from .backbone_flops import backbone_flops
@@ -66,10 +67,12 @@ def encoder_flops(config: ConceptConfig, sizes: Sizes) -> dict[str, int]:
     }
 
 
-def training_flops(config: ConceptConfig, sizes: Sizes) -> dict[str, int]:
+def training_flops(
+    config: ConceptConfig, sizes: Sizes, forward_of: Callable[..., dict[str, int]] = forward_flops
+) -> dict[str, int]:  # fmt: skip
     """FLOPs of forward and backward together, by part; iterations that pass no gradient have no backward, nor have
-    layers of a backbone that are not trained."""
-    forward = forward_flops(config, sizes)
+    layers of a backbone that are not trained. ``forward_of``: ``encoder_flops`` for the encoder alone."""
+    forward = forward_of(config, sizes)
     through = forward
     if config.backprop_iterations is not None and config.iterations > config.backprop_iterations:
         short = {"num_iterations": config.backprop_iterations, "backprop_iterations": None}
@@ -86,9 +89,17 @@ def step_flops(config: ConceptConfig, sizes: Sizes) -> int:
 
 def view_flops(config: ConceptConfig, view: View) -> int:
     """The same of a view, with as many concepts as its texts are read into."""
-    if view.num_concepts not in (None, config.num_concepts):
-        config = ConceptConfig(**{**config.to_dict(), "num_concepts": view.num_concepts})
-    return step_flops(config, Sizes.of(view))
+    return step_flops(resized(config, view.num_concepts), Sizes.of(view))
+
+
+def resized(config: ConceptConfig, num_concepts: int | None) -> ConceptConfig:
+    """With another number of concepts, to be counted only: its fields are not checked again, which would take
+    milliseconds of every step. None: its own."""
+    if num_concepts in (None, config.num_concepts):
+        return config
+    other = copy(config)
+    other.num_concepts = num_concepts
+    return other
 
 
 def embedding(config: ConceptConfig, sizes: Sizes) -> int:

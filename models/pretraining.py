@@ -137,7 +137,7 @@ class Pretraining(nn.Module):
             return_states: instead, how well the backbone's states of its targets are read, see ``states_read``.
             pair: instead of a view, what is to be compared, with the ``encoder`` batch that it may share. The random
                 numbers that dropout draws for it are those that a pass with the view draws from the same state.
-            num_concepts: C of the pair's texts; a view says its own.
+            num_concepts: C of the texts of a pair or a lesson; a view says its own.
             lesson: instead of a view, how far the concepts of its texts agree with it, see ``Distillation.agreement``.
         """
         if return_nll:
@@ -149,7 +149,8 @@ class Pretraining(nn.Module):
             first_BCd = self.encode(encoder, num_iterations, num_concepts) if pair.shares_encoder else None
             return self.compared(pair, texts_BCd, first_BCd)
         if lesson is not None:
-            return self.distillation.agreement(self.meanings(self.encode(lesson.texts, num_iterations)), lesson)
+            read_BCd = self.encode(lesson.texts, num_iterations, num_concepts)
+            return self.distillation.agreement(self.meanings(read_BCd), lesson)
         totals = Totals.of([view]) if totals is None else totals
         pair, C, figures, loss = view.pair, view.num_concepts, {}, 0.0
         if self.state_reader is not None:
@@ -215,7 +216,7 @@ class Pretraining(nn.Module):
         """[3] float64: squared errors of the states of a view's targets read from its concepts, the same from concepts
         that are zero, both as sums, and the number of targets."""
         view = self.with_states(view)
-        encoded = self.model.encode(view.encoder)
+        encoded = self.model.encode(view.encoder, num_concepts=view.num_concepts)
         sums = [
             self.state_reader.errors(
                 self.model.decode_view(ablated(encoded, ablate), view), view, self.centred(view)

@@ -6,6 +6,7 @@ trains on does not depend on the number of ranks or the size of a micro-batch.
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Self
@@ -160,7 +161,7 @@ class Loader(Batches):
             contrastive: adds a pair to each view, from step `contrastive_from` on.
             lessons: adds to each view what a teacher says of its texts.
             states: adds to the texts what a frozen backbone makes of them, where they are read whole.
-            concepts: how many concepts texts are read into in training; None: as many as the model has.
+            concepts: how many concepts texts are read into; None: as many as the model has.
             part: makes of a view what this rank holds of it, where ranks share texts.
             order: what `Batches` asks for.
         """
@@ -175,9 +176,7 @@ class Loader(Batches):
         keys = [SampleKey(self.seed, *place) for place in places]
         objective = self.objective.at(step) if isinstance(self.objective, Mixed) else self.objective
         view = objective.view(batch, keys, self.tokens)
-        if self.concepts is not None:
-            view = replace(view, num_concepts=self.concepts.at(step, batch.max_seqlen))
-        view = view if self.part is None else self.part(view)
+        view = self.share_of(view, self.num_concepts(step, batch))
         if self.lessons is not None:
             texts = None if reads(view.encoder, batch) else batch
             view = replace(view, lesson=self.lessons.lesson(samples.windows, texts))
@@ -185,6 +184,20 @@ class Loader(Batches):
             return view
         documents = self.windows.documents(samples.windows)
         return replace(view, pair=self.contrastive.pair(batch, keys, self.tokens, documents, objective))
+
+    def num_concepts(self, step: int, batch: Packed) -> int | None:
+        return None if self.concepts is None else self.concepts.at(step, batch.max_seqlen)
+
+    def share_of(self, view: View, num_concepts: int | None) -> View:
+        """What this rank holds of a view whose texts are read into so many concepts."""
+        view = view if num_concepts is None else replace(view, num_concepts=num_concepts)
+        return view if self.part is None else self.part(view)
+
+    def reading_into(self, concepts: Drawn | Fixed) -> Self:
+        """A loader of the same text that is read into other numbers of concepts."""
+        other = copy(self)
+        other.concepts = concepts
+        return other
 
     def texts(self, rows: np.ndarray) -> Packed:
         """These windows, whole. An objective that hides tokens makes a batch of its own, without states."""
@@ -195,20 +208,23 @@ class Loader(Batches):
     def evaluation(self, max_tokens: int) -> Iterator[dict[str, View]]:
         """This rank's evaluation views of ``evaluation_rows(max_tokens)``, as many on every rank."""
         for batch, keys, _ in self._evaluation_batches(max_tokens):
+            C = self.num_concepts(0, batch)
             views = self.objective.evaluation_views(batch, keys, self.tokens)
-            yield views if self.part is None else {name: self.part(view) for name, view in views.items()}
+            yield {name: self.share_of(view, C) for name, view in views.items()}
 
-    def evaluation_pairs(self, max_tokens: int) -> Iterator[Pair]:
-        """The same texts in pairs. Where dropout alone would tell two views apart, adjacent spans take their place."""
+    def evaluation_pairs(self, max_tokens: int) -> Iterator[tuple[Pair, int | None]]:
+        """The same texts in pairs, and how many concepts they are read into. Where dropout alone would tell two views
+        apart, adjacent spans take their place."""
         is_blind = self.contrastive.pairs == "dropout"
         contrastive = replace(self.contrastive, pairs="adjacent") if is_blind else self.contrastive
         for batch, keys, rows in self._evaluation_batches(max_tokens):
-            yield contrastive.pair(batch, keys, self.tokens, self.windows.documents(rows))
+            pair = contrastive.pair(batch, keys, self.tokens, self.windows.documents(rows))
+            yield pair, self.num_concepts(0, batch)
 
-    def evaluation_lessons(self, max_tokens: int) -> Iterator[Lesson]:
-        """What the teacher says of the same texts."""
+    def evaluation_lessons(self, max_tokens: int) -> Iterator[tuple[Lesson, int | None]]:
+        """What the teacher says of the same texts, and how many concepts they are read into."""
         for batch, _, rows in self._evaluation_batches(max_tokens):
-            yield self.lessons.lesson(rows, batch)
+            yield self.lessons.lesson(rows, batch), self.num_concepts(0, batch)
 
     def _evaluation_batches(self, max_tokens: int) -> Iterator[tuple[Packed, list[SampleKey], np.ndarray]]:
         """This rank's batches, their keys and the numbers of their windows; as many batches on every rank."""

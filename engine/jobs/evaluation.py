@@ -40,7 +40,8 @@ def evaluate(
         parts: of a mixture, loss, nll_seen and nll_unseen of each part by itself; the figures above are then over the
             grids of all parts, and mean little.
         concepts: ``geometry.health`` of the concepts of 64 of the texts in the first view of the grid, and where they
-            carry next to no content ``collapse``, why; absent with fewer than two texts.
+            carry next to no content ``collapse``, why; absent with fewer than two texts, and where the loader says how
+            many concepts there are, which then differ from batch to batch.
     and with a contrastive loss:
         contrastive: the loss of each text among all the others.
         retrieval: the share of texts whose other view is the most similar of all; chance is 1 / num_pairs.
@@ -69,7 +70,7 @@ def _of_targets(engine: Any, loader: Loader, max_tokens: int, world: World, of_o
             known = {"encoded": engine.encode(view.encoder)} if of_others else {}
             result = engine(view=view, return_nll=True, **known)
             nll = result.nll.double()
-            if name == next(iter(views)) and wanted > 0:
+            if loader.concepts is None and name == next(iter(views)) and wanted > 0:
                 found = result.concepts[:wanted].float().cpu()
                 wanted -= len(found)
                 concepts.append(found if is_witness else found[:0])
@@ -97,7 +98,7 @@ def _of_targets(engine: Any, loader: Loader, max_tokens: int, world: World, of_o
     if isinstance(loader.objective, Mixed):
         rows = {part: [name.startswith(f"{part}/") for name in sums] for part in loader.objective.names}
         figures["parts"] = {part: means(table[rows[part]]) for part in rows}
-    return figures | _of_concepts(torch.cat(concepts), world)
+    return figures | (_of_concepts(torch.cat(concepts), world) if loader.concepts is None else {})
 
 
 def _of_concepts(concepts: torch.Tensor, world: World) -> dict[str, Any]:
@@ -111,8 +112,8 @@ def _of_concepts(concepts: torch.Tensor, world: World) -> dict[str, Any]:
 
 
 def _of_pairs(engine: Any, loader: Loader, max_tokens: int, world: World) -> dict[str, Any]:
-    pairs = [pair.to(world.device) for pair in loader.evaluation_pairs(max_tokens)]
-    compared = [engine(pair=pair) for pair in pairs]
+    counted = [(pair.to(world.device), C) for pair, C in loader.evaluation_pairs(max_tokens)]
+    compared, pairs = [engine(pair=pair, num_concepts=C) for pair, C in counted], [pair for pair, _ in counted]
     a, b = torch.cat([each.a for each in compared]), torch.cat([each.b for each in compared])
     ids = torch.cat([pair.ids for pair in pairs])
     of_rank = loader.contrastive.loss_of(a, b, ids, compared[0].temperature).double() / world.size
@@ -121,7 +122,8 @@ def _of_pairs(engine: Any, loader: Loader, max_tokens: int, world: World) -> dic
 
 
 def _of_lessons(engine: Any, loader: Loader, max_tokens: int, world: World) -> dict[str, Any]:
-    sums = sum(engine(lesson=lesson.to(world.device)) for lesson in loader.evaluation_lessons(max_tokens))
+    lessons = ((lesson.to(world.device), C) for lesson, C in loader.evaluation_lessons(max_tokens))
+    sums = sum(engine(lesson=lesson, num_concepts=C) for lesson, C in lessons)
     whole, num_texts, stretches, num_stretches = world.sum(sums).tolist()
     of_stretches = stretches / num_stretches if num_stretches else None
     return {"alignment": whole / max(num_texts, 1), "alignment_of_stretches": of_stretches}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...models.config import ConceptConfig
 from ...models.folder import read_config
 from ...models.packing import Packed, pack
+from ...models.tasks.flops import pair_flops, questions_flops
 from ...models.tasks.heads import ConceptForSequenceClassification
 from ...models.tasks.questions import ConceptForQuestions
 from ..card import About
@@ -256,8 +257,11 @@ class FinetuningJob:
     def num_tokens(self, step: int) -> int:
         return int(self.loader.windows.lengths[self.loader.samples(step).windows].sum())
 
-    def flops(self, engine: Any, batches: Sequence[Asked]) -> None:
-        """Not counted: heads, questions and stored states differ from task to task."""
+    def flops(self, engine: Any, batches: Sequence[Asked]) -> int:
+        config, is_trained = engine.module.model.config, self.recipe.learned == "all"
+        if self.is_pair:
+            return sum(pair_flops(config, asked.questions, asked.texts, is_trained) for asked in batches)
+        return sum(questions_flops(config, *asked[:3], is_trained) for asked in batches)
 
     def contents(self, step: int) -> dict[str, Any]:
         numbers = self.loader.samples(step).windows

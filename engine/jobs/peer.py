@@ -170,6 +170,9 @@ class PeerJob(FinetuningJob):
             model.activation_checkpointing_enable({"use_reentrant": False})
         return Judge(model, self.num_options, None if self.is_whole else (self.middle, self.spread))
 
+    def flops(self, engine: Any, batches: Sequence[Joined]) -> None:
+        """Not counted: transformers does not say what a pass of its models takes."""
+
     def export(self, module: nn.Module, folder: Path) -> Path:
         recipe = self.recipe
         longest = max(len(one.ids) for each in self.loader.groups for one in each.inputs)

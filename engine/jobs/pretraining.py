@@ -21,6 +21,7 @@ from ...models.sharding import shard_view
 from ..backbone import KEPT, identity
 from ..beginning import begin
 from ..card import About
+from ..checkpoints.retention import METRICS
 from ..data.cache import cache_folder
 from ..data.concepts import Drawn, Fixed
 from ..data.corpus import Corpus, open_corpus
@@ -229,11 +230,22 @@ class PretrainingJob:
         return {} if scale is None else {"cap_scale": scale / num_batches}
 
     def evaluate(self, engine: Any) -> dict[str, Any]:
-        given = engine, self.held_out, self.recipe.eval.tokens, self.world
-        self.figures = evaluate(*given)
-        if self.reads_states:
-            self.figures |= of_states(*given)
+        """Of text that is read into all concepts; and "ratios", of the same text at each of several ratios."""
+        self.figures = self.of_held_out(engine, self.held_out)
+        ratios = self.recipe.train.tokens_per_concept or ()
+        if len(ratios) > 1:
+            self.figures["ratios"] = {f"r={ratio:g}": self.at_ratio(engine, ratio) for ratio in ratios}
         return self.figures
+
+    def at_ratio(self, engine: Any, ratio: float) -> dict[str, Any]:
+        """The figures that a run can choose by, where batches have a concept for every ``ratio`` tokens."""
+        drawn = Drawn((ratio,), self.recipe.most_concepts, self.recipe.run.seed)
+        found = self.of_held_out(engine, self.held_out.reading_into(drawn))
+        return {name: figure for name, figure in found.items() if name in (*METRICS, "parts")}
+
+    def of_held_out(self, engine: Any, held_out: Loader) -> dict[str, Any]:
+        given = engine, held_out, self.recipe.eval.tokens, self.world
+        return evaluate(*given) | (of_states(*given) if self.reads_states else {})
 
     def export(self, module: nn.Module, folder: Path) -> Path:
         recipe = self.recipe

@@ -33,7 +33,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     recipe = load_any(path, overrides)
     if not isinstance(recipe, Recipe):
-        raise InputError(f"{path}: fine-tunes a finished model, which only `conceptron train` does")
+        raise InputError(f"{path}: fine-tunes a finished model, which only `conceptron prepare` and `train` do")
     return recipe
 
 

@@ -12,12 +12,14 @@ from conceptron.engine.telemetry import Telemetry
 OF_THE_MACHINE = ("elapsed_s", "tokens_per_s", "seconds", "tflops", "mfu", "memory", "gpu")
 
 
-def run_jobs(jobs: list[dict], folder: Path, **variables: str) -> tuple[list[list[int]], str]:
+def run_jobs(
+    jobs: list[dict], folder: Path, limit_s: float = 240, **variables: str
+) -> tuple[list[list[int]], str]:  # fmt: skip
     """The exit codes of the ranks of each job (see ``ranks.py``), and the end of what was said on standard error."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("ranks.py"), folder / "jobs.json"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **variables}, capture_output=True, text=True, timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **variables}, capture_output=True, text=True, timeout=limit_s,
     )  # fmt: skip
     codes = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert len(codes) == len(jobs), done.stderr[-4000:]

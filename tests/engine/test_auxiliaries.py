@@ -48,6 +48,12 @@ def test_every_part_is_logged(everything):
     assert set(held_out["parts"]) == {"diffusion", "prefix_diffusion"}
     assert held_out["parts"]["diffusion"]["nll_unseen"] > 0
     assert 0 <= held_out["retrieval"] <= 1 and held_out["contrastive"] > 0 and held_out["num_pairs"] > 1
+    assert set(held_out["ratios"]) == {"r=10", "r=24"}
+    for at_ratio in held_out["ratios"].values():
+        assert set(at_ratio["parts"]) == set(held_out["parts"]) and at_ratio["contrastive"] > 0
+        assert "num_pairs" not in at_ratio
+    assert held_out["ratios"]["r=10"]["nll_unseen"] == held_out["nll_unseen"]  # windows of 48 ask for all 5
+    assert held_out["ratios"]["r=24"]["nll_unseen"] != held_out["nll_unseen"]
 
 
 def test_tensorboard_has_the_same(everything):
@@ -57,7 +63,8 @@ def test_tensorboard_has_the_same(everything):
     events.Reload()
     names = ("task", "contrastive", "regularization", "terms/vicreg", "weights/t_regs", "temperature", "cap_scale")
     tags = set(events.Tags()["scalars"])
-    assert {f"train/{name}" for name in names} | {"eval/parts/diffusion/nll_unseen", "eval/retrieval"} <= tags
+    of_eval = ("parts/diffusion/nll_unseen", "retrieval", "ratios/r=10/nll_unseen", "ratios/r=24/retrieval")
+    assert {f"train/{name}" for name in names} | {f"eval/{name}" for name in of_eval} <= tags
 
 
 @pytest.mark.parametrize("at", [2, 6])

@@ -1,7 +1,13 @@
-"""Resuming is exact at any stage and number of ranks, in any precision, compiled or not, however it was saved."""
+"""Resuming is exact at any stage and number of ranks, in any precision, compiled or not, however it was saved.
 
+A few rows are tried every time, all of them by `pytest -m matrix tests/engine/test_resume.py`.
+"""
+
+import itertools
 import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +17,14 @@ from .running import run_jobs
 
 SAVING = {"beside": ["checkpoint.async=true"], "at once": ["checkpoint.async=false"]}  # way -> overrides
 # (stage, ranks, precision, compiled, way of saving). Two ranks have Muon. One, not compiled: test_trainer.py
-ROWS = [
+ROWS = (
     (1, 2, "bf16", False, "at once"),
     (2, 2, "fp32", False, "beside"),
     (3, 2, "bf16", False, "beside"),
     (2, 1, "bf16", True, "beside"),
-]
+)
+MATRIX = list(itertools.product((1, 2, 3), (1, 2), ("fp32", "bf16"), (False, True), SAVING))
+LIMIT_S = 300  # of a row, on a machine that others use as well
 COMMON = ["train.steps=6", "eval.every=0", "checkpoint.every=3", "ema.decay=0.9"]
 
 
@@ -26,7 +34,7 @@ def name_of(row: tuple) -> str:
 
 
 def run_all(
-    recipe: Path, rows: list[tuple], folder: Path, backend: str = "eager"
+    recipe: Path, rows: Sequence[tuple], folder: Path, backend: str = "eager"
 ) -> dict[tuple, list[list[int]]]:  # fmt: skip
     """Trains each row from beginning to end, and again from the middle, in a process of its own a rank; exit codes.
 
@@ -44,7 +52,7 @@ def run_all(
             **common, overrides=[*given, f"run.name={resumed}", "resume=auto"],
             again=[str(folder / "runs" / whole), str(folder / "runs" / resumed), 3],
         ))  # fmt: skip
-    codes, _ = run_jobs(jobs, folder, TORCHINDUCTOR_COMPILE_THREADS="1")
+    codes, _ = run_jobs(jobs, folder, limit_s=LIMIT_S * len(rows), TORCHINDUCTOR_COMPILE_THREADS="1")
     return {row: codes[2 * i : 2 * i + 2] for i, row in enumerate(rows)}
 
 
@@ -64,14 +72,40 @@ def difference(row: tuple, folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def ran(recipe_in, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("resume")
-    return run_all(recipe_in(folder), ROWS, folder), folder
+def ran(recipe_in, tmp_path_factory) -> Callable[..., tuple[dict, Path]]:
+    """Runs rows in one process, once; their exit codes, and the folder that they are in."""
+    done: dict[tuple, tuple[dict, Path] | None] = {}
+
+    def ran(rows: tuple[tuple, ...]) -> tuple[dict, Path]:
+        if rows not in done:
+            done[rows] = None  # a process that fails is not started again for each of its rows
+            folder = tmp_path_factory.mktemp("resume")
+            done[rows] = run_all(recipe_in(folder), rows, folder), folder
+        assert done[rows] is not None, "the process of these rows has failed: see the first of them"
+        return done[rows]
+
+    return ran
+
+
+def cases() -> Iterator[Any]:
+    """Each row with those that are run with it: of the matrix the four of a stage and a number of ranks that are
+    compiled, and the four that are not (`-k eager`: in a tenth of the time)."""
+
+    def group_of(row: tuple) -> tuple:
+        return row[0], row[1], row[3]
+
+    for row in ROWS:
+        yield pytest.param(ROWS, row, id=name_of(row))
+    for _, group in itertools.groupby(sorted(MATRIX, key=group_of), key=group_of):
+        rows = tuple(group)
+        marks = [pytest.mark.matrix, pytest.mark.timeout(LIMIT_S * len(rows))]
+        for row in rows:
+            yield pytest.param(rows, row, id=f"matrix-{name_of(row)}", marks=marks)
 
 
 @pytest.mark.xdist_group("resume")
-@pytest.mark.parametrize("row", ROWS, ids=name_of)
-def test_a_resumed_run_is_the_whole_one(ran, row):
-    codes, folder = ran
+@pytest.mark.parametrize(("rows", "row"), cases())
+def test_a_resumed_run_is_the_whole_one(ran, rows, row):
+    codes, folder = ran(rows)
     assert codes[row] == [[0] * row[1]] * 2
     assert difference(row, folder) == ""

@@ -44,6 +44,13 @@ def test_what_is_not_finite_is_null_in_the_record_and_said_in_words(telemetry, t
     assert dict(numbers("train", {"loss": math.nan, "lr": 0.5})) == {"train/lr": 0.5}
 
 
+def test_figures_at_each_ratio_are_said_beside_the_others(telemetry, capfd):
+    of_part = {"diffusion": {"nll_unseen": 4.0, "nll_seen": None}, "mlm": {"nll_unseen": 3.0, "nll_seen": 2.0}}
+    telemetry.evaluation(3, {"nll_unseen": 5.0, "ratios": {"r=4": {"nll_unseen": 6.0}, "r=8": {"parts": of_part}}})
+    said = "nll_unseen 5.0000, r=4 nll_unseen 6.0000, r=8 diffusion nll_unseen 4.0000, r=8 mlm nll_unseen 3.0000, "
+    assert f"nats per token: {said}r=8 mlm nll_seen 2.0000" in capfd.readouterr().err
+
+
 def test_tensorboard_gets_the_numbers(telemetry, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -77,9 +77,9 @@ def test_pairs_come_with_their_step_and_windows_of_a_document_are_no_negatives()
 @pytest.mark.parametrize("pairs", ["dropout", "overlapping"])
 def test_held_out_pairs_are_never_two_equal_texts(pairs):
     made = loader(40, contrastive=Contrastive(pairs))
-    for pair in made.evaluation_pairs(200):
+    for pair, _ in made.evaluation_pairs(200):
         bounds, count = pair.texts.cu_seqlens.tolist(), len(pair.ids)
         for i in range(count):
             a, b = (pair.texts.input_ids[bounds[j] : bounds[j + 1]].tolist() for j in (i, i + count))
             assert a != b or len(a) < 3
-    assert sum(len(pair.ids) for pair in made.evaluation_pairs(200)) == len(made.evaluation_rows(200))
+    assert sum(len(pair.ids) for pair, _ in made.evaluation_pairs(200)) == len(made.evaluation_rows(200))

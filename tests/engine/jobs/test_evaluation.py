@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from conceptron.engine.data.concepts import Drawn
 from conceptron.engine.data.loader import Loader
 from conceptron.engine.data.windows import Part, Windows
 from conceptron.engine.jobs.evaluation import evaluate
@@ -21,9 +22,9 @@ def windows() -> Windows:
     return Windows([Part(text, np.cumsum(lengths, dtype=np.int64) - lengths, lengths)])
 
 
-def log_probabilities(model, view) -> torch.Tensor:
+def log_probabilities(model, view, num_concepts=None) -> torch.Tensor:
     """[M] float64: log-softmax of the logits of every target row."""
-    encoded = model.encoder(packed=view.encoder)
+    encoded = model.encoder(packed=view.encoder, num_concepts=num_concepts)
     hidden = model.decode(
         encoded, view.decoder_position_ids, view.decoder_cu_seqlens, view.decoder_max_seqlen, view.decoder_input_ids,
         view.timesteps,
@@ -94,6 +95,29 @@ def test_another_texts_concepts_cost_no_other_figure(build, world, tokens, windo
     assert figures == plain and len(encoded) == num_views
     assert others == (pytest.approx(math.fsum(means) / len(means), rel=1e-6) if has_others else None)
     assert bool(means) == has_others
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["diffusion", "tsdae"])
+def test_at_a_ratio_batches_have_a_concept_for_so_many_tokens(build, world, tokens, windows, name):
+    """Each batch by its longest text, and nothing else of it changes; figures are those of the model asked by hand."""
+    model = build().module.eval()
+    loader = Loader(windows, OBJECTIVES[name](), tokens, seed=0, tokens_per_step=500, micro_tokens=40)
+    plain, found = evaluate(model, loader, 1000, world), {}
+    for ratio in (8, 16):
+        figures = evaluate(model, loader.reading_into(Drawn((ratio,), 5, seed=0)), 1000, world)
+        sums = {}
+        for views, (batch, _, _) in zip(loader.evaluation(1000), loader._evaluation_batches(1000), strict=True):
+            for key, view in views.items():
+                C = math.ceil(batch.max_seqlen / ratio)
+                nll = -log_probabilities(model, view, min(5, C))[~view.seen]
+                sums[key] = [*sums.get(key, []), *nll.tolist()]
+        means = [math.fsum(values) / len(values) for values in sums.values() if values]
+        assert figures["nll_unseen"] == pytest.approx(math.fsum(means) / len(means), rel=1e-5)
+        assert figures["num_targets"] == plain["num_targets"] and "concepts" not in figures
+        found[ratio] = figures["nll_unseen"]
+    assert len({plain["nll_unseen"], *found.values()}) == 3
+    assert evaluate(model, loader, 1000, world) == plain  # the loader itself is as it was
 
 
 def test_repeating_an_evaluation_repeats_its_figures(build, world, tokens, windows):

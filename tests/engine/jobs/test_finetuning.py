@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
+from conceptron.__main__ import perform
 from conceptron.engine.build import build
 from conceptron.engine.data import tokenizer
 from conceptron.engine.errors import InputError
@@ -95,6 +96,8 @@ def test_learns_and_exports(folder, task, model, kind):
     found = losses(path)
     assert len(found) == 12 and sum(found[-3:]) < 0.95 * sum(found[:3])
     assert {"accuracy", "pearson"} & set(last_evaluation(path))
+    assert all(0 < entry["mfu"] < 1 for entry in map(json.loads, (path / "metrics.jsonl").open())
+               if entry["kind"] == "train")  # fmt: skip
     saved = load_model(path / "model")
     assert type(saved).__name__ == kind and saved.config.task == task
 
@@ -118,7 +121,7 @@ def test_a_resumed_run_is_the_same_run(folder):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_stored_states_of_a_frozen_backbone_teach_the_same(folder):
+def test_stored_states_of_a_frozen_backbone_teach_the_same_and_are_made_ahead(folder, capsys):
     words = tokenizer.load(str(folder / "source"))
     sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=64, **sizes)).save_pretrained(folder / "bert")
@@ -136,8 +139,18 @@ def test_stored_states_of_a_frozen_backbone_teach_the_same(folder):
     build(load_recipe(recipe), folder / "read")
     task, cache = "scrolls/contract_nli", f"task.cache={folder}/states"
     fresh = run(folder, "computed", task, "", 4, folder / "read")
+    prepare = ["prepare", str(folder / "computed.yaml"), "run.name=prepared", cache]
+    capsys.readouterr()
+    assert perform([*prepare, "train.compile=true"]) == 0
+    assert capsys.readouterr().out.startswith(f"ready: {task}: 60 examples learned from, 12 examples held out (")
+    assert not (folder / "states").exists() and perform([*prepare, "task.states_gb=1"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 and re.search(rf"; states of [\d,]+ tokens, [\d.e-]+ GB, in {folder}/states$", said[0])
+    made = {file: file.stat().st_mtime_ns for file in (folder / "states").rglob("*.bin")}
+    assert len(made) == 8 and not (folder / "runs" / "prepared").exists()
     stored = run(folder, "stored", task, "", 4, folder / "read", "task.states_gb=1", cache)
     assert losses(stored) == pytest.approx(losses(fresh), rel=1e-2) and len(list((folder / "states").iterdir())) == 4
+    assert made == {file: file.stat().st_mtime_ns for file in (folder / "states").rglob("*.bin")}  # train found them
     with pytest.raises(InputError, match=r"task.states_gb: .* tokens of 32 16-bit numbers take .* GB, the limit is"):
         run(folder, "too-much", task, "", 4, folder / "read", "task.states_gb=1e-6", cache)
 
