@@ -104,7 +104,7 @@ def cases() -> Iterator[Any]:
 
 
 @pytest.mark.xdist_group("resume")
-@pytest.mark.parametrize(("rows", "row"), cases())
+@pytest.mark.parametrize(("rows", "row"), list(cases()))
 def test_a_resumed_run_is_the_whole_one(ran, rows, row):
     codes, folder = ran(rows)
     assert codes[row] == [[0] * row[1]] * 2
