@@ -244,7 +244,7 @@ class OneConcept:
 
 def test_what_answers_is_a_sentence_and_of_a_part_the_nearest():
     """One concept stands for all sentences: their own vectors say which, and a heading answers nothing."""
-    text = "Bridge 1\nA river flows through it, wide and slow. Its bridge was built of chestnut wood. Nobody knows its age."
+    text = "Bridge 1\nA river flows through it. Its bridge was built of chestnut wood. Nobody knows its age."
     task = load_task("scrolls/narrative_qa")
     given = [Example("0", "What is the bridge made of?", text, ["wood"])]
     found = extract.spans(task, given, OneConcept(), OneConcept())
