@@ -19,8 +19,8 @@ WORD = re.compile(r"\w+")
 YES_OR_NO = re.compile(r"(is|are|was|were|do|does|did|can|could|has|have|had|will|would|should)\b", re.IGNORECASE)
 DENIAL = re.compile(r"\b(no|not|never|none|neither|nor|cannot|without)\b|n't\b", re.IGNORECASE)
 NEAR = 0.2  # cosine of a question with what answers it, at least: unrelated sentences of a sentence encoder lie below
-SHORTEST, LONGEST = 4, 60  # words of a sentence that an answer is taken from, at least, and that a summary may have
-FEW = 8  # sentences that are compared with the question by vectors of their own
+SHORTEST, LONGEST = 4, 60  # words of a sentence that a summary may have
+FEW = 16  # sentences, headings among them, that are compared with the question by vectors of their own
 SHARPNESS = 12.0  # of a softmax over cosines, with which a question weighs the parts of a document
 SECOND = 0.3  # what a second sentence about a part still adds
 
@@ -28,12 +28,6 @@ SECOND = 0.3  # what a second sentence about a part still adds
 def sentences(text: str) -> list[tuple[int, int]]:
     """Their characters; a line's end also ends a sentence."""
     return [match.span() for match in SENTENCE.finditer(text) if match[0].strip()]
-
-
-def statements(text: str) -> list[tuple[int, int]]:
-    """Sentences that say something: none of a few words, such as headings, where there are others."""
-    found = sentences(text)
-    return [span for span in found if len(text[slice(*span)].split()) >= SHORTEST] or found
 
 
 def relevance(spans: Sequence[tuple[int, int]], read: Read, weights_P: np.ndarray) -> np.ndarray:
@@ -53,7 +47,7 @@ def spans(task: Task, given: Sequence[Example], reader: Reader, asks: Reader) ->
     reads, queries = reader.parts([e.document for e in given]), directions(asks.whole([e.question for e in given]))
     near: list[tuple[list[str], np.ndarray]] = []
     for each, read, query in zip(given, reads, queries, strict=True):
-        found = statements(each.document)
+        found = sentences(each.document)
         scores = relevance(found, read, directions(read.vectors) @ query)
         best = np.argsort(-scores, kind="stable")[:FEW]
         near.append(([each.document[slice(*found[i])] for i in best], scores[best]))
@@ -72,7 +66,7 @@ def spans(task: Task, given: Sequence[Example], reader: Reader, asks: Reader) ->
 def bm25_spans(given: Sequence[Example], words: int) -> dict[str, str]:
     made = {}
     for each in given:
-        found = statements(each.document)
+        found = sentences(each.document)
         best = int(bm25_scores([each.question], [each.document[a:b] for a, b in found])[0].argmax())
         made[each.id] = answer_in(each.question, each.document[slice(*found[best])], words)
     return made
