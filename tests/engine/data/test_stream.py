@@ -3,6 +3,7 @@
 import json
 import shutil
 from itertools import count
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -180,7 +181,7 @@ def test_what_cannot_be_streamed_is_said(corpus, shards, tmp_path):
 def test_reading_ahead_that_fails_is_tried_again_by_the_step(corpus, monkeypatch, capsys):
     made = steps_of(corpus())
     windows = made.loaders[0].blocks.windows
-    monkeypatch.setattr(stream.threading, "Thread", lambda target, args, daemon: Now(target, args))
+    monkeypatch.setattr(stream, "threading", SimpleNamespace(Thread=lambda target, args, daemon: Now(target, args)))
     calls = []
 
     def fails_once(number):
