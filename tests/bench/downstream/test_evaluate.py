@@ -16,10 +16,10 @@ from conceptron.bench import evaluate
 from conceptron.bench.downstream import figures
 from conceptron.bench.downstream.answers import extract, head, labels, write
 from conceptron.bench.downstream.intervals import interval
-from conceptron.bench.downstream.readers import Ablated, Read, open_reader
+from conceptron.bench.downstream.readers import Ablated, open_reader
 from conceptron.engine.data import tokenizer
 from conceptron.engine.errors import InputError
-from conceptron.engine.labelled.examples import Example, examples, merged
+from conceptron.engine.labelled.examples import examples, merged
 from conceptron.engine.labelled.task import expand, load_task
 from conceptron.models.config import ConceptConfig
 from conceptron.models.encoder import ConceptEncoder
@@ -230,25 +230,6 @@ def test_answers_of_yes_no_and_nothing(folder):
     finally:
         extract.NEAR = near
     assert set(nothing.values()) == {"Unanswerable"} and set(found.values()) != {"Unanswerable"}
-
-
-class OneConcept:
-    """Reads a document into one concept; a text's own vector counts three words."""
-
-    def whole(self, texts):
-        return np.array([[text.lower().count(word) + 1e-3 for word in ("bridge", "river", "age")] for text in texts])
-
-    def parts(self, texts):
-        return [Read(np.ones((1, 3)), np.ones(3), np.array([[0, len(text)]]), 9, 9) for text in texts]
-
-
-def test_of_the_sentences_of_a_part_the_nearest_answers():
-    """One concept stands for all of them, the heading first: their own vectors say which."""
-    text = "Part 1\nA river flows through it. Its bridge was built of chestnut wood. Nobody knows its age."
-    task = load_task("scrolls/narrative_qa")
-    given = [Example("0", "What is the bridge made of?", text, ["wood"])]
-    found = extract.spans(task, given, OneConcept(), OneConcept())
-    assert "chestnut" in found["0"]
 
 
 def test_the_rest_of_glue_is_asked_for_by_name():
