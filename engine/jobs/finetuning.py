@@ -190,14 +190,17 @@ class FinetuningJob:
         words = [f"{sum(len(group.labels) for group in part.groups)} examples {what}" for part, what in parts]
         return f"{self.task.name}: {', '.join(words)} ({self.loader.steps_per_epoch} steps an epoch{self.cut()})"
 
-    def build_config(self) -> ConceptConfig:
-        task = self.task
-        labels: dict[str, Any] = {"num_labels": 1 if not self.is_whole or self.num_options else len(task.labels)}
-        labels["problem_type"] = None if self.is_whole else "regression"
+    def of_head(self) -> dict[str, Any]:
+        """The fields of a configuration that say what its head tells apart, by transformers' names."""
+        names = self.task.labels
         if self.is_whole and not self.num_options:
-            labels["problem_type"] = "single_label_classification"
-            labels["id2label"] = dict(enumerate(task.labels))
-            labels["label2id"] = {name: i for i, name in enumerate(task.labels)}
+            numbered = dict(enumerate(names))
+            return {"num_labels": len(names), "problem_type": "single_label_classification", "id2label": numbered,
+                    "label2id": {name: i for i, name in numbered.items()}}  # fmt: skip
+        return {"num_labels": 1, "problem_type": None if self.is_whole else "regression"}
+
+    def build_config(self) -> ConceptConfig:
+        task, labels = self.task, self.of_head()
         if self.is_pair:
             labels["pair"] = "separate"
         if not self.is_whole:
@@ -303,10 +306,13 @@ class FinetuningJob:
         return self.figures
 
     def export(self, module: nn.Module, folder: Path) -> Path:
-        recipe = self.recipe
         longest = max(len(group.document) for group in self.loader.groups)
-        about = About(recipe.run.name, longest, recipe.resolved(), [self.describe()], self.figures)
-        return export(self.world, module.model, self.vocabulary.tokenizer, folder, about)
+        return export(self.world, module.model, self.vocabulary.tokenizer, folder, self.about(longest))
+
+    def about(self, longest: int) -> About:
+        """``longest``: tokens of the longest text that was learned from."""
+        recipe = self.recipe
+        return About(recipe.run.name, longest, recipe.resolved(), [self.describe()], self.figures)
 
 
 class Learner(nn.Module):

@@ -22,7 +22,6 @@ from transformers import (
 
 from ...models.config import ConceptConfig
 from ...models.folder import not_finite, of_other_shapes
-from ..card import About
 from ..data.tokenizer import load as load_tokenizer
 from ..errors import InputError
 from ..export import export_peer
@@ -140,16 +139,12 @@ class PeerJob(FinetuningJob):
         return f", {len(cut)} {what} cut at the {self.joint.limit} tokens of an input" if cut else ""
 
     def build_config(self) -> Any:
-        config, task = self.source, self.task
-        config.num_labels = 1 if not self.is_whole or self.num_options else len(task.labels)
-        config.problem_type = None if self.is_whole else "regression"
-        if self.is_whole and not self.num_options:
-            config.problem_type = "single_label_classification"
-            config.id2label = dict(enumerate(task.labels))
-            config.label2id = {name: i for i, name in enumerate(task.labels)}
+        config = self.source
+        for name, value in self.of_head().items():
+            setattr(config, name, value)
         if getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = self.joint.pad_id
-        setattr(config, NOTE, Note(task.name, self.joint.limit, self.middle, self.spread)._asdict())
+        setattr(config, NOTE, Note(self.task.name, self.joint.limit, self.middle, self.spread)._asdict())
         config.dtype, config.return_dict = torch.float32, True
         return config
 
@@ -174,10 +169,8 @@ class PeerJob(FinetuningJob):
         """Not counted: transformers does not say what a pass of its models takes."""
 
     def export(self, module: nn.Module, folder: Path) -> Path:
-        recipe = self.recipe
         longest = max(len(one.ids) for each in self.loader.groups for one in each.inputs)
-        about = About(recipe.run.name, longest, recipe.resolved(), [self.describe()], self.figures)
-        return export_peer(self.world, module.model, self.tokenizer, folder, about)
+        return export_peer(self.world, module.model, self.tokenizer, folder, self.about(longest))
 
 
 def load_with_head(folder: Path, config: Any) -> tuple[nn.Module, list[str]]:

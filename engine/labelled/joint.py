@@ -72,8 +72,7 @@ class Template:
 
     def __init__(self, tokenizer: Any, *texts: str) -> None:
         found = tokenizer(*texts, truncation=False, padding=False, verbose=False).encodings[0]
-        owners, self.parts = found.sequence_ids, []
-        edges = [0]
+        owners, edges = found.sequence_ids, [0]
         for number in range(len(texts)):
             mine = [i for i, owner in enumerate(owners) if owner == number]
             edges += [mine[0], mine[-1] + 1]

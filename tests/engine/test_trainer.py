@@ -28,10 +28,7 @@ from conceptron.models.config import ConceptConfig
 from conceptron.models.masked_lm import ConceptForMaskedLM
 from conceptron.models.pretraining import Pretraining
 
-
-def lines(folder: Path, kind: str = "train") -> list[dict]:
-    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [entry for entry in entries if entry["kind"] == kind]
+from .running import lines, stop_after
 
 
 def history(folder: Path) -> list[tuple]:
@@ -50,18 +47,6 @@ def refusal(*arguments) -> str:
         train(*arguments)
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-def interrupt_after(step: int, monkeypatch) -> None:
-    """SIGTERM arrives while a step is being reported."""
-    report = Telemetry.step
-
-    def report_and_send(self, now, *rest):
-        report(self, now, *rest)
-        if now == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Telemetry, "step", report_and_send)
 
 
 def test_a_run_leaves_what_it_promises(straight):
@@ -112,7 +97,7 @@ def test_the_same_recipe_gives_the_same_run(straight, recipe):
 
 
 def test_sigterm_saves_and_the_resumed_run_is_the_straight_one(straight, recipe, monkeypatch):
-    interrupt_after(6, monkeypatch)
+    stop_after(6, monkeypatch)
     with pytest.raises(SystemExit) as stopped:
         train(recipe)
     assert stopped.value.code == 143
@@ -127,7 +112,7 @@ def test_sigterm_saves_and_the_resumed_run_is_the_straight_one(straight, recipe,
 
 
 def test_goes_back_behind_a_damaged_checkpoint(straight, recipe, monkeypatch, capfd):
-    interrupt_after(8, monkeypatch)
+    stop_after(8, monkeypatch)
     with pytest.raises(SystemExit):
         train(recipe)
     monkeypatch.undo()
@@ -146,7 +131,7 @@ def test_goes_back_behind_a_damaged_checkpoint(straight, recipe, monkeypatch, ca
 def test_resumes_exactly_at_other_stages(recipe, stage, precision, monkeypatch):
     overrides = [f"zero.stage={stage}", f"train.precision={precision}", "train.steps=7", "eval.every=0"]
     expected = history(train(recipe, [*overrides, "run.name=whole"]))
-    interrupt_after(3, monkeypatch)
+    stop_after(3, monkeypatch)
     with pytest.raises(SystemExit):
         train(recipe, overrides)
     monkeypatch.undo()
@@ -212,7 +197,7 @@ def test_another_text_or_vocabulary_is_not_resumed(recipe, text, monkeypatch, tm
     own = tmp_path / "own"
     shutil.copytree(text, own, ignore=shutil.ignore_patterns("cache"))
     recipe.write_text(recipe.read_text().replace(str(text), str(own)))
-    interrupt_after(2, monkeypatch)
+    stop_after(2, monkeypatch)
     with pytest.raises(SystemExit):
         train(recipe)
     monkeypatch.undo()

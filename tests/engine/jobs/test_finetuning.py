@@ -17,8 +17,10 @@ from conceptron.engine.trainer import train
 from conceptron.models.config import ConceptConfig
 from conceptron.models.encoder import ConceptEncoder
 
+from ..running import lines
+from .labelled import COLOURS, THINGS, write_tasks
+
 SHAPE = dict(hidden_size=32, num_concepts=4, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-COLOURS, THINGS = ("red", "blue", "green"), ("door", "boat", "hat", "lamp", "roof", "cart")
 RECIPE = """
 run: {{folder: {folder}/runs, name: {name}}}
 source: {source}
@@ -32,30 +34,11 @@ checkpoint: {{every: 3, keep_last: 2}}
 """
 
 
-def lines(rows: list[dict]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny encoder that has learned nothing, and data of three tasks in which a word decides."""
     folder = tmp_path_factory.mktemp("finetune")
-    contracts, stories, pairs = [], [], []
-    for i in range(12):
-        colours = {thing: COLOURS[(i + j) % 3] for j, thing in enumerate(THINGS)}
-        text = f"Note {i}. " + " ".join(f"The {thing} is {colour}." for thing, colour in colours.items())
-        for j, (thing, colour) in enumerate(colours.items()):
-            asked, name = COLOURS[(i + j * 2) % 3], f"{i}-{thing}"
-            answer = "Entailment" if asked == colour else "Contradiction"
-            contracts.append({"id": name, "input": f"The {thing} is {asked}.\n\n{text}", "output": answer})
-            listed = "".join(f" ({letter}) {each}\n" for letter, each in zip("ABC", COLOURS, strict=True))
-            stories.append({"id": name, "input": f"Which is the {thing}?\n\n{listed}\n{text}", "output": "red"})
-            pairs.append({"sentence1": f"The {thing} is {asked}", "sentence2": f"A {colour} {thing}",
-                          "label": 4.0 if asked == colour else 1.0})  # fmt: skip
-    for place, rows in (("scrolls/contract_nli", contracts), ("scrolls/quality", stories), ("glue/stsb", pairs)):
-        (folder / place).mkdir(parents=True)
-        (folder / place / "train.jsonl").write_text(lines(rows))
-    texts = [row["input"] for row in contracts + stories] + [row["sentence2"] for row in pairs]
+    texts = write_tasks(folder, lambda i, said: f"Note {i}. {' '.join(said)}", lambda asked, colour: asked == colour)
     words = tokenizer.train(texts, 320)
     torch.manual_seed(0)
     model = ConceptEncoder(ConceptConfig(vocab_size=len(words), mask_token_id=words.mask_token_id, **SHAPE))
@@ -72,13 +55,11 @@ def run(folder, name, task, model="", steps=6, source=None, *overrides):
 
 
 def losses(path) -> list[float]:
-    entries = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return [entry["loss"] for entry in entries if entry["kind"] == "train"]
+    return [entry["loss"] for entry in lines(path)]
 
 
 def last_evaluation(path) -> dict:
-    entries = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return [entry for entry in entries if entry["kind"] == "eval"][-1]
+    return lines(path, "eval")[-1]
 
 
 @pytest.mark.parametrize(

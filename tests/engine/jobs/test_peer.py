@@ -30,7 +30,9 @@ from conceptron.engine.labelled.joint import Joint, read_note
 from conceptron.engine.labelled.task import load_task
 from conceptron.engine.trainer import train
 
-COLOURS, THINGS = ("red", "blue", "green"), ("door", "boat", "hat", "lamp", "roof", "cart")
+from ..running import lines
+from .labelled import write_tasks
+
 SIZES = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, initializer_range=0.1)
 LIMIT = 40  # rows of positions
 FAMILIES = {  # family -> (configuration, tokens of the longest input)
@@ -54,10 +56,6 @@ train: {{steps: {steps}, precision: fp32}}
 eval: {{every: 0}}
 checkpoint: {{every: 3, keep_last: 2}}
 """
-
-
-def lines(rows: list[dict]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def with_template(words: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
@@ -85,22 +83,9 @@ def with_template(words: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 def folder(tmp_path_factory):
     """Tiny encoders that have learned nothing, and data of three tasks in which a word decides."""
     folder = tmp_path_factory.mktemp("peers")
-    contracts, stories, pairs = [], [], []
-    for i in range(12):
-        colours = {thing: COLOURS[(i + j) % 3] for j, thing in enumerate(THINGS)}
-        text = " ".join(f"The {thing} is {colour}." for thing, colour in colours.items()) * (1 + i % 3)
-        for j, (thing, colour) in enumerate(colours.items()):
-            asked, name = COLOURS[(i + j * 2) % 3], f"{i}-{thing}"
-            answer = "Entailment" if asked == "red" else "Contradiction"
-            contracts.append({"id": name, "input": f"The {thing} is {asked}.\n\n{text} {i}", "output": answer})
-            listed = "".join(f" ({letter}) {each}\n" for letter, each in zip("ABC", COLOURS, strict=True))
-            stories.append({"id": name, "input": f"Which is the {thing}?\n\n{listed}\n{text} {i}", "output": "red"})
-            pairs.append({"sentence1": f"The {thing} is {asked}", "sentence2": f"A {colour} {thing}",
-                          "label": 4.0 if asked == "red" else 1.0})  # fmt: skip
-    for place, rows in (("scrolls/contract_nli", contracts), ("scrolls/quality", stories), ("glue/stsb", pairs)):
-        (folder / place).mkdir(parents=True)
-        (folder / place / "train.jsonl").write_text(lines(rows))
-    texts = [row["input"] for row in contracts + stories] + [row["sentence2"] for row in pairs]
+    texts = write_tasks(
+        folder, lambda i, said: f"{' '.join(said) * (1 + i % 3)} {i}", lambda asked, _: asked == "red"
+    )  # fmt: skip
     words = with_template(tokenizer.train(texts, 320))
     for name, (config, _) in FAMILIES.items():
         torch.manual_seed(0)
@@ -116,8 +101,7 @@ def run(folder, name, task, steps=6, source="bert", *overrides):
 
 
 def losses(path) -> list[float]:
-    entries = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return [entry["loss"] for entry in entries if entry["kind"] == "train"]
+    return [entry["loss"] for entry in lines(path)]
 
 
 @pytest.mark.parametrize(
@@ -149,8 +133,7 @@ def test_values_are_normalised_and_undone(folder):
     values = [json.loads(row)["label"] for row in rows]
     assert note.label_offset == pytest.approx(np.mean(values), abs=0.2)
     assert note.label_scale == pytest.approx(np.std(values), abs=0.2)
-    entries = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    assert [entry for entry in entries if entry["kind"] == "eval"][-1]["pearson"] > 0.9
+    assert lines(path, "eval")[-1]["pearson"] > 0.9
     model = AutoModelForSequenceClassification.from_pretrained(path / "model").eval()
     words = AutoTokenizer.from_pretrained(path / "model")
     batch = words(["The door is red", "The door is blue"], ["A red door", "A green door"], padding=True,
