@@ -22,7 +22,7 @@ EVERY, MANY = int(os.environ.get("EVERY", "1")), 6
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of a test with more than MANY cases each EVERY-th, as `make test` asks for: all of them take twice as long."""
+    """Of a test with more than MANY cases each EVERY-th, for machines on which all of them take too long."""
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         cases.setdefault(item.nodeid.partition("[")[0], []).append(item)

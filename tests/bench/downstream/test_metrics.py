@@ -136,7 +136,7 @@ def test_labels_parity(reference):
 
 
 def same(expected: Any) -> Any:
-    return pytest.approx(expected, rel=1e-13, abs=0)
+    return pytest.approx(expected, rel=1e-15, abs=0)
 
 
 def of_case(case: dict) -> dict:
