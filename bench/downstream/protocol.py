@@ -180,7 +180,7 @@ class Asked:
             return {way: similarity.predict(self.given, reader, reader, fitted, way)
                     for way in similarity.WAYS if way != "raw"}  # fmt: skip
         if self.task.answer == "retrieval" and reader.name == MODEL:
-            return {"one vector": retrieval.predict(self.given, reader, reader, "one vector")}
+            return retrieval.variants(self.given, reader, reader)
         return {}
 
     def simple(self, reader: Reader) -> dict[str, dict[str, Any]]:

@@ -14,23 +14,47 @@ from ...analysis.embedding import directions
 from ..metrics.ranking import CUT
 from ..readers import Reader
 
-WAYS = ("best part", "one vector")
+BEST = 3  # parts of a document that may speak for it
 
 
-def predict(given: Sequence[Example], reader: Reader, asks: Reader, way: str = "best part") -> dict[str, list[str]]:
-    """Of every query the names of the best documents.
+def predict(given: Sequence[Example], reader: Reader, asks: Reader) -> dict[str, list[str]]:
+    """Of every query the names of the best documents, by ``by_parts``."""
+    return ranked(given, by_parts(given, reader, asks))
 
-    best part    the largest cosine of the query's vector with a part of the document
-    one vector   the cosine with the vector of the whole document
+
+def variants(given: Sequence[Example], reader: Reader, asks: Reader) -> dict[str, dict[str, list[str]]]:
     """
-    documents = list(dict.fromkeys(each.document for each in given))
-    queries = directions(asks.whole([each.question for each in given]))
-    found = reader.parts(documents)
-    if way == "one vector":
-        scores = queries @ directions(np.stack([read.whole for read in found])).T
-    else:
-        scores = np.stack([(queries @ directions(read.vectors).T).max(1) for read in found], axis=1)
-    return ranked(given, scores)
+    one vector   the cosine with the vector of the whole document
+    with BM25    the sum of ``by_parts`` and of BM25's scores, of each query brought to mean 0 and deviation 1
+    """
+    documents, queries = of_both(given)
+    wholes = np.stack([read.whole for read in reader.parts(documents)])
+    whole = directions(asks.whole(queries)) @ directions(wholes).T
+    both = standard(by_parts(given, reader, asks)) + standard(bm25_scores(queries, documents))
+    return {"one vector": ranked(given, whole), "with BM25": ranked(given, both)}
+
+
+def by_parts(given: Sequence[Example], reader: Reader, asks: Reader) -> np.ndarray:
+    """[Q, n] the mean cosine of a query with its BEST parts of a document. From both is taken what all queries have in
+    common, and all parts: that one asks for a summary of a meeting tells meetings apart by nothing."""
+    documents, queries = of_both(given)
+    parts = [read.vectors for read in reader.parts(documents)]
+    middle = np.sum([part.sum(0, dtype=np.float64) for part in parts], axis=0) / sum(map(len, parts))
+    asked = asks.whole(queries)
+    asked = directions(asked - asked.mean(0)) if len(queries) > 1 else directions(asked)
+    found = [asked @ directions(part - middle).T for part in parts]
+    return np.stack([np.sort(cosines, axis=1)[:, -BEST:].mean(1) for cosines in found], axis=1)
+
+
+def of_both(given: Sequence[Example]) -> tuple[list[str], list[str]]:
+    """(documents, a query of each example)"""
+    return list(dict.fromkeys(each.document for each in given)), [each.question for each in given]
+
+
+def standard(scores: np.ndarray) -> np.ndarray:
+    """[Q, n]"""
+    spread = scores.std(1, keepdims=True)
+    return (scores - scores.mean(1, keepdims=True)) / np.where(spread > 0, spread, 1)
 
 
 def ranked(given: Sequence[Example], scores: np.ndarray) -> dict[str, list[str]]:
@@ -60,5 +84,5 @@ def bm25_scores(queries: Sequence[str], documents: Sequence[str]) -> np.ndarray:
 
 
 def bm25(given: Sequence[Example]) -> dict[str, list[str]]:
-    documents = list(dict.fromkeys(each.document for each in given))
-    return ranked(given, bm25_scores([each.question for each in given], documents))
+    documents, queries = of_both(given)
+    return ranked(given, bm25_scores(queries, documents))
