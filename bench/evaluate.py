@@ -76,8 +76,8 @@ def main(options: argparse.Namespace) -> int:
         if "finetune" in given:
             fixed = seeds.overrides(task, reader, settings.train, settings.data, settings.limit) if of_seeds else []
             fixed += PEER if isinstance(reader, PeerReader) else ()
-            chosen = tuned(given["finetune"], task, options.model, settings.data, out / task.name / "runs",
-                           rates_of(given), settings.seeds, settings.limit, fixed)  # fmt: skip
+            chosen = tuned(given["finetune"], task, options.model, settings, out / task.name / "runs",
+                           rates_of(given), fixed)
             mine, *others = [open_reader(str(run), *how)[0] for run in chosen.folders]
         outcome = run(task, settings, mine, floors, others)
         if chosen is not None:

@@ -13,6 +13,7 @@ from ...engine.errors import InputError
 from ...engine.labelled.task import Task
 from ...engine.telemetry import read_history
 from ...engine.trainer import train
+from .protocol import Settings
 
 PEER = ("model={}", "task.states_gb=null")  # what a recipe asks of a concept encoder is nothing to another encoder
 FIGURES = ("accuracy", "pearson")  # of held-out examples; one of them says which learning rate is best
@@ -27,11 +28,12 @@ class Chosen(NamedTuple):
 
 
 def tuned(
-    recipe: str, task: Task, model: str, data: Path | None, out: Path, rates: Sequence[float], seeds: int,
-    limit: int | None, overrides: Sequence[str] = (),
+    recipe: str, task: Task, model: str, settings: Settings, out: Path, rates: Sequence[float],
+    overrides: Sequence[str] = (),
 ) -> Chosen:  # fmt: skip
-    """Trains each learning rate with each seed, which also draws the part that is held out. The reported split is not
-    opened. ``overrides``: of the recipe; PEER among them where ``model`` is none of this package.
+    """Trains each learning rate with each seed, which also draws the part that is held out, on the splits that the
+    settings name. The reported split is not opened. ``overrides``: of the recipe; PEER among them where ``model`` is
+    none of this package.
 
     Raises:
         InputError: what `conceptron train` refuses, or a run that measured nothing on its held-out part.
@@ -39,15 +41,16 @@ def tuned(
     figures: dict[float, list[float]] = {rate: [] for rate in rates}
     folders: dict[float, list[Path]] = {rate: [] for rate in rates}
     for rate in rates:
-        for seed in range(seeds):
+        for seed in range(settings.seeds):
             given = {
                 "source": json.dumps(model, allow_nan=False), "task.name": task.name, "optim.lr": rate,
                 "run.seed": seed, "task.fold": seed, "run.folder": json.dumps(str(out), allow_nan=False),
                 "run.name": f"lr{rate:g}-seed{seed}",
                 "resume": "auto",
             }  # fmt: skip
-            given |= {"task.data": json.dumps(str(data), allow_nan=False)} if data else {}
-            given |= {"task.limit": limit} if limit else {}
+            given |= {"task.data": json.dumps(str(settings.data), allow_nan=False)} if settings.data else {}
+            given |= {"task.train": json.dumps(settings.train)} if settings.train else {}
+            given |= {"task.limit": settings.limit} if settings.limit else {}
             folder = train(recipe, [*(f"{name}={value}" for name, value in given.items()), *overrides])
             folders[rate].append(folder)
             figures[rate].append(held_out(folder))

@@ -21,8 +21,10 @@ DENIAL = re.compile(r"\b(no|not|never|none|neither|nor|cannot|without)\b|n't\b",
 NEAR = 0.2  # cosine of a question with what answers it, at least: unrelated sentences of a sentence encoder lie below
 SHORTEST, LONGEST = 4, 60  # words of a sentence that a summary may have
 FEW = 16  # sentences, headings among them, that are compared with the question by vectors of their own
-SHARPNESS = 12.0  # of a softmax over cosines, with which a question weighs the parts of a document
+# Of summaries, chosen on SQuALITY's training split and on the abstracts of PLOS articles:
+SHARPNESS = 25.0  # of a softmax over cosines, with which a question weighs the parts of a document
 SECOND = 0.3  # what a second sentence about a part still adds
+COST = 0.5  # power of a sentence's words that its gain is divided by: at 1 short sentences win that say little
 
 
 def sentences(text: str) -> list[tuple[int, int]]:
@@ -90,10 +92,11 @@ def answer_in(question: str, sentence: str, num_words: int) -> str:
 def summaries(task: Task, given: Sequence[Example], reader: Reader, asks: Reader) -> dict[str, str]:
     """Sentences that together come near to all concepts of the document, in their order there, up to ``task.words``.
 
-    One after the other that sentence is taken which adds most, per word, to  sum_p w_p (best_p + SECOND * second_p),
-    the two largest cosines of part p with a sentence taken; w is even, or with a question a softmax over its cosines
-    with the parts. A sentence that says again what is covered adds little. Facility location, by the greedy rule (Lin
-    and Bilmes 2011, ACL).
+    One after the other that sentence is taken which adds most, over its words to the power COST, to
+    sum_p w_p (best_p + SECOND * second_p), the two largest cosines of part p with a sentence taken; w is a softmax over
+    the cosines of the parts with the question, or without one with their own mean, so that what a document is mostly
+    about counts most. A sentence that says again what is covered adds little.
+    Facility location, by the greedy rule (Lin and Bilmes 2011, ACL).
     """
     reads = reader.parts([each.document for each in given])
     asked = directions(asks.whole([each.question for each in given])) if given[0].question else [None] * len(given)
@@ -106,10 +109,8 @@ def summaries(task: Task, given: Sequence[Example], reader: Reader, asks: Reader
             made[each.id] = " ".join(each.document.split()[: task.words])
             continue
         parts = directions(read.vectors)
-        weights = np.full(len(parts), 1 / len(parts))
-        if query is not None:
-            weights = np.exp(SHARPNESS * (parts @ query))
-            weights /= weights.sum()
+        weights = np.exp(SHARPNESS * (parts @ (directions(parts.mean(0)) if query is None else query)))
+        weights /= weights.sum()
         cosines_SP = directions(asks.whole(texts)) @ parts.T
         taken = greedy(cosines_SP.clip(0), weights, np.array([len(text.split()) for text in texts]), task.words)
         made[each.id] = " ".join(texts[i] for i in sorted(taken))
@@ -127,7 +128,7 @@ def greedy(gains_SP: np.ndarray, weights_P: np.ndarray, lengths_S: np.ndarray, b
             return taken or [int(lengths_S.argmin())]
         high = np.maximum(best, gains_SP)
         low = np.maximum(np.minimum(best, gains_SP), second)
-        added = ((high - best) + SECOND * (low - second)) @ weights_P / lengths_S
+        added = ((high - best) + SECOND * (low - second)) @ weights_P / lengths_S**COST
         choice = int(np.where(fits, added, -np.inf).argmax())
         taken.append(choice)
         best, second = high[choice], low[choice]
