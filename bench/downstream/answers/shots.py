@@ -13,7 +13,7 @@ LAST = re.compile(r"Question: (.*)\s*(?:\nType:)?\s*$")
 PENALTY = 0.3  # of vectors of length 1: of .1 to 10 the best on the examples of trec's prompts, each left out once
 
 
-def predict(given: Sequence[Example], asks: Reader) -> dict[str, str]:
+def predict(given: Sequence[Example], reader: Reader) -> dict[str, str]:
     """
     Raises:
         InputError: a prompt has no examples of the form that is known here.
@@ -27,7 +27,7 @@ def predict(given: Sequence[Example], asks: Reader) -> dict[str, str]:
         if not shots or asked is None:
             raise InputError(f"{each.id}: expected a prompt of 'Question: ...' and 'Type: ...' lines")
         questions, labels = zip(*shots, strict=True)
-        vectors = directions(asks.whole([*questions, asked[1]]))
+        vectors = directions(reader.whole([*questions, asked[1]]))
         head = RidgeClassifier(alpha=PENALTY).fit(vectors[:-1], labels)
         made[each.id] = str(head.predict(vectors[-1:])[0])
     return made
