@@ -66,7 +66,8 @@ class Telemetry:
         if metrics.exists():
             forget_after(metrics, first_step)
         self._file = metrics.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tb"), purge_step=first_step + 1 if first_step else None)
+        self._folder = folder / "tb"  # of TensorBoard, which opens its file again for all that it writes
+        self._board = SummaryWriter(str(self._folder), purge_step=first_step + 1 if first_step else None)
         self._project = open_project(folder, recipe) if recipe and recipe.logging.wandb else None
         self._is_tty = sys.stderr.isatty()
         self._bar = tqdm(
@@ -77,9 +78,16 @@ class Telemetry:
         self._started = self._printed = time.perf_counter()
 
     def record(self, kind: str, step: int, **values: Any) -> None:
-        """One line of metrics.jsonl, on the disk's queue at once, and the numbers in it to the boards."""
+        """One line of metrics.jsonl, on the disk's queue at once, and the numbers in it to the boards.
+
+        Raises:
+            InputError: the folder is gone.
+        """
         if not self.active:
             return
+        if not self._folder.is_dir():
+            raise InputError(f"{self._folder}: gone, deleted or moved while the run trained; it ends at step {step}; "
+                             "put it back and go on with resume=auto, or start the run again")  # fmt: skip
         self._file.write(as_json({"kind": kind, "step": step, **values}) + "\n")
         self._file.flush()
         figures = dict(numbers(kind, values))

@@ -171,7 +171,7 @@ class Asked:
                 return extract.summaries(task, given, reader, asks)
             case _:
                 if fitted is None:
-                    return shots.predict(given, asks)
+                    return shots.predict(given, reader)
                 return fitted.predict(given, reader, asks)
 
     def variants(self, reader: Reader, fitted: Any) -> dict[str, dict[str, Any]]:

@@ -19,7 +19,8 @@ from ...engine.data.cache import cache_folder, fingerprint
 from ...engine.data.teacher import Teacher, fingerprint_of
 from ...engine.errors import InputError
 from ...engine.jobs.peer import load_with_head
-from ...engine.labelled.joint import Joint, read_note
+from ...engine.labelled.examples import Example
+from ...engine.labelled.joint import Input, Joint, read_note
 from ...engine.labelled.task import Task
 from ...engine.model_folder import find, finished, in_one_line, kind_of
 from ...engine.saved_model import load_model, load_vocabulary, quiet
@@ -228,6 +229,7 @@ class PeerReader:
         self.teacher = Teacher(place)
         self.fingerprint = self.teacher.fingerprint
         self.stored = Stored(cache_folder(cache) / f"downstream-{self.teacher.fingerprint}")
+        self.last: tuple[Task, list[Example], Joint, list[list[Input]]] | None = None
 
     @functools.cached_property
     def head(self) -> nn.Module:
@@ -243,10 +245,14 @@ class PeerReader:
                              "them; export the model again")  # fmt: skip
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
-    def joint(self, task: Task) -> Joint:
-        """How it reads question and document together."""
-        most = self.note.max_tokens if self.note else sys.maxsize
-        return Joint(self.teacher.tokenizer, self.teacher.model, task, most, f"--model {self.folder}")
+    def joint(self, task: Task, given: Sequence[Example]) -> tuple[Joint, list[list[Input]]]:
+        """How it reads question and document together, and what it then reads of each example; kept until it is asked
+        of others, since answering and counting both need it."""
+        if self.last is None or self.last[:2] != (task, list(given)):
+            most = self.note.max_tokens if self.note else sys.maxsize
+            joint = Joint(self.teacher.tokenizer, self.teacher.model, task, most, f"--model {self.folder}")
+            self.last = (task, list(given), joint, joint.read(given))
+        return self.last[2:]
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         return self.teacher.tokenizer(

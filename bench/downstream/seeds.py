@@ -29,7 +29,7 @@ def overrides(
     """Steps and batch in tokens, for the epochs and pairs a step of the notes."""
     given = several(task, splits or task.splits.train, data, limit)
     if isinstance(reader, PeerReader):
-        lengths = [sum(len(one.ids) for one in inputs) for inputs in reader.joint(task).read(given)]
+        lengths = [sum(len(one.ids) for one in inputs) for inputs in reader.joint(task, given)[1]]
         longest = max(lengths)
     else:
         lengths = list(map(len, reader.vocabulary.encode([t for e in given for t in (e.question, e.document)])))

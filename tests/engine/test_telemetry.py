@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import shutil
 import sys
 
 import pytest
@@ -27,6 +28,22 @@ def test_every_line_is_on_file_at_once(telemetry, tmp_path):
     telemetry.record("train", 1, loss=0.1 + 0.2, lr=None)
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line) == {"kind": "train", "step": 1, "loss": 0.1 + 0.2, "lr": None}  # all digits are kept
+
+
+def test_a_run_whose_folder_is_deleted_ends_in_one_line(recipe, monkeypatch, capfd):
+    """Before TensorBoard fails."""
+    told = Telemetry.step
+
+    def delete(self, now, *rest):
+        told(self, now, *rest)
+        if now == 2:
+            self._board.flush()  # its thread has written all and waits, as it does for most of a longer step
+            shutil.rmtree(self._folder.parent)
+
+    monkeypatch.setattr(Telemetry, "step", delete)
+    with pytest.raises(InputError, match=r"tiny/tb: gone, deleted or moved .* ends at step 3; put it back") as caught:
+        train(recipe, ["eval.every=0", "checkpoint.every=0"])
+    assert "\n" not in str(caught.value) and "Traceback" not in capfd.readouterr().err
 
 
 def test_what_is_not_finite_is_null_in_the_record_and_said_in_words(telemetry, tmp_path, capfd):

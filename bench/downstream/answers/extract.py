@@ -14,6 +14,8 @@ from ...analysis.embedding import directions
 from ..readers import Read, Reader
 from .retrieval import bm25_scores
 
+# Not the rule of engine/embedding/passage.py: a file that is searched may be wrapped, so that a line's end ends no
+# sentence; these tasks have headings, and a line a paragraph. One rule for both would change the published answers.
 SENTENCE = re.compile(r"[^\n.!?]+(?:[.!?](?!\s)[^\n.!?]*)*[.!?]*")
 WORD = re.compile(r"\w+")
 YES_OR_NO = re.compile(r"(is|are|was|were|do|does|did|can|could|has|have|had|will|would|should)\b", re.IGNORECASE)

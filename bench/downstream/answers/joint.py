@@ -24,8 +24,8 @@ def predict(task: Task, given: Sequence[Example], reader: PeerReader) -> dict[st
     Raises:
         InputError: the head is not one of this task.
     """
-    joint, model, device = reader.joint(task), reader.head, next(reader.head.parameters()).device
-    read = joint.read(given)
+    joint, read = reader.joint(task, given)
+    model, device = reader.head, next(reader.head.parameters()).device
     inputs = [one for each in read for one in each]
     order = sorted(range(len(inputs)), key=lambda i: len(inputs[i].ids))
     rows: list[Any] = [None] * len(inputs)
@@ -52,7 +52,7 @@ def count(task: Task, given: Sequence[Example], reader: PeerReader) -> tuple[int
     """(tokens of the documents that are read, of each by the question that leaves least room for it; all of them)"""
     seen: dict[str, int] = {}
     whole: dict[str, int] = {}
-    for each, inputs in zip(given, reader.joint(task).read(given), strict=True):
+    for each, inputs in zip(given, reader.joint(task, given)[1], strict=True):
         least = min(one.seen for one in inputs)
         seen[each.document] = min(least, seen.get(each.document, least))
         whole[each.document] = inputs[0].given

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ....engine.errors import InputError
 from ....engine.labelled.examples import Example
 from ....engine.labelled.task import Task
 from ...analysis.embedding import directions
@@ -16,17 +17,21 @@ from ..readers import Read, Reader
 from .retrieval import bm25_scores
 
 PARAGRAPH = re.compile(r"Paragraph (\d+): ")
-NEAR = 0.95  # cosine above which two passages count as one
+NEAR = 0.99  # cosine above which two passages, each read alone, count as one: equal ones have 1 but for rounding
 FAR = 3  # parts that two alike ones must be apart
 
 
 def predict(task: Task, given: Sequence[Example], reader: Reader, asks: Reader) -> dict[str, int | str]:
-    """1 where the part that was found overlaps what was asked for; of LongBench's tasks what they want written."""
+    """1 where the part that was found overlaps what was asked for; of LongBench's tasks what they want written.
+
+    Passages are counted by reading each alone: parts of the document do not end where passages do, so that two copies
+    have other parts, and are no more alike than some that differ.
+    """
+    if task.short == "passage_count":
+        return {each.id: str(num_different(each, reader)) for each in given}
     reads = reader.parts([each.document for each in given])
     queries = directions(asks.whole([each.question for each in given])) if given[0].question else [None] * len(given)
     found = zip(given, reads, queries, strict=True)
-    if task.short == "passage_count":
-        return {each.id: str(num_different(each, read)) for each, read, _ in found}
     if task.short == "passage_retrieval_en":
         return {each.id: best_paragraph(each, read, query) for each, read, query in found}
     if task.generator == "duplicate":
@@ -51,28 +56,36 @@ def twins(example: Example, read: Read) -> bool:
     return overlaps(read.spans[i], example.spans[0]) and overlaps(read.spans[j], example.spans[1])
 
 
-def paragraphs(example: Example, read: Read) -> tuple[list[str], np.ndarray]:
-    """Names of the document's numbered paragraphs, and of each the mean of the parts that lie in it."""
-    starts = [(match.start(), match[1]) for match in PARAGRAPH.finditer(example.document)]
-    edges = [*(start for start, _ in starts), len(example.document)]
+def paragraphs(example: Example) -> list[tuple[str, int, int]]:
+    """(number, first character, end) of the document's numbered paragraphs, which begin with their number.
+
+    Raises:
+        InputError: there are none.
+    """
+    starts = [(match[1], match.start()) for match in PARAGRAPH.finditer(example.document)]
+    if not starts:
+        raise InputError(f"{example.id}: expected a document of 'Paragraph 1: ...', 'Paragraph 2: ...'; get it again")
+    ends = [*(start for _, start in starts[1:]), len(example.document)]
+    return [(number, start, end) for (number, start), end in zip(starts, ends, strict=True)]
+
+
+def best_paragraph(example: Example, read: Read, query: np.ndarray) -> str:
+    """By the mean of the parts whose middles lie in it."""
+    found = paragraphs(example)
     middle = read.spans.mean(1)
     rows = []
-    for begin, end in itertools.pairwise(edges):
+    for _, begin, end in found:
         inside = (middle >= begin) & (middle < end)
         if not inside.any():
             inside = np.arange(len(middle)) == np.abs(middle - (begin + end) / 2).argmin()
         rows.append(read.vectors[inside].mean(0))
-    return [number for _, number in starts], directions(np.stack(rows))
+    return f"Paragraph {found[int((directions(np.stack(rows)) @ query).argmax())][0]}"
 
 
-def best_paragraph(example: Example, read: Read, query: np.ndarray) -> str:
-    names, vectors = paragraphs(example, read)
-    return f"Paragraph {names[int((vectors @ query).argmax())]}"
-
-
-def num_different(example: Example, read: Read) -> int:
-    """Passages without those that are nearly another one before them."""
-    _, vectors = paragraphs(example, read)
+def num_different(example: Example, reader: Reader) -> int:
+    """Passages without those that are one before them again."""
+    texts = [PARAGRAPH.sub("", example.document[a:b], count=1).strip() for _, a, b in paragraphs(example)]
+    vectors = directions(reader.whole(texts))
     cosines = np.tril(vectors @ vectors.T, -1)
     return int((cosines.max(1, initial=0) < NEAR).sum())
 
@@ -82,11 +95,9 @@ def bm25(task: Task, given: Sequence[Example], num_parts: int) -> dict[str, int 
     made: dict[str, int | str] = {}
     for each in given:
         if task.short == "passage_retrieval_en":
-            starts = [match.start() for match in PARAGRAPH.finditer(each.document)]
-            names = PARAGRAPH.findall(each.document)
-            edges = [*starts, len(each.document)]
-            pieces = [each.document[a:b] for a, b in itertools.pairwise(edges)]
-            made[each.id] = f"Paragraph {names[int(bm25_scores([each.question], pieces)[0].argmax())]}"
+            found = paragraphs(each)
+            pieces = [each.document[a:b] for _, a, b in found]
+            made[each.id] = f"Paragraph {found[int(bm25_scores([each.question], pieces)[0].argmax())][0]}"
             continue
         edges = [i * len(each.document) // num_parts for i in range(num_parts + 1)]
         pieces = [each.document[a:b] for a, b in itertools.pairwise(edges)]

@@ -9,6 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
@@ -84,6 +85,17 @@ def folder(tmp_path_factory):
     BertModel(peer).save_pretrained(folder / "peer")
     words.save_pretrained(folder / "peer")
     return folder
+
+
+def recipe_of(folder, name, steps, **fields):
+    """The file of a fine-tuning run of so few steps, in which these fields are others."""
+    content = {
+        "source": "x", "task": {"name": "x"}, "batch": {"tokens": 400, "micro_tokens": 400},
+        "train": {"steps": steps, "precision": "fp32"}, "eval": {"every": 0}, "checkpoint": {"every": 0},
+    }  # fmt: skip
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content | fields))
+    return path
 
 
 def run(
@@ -291,11 +303,7 @@ def test_a_killed_run_gives_the_same_scores(folder):
 
 
 def test_fine_tuned_over_a_grid(folder):
-    recipe = folder / "grid.yaml"
-    recipe.write_text(
-        "source: x\ntask: {name: x}\nbatch: {tokens: 400, micro_tokens: 400}\ntrain: {steps: 3, precision: fp32}\n"
-        "eval: {every: 0}\ncheckpoint: {every: 0}\n"
-    )
+    recipe = recipe_of(folder, "grid", steps=3)
     settings = ("report=validation", f"finetune={recipe}", "rates=1e-3,1e-2", "seeds=2")
     rows, out = run(folder, "scrolls/contract_nli", *settings, out="tuned")
     assert rows["concepts"]["learning rate"] in (1e-3, 1e-2) and rows["concepts"]["spread over seeds"] is not None
@@ -307,11 +315,7 @@ def test_fine_tuned_over_a_grid(folder):
 @pytest.fixture(scope="module")
 def tuned_peer(folder):
     """The rows, the results and the best run of a peer fine-tuned on ContractNLI over a grid."""
-    recipe = folder / "peer.yaml"
-    recipe.write_text(
-        "source: x\ntask: {name: x, states_gb: 1}\nmodel: {dropout: 0.1}\nbatch: {tokens: 400, micro_tokens: 400}\n"
-        "train: {steps: 6, precision: fp32}\neval: {every: 0}\ncheckpoint: {every: 0}\n"
-    )
+    recipe = recipe_of(folder, "peer", steps=6, task={"name": "x", "states_gb": 1}, model={"dropout": 0.1})
     settings = ("report=validation", f"finetune={recipe}", "rates=1e-3,1e-2", "seeds=2")
     rows, out = run(folder, "scrolls/contract_nli", *settings, out="tuned-peer", model="peer")
     rate = rows["encoder"]["learning rate"]
@@ -350,11 +354,7 @@ def test_a_fine_tuned_peer_is_itself_again_and_another_task_as_before(folder, tu
 
 
 def test_a_peer_chooses_options_and_gives_values(folder):
-    recipe = folder / "peer-two.yaml"
-    recipe.write_text(
-        "source: x\ntask: {name: x}\nbatch: {tokens: 400, micro_tokens: 400}\ntrain: {steps: 4, precision: fp32}\n"
-        "eval: {every: 0}\ncheckpoint: {every: 0}\noptim: {lr: 1e-3}\n"
-    )
+    recipe = recipe_of(folder, "peer-two", steps=4, optim={"lr": 1e-3})
     settings = (f"finetune={recipe}", "rates=1e-3", "seeds=1")
     rows, out = run(folder, "scrolls/quality", *settings, out="peer-choice", model="peer")
     assert rows["encoder"]["examples"] == 60 and "first option" in rows
@@ -385,11 +385,8 @@ def test_a_peer_whose_note_lies_is_one_line(folder, tuned_peer, fault, tmp_path)
 
 def test_fine_tuning_that_was_killed_gives_the_same_scores(folder):
     """After the second of three runs had saved its third step of six; the third had not begun."""
-    recipe = folder / "killed.yaml"
-    recipe.write_text(
-        "source: x\ntask: {name: x}\nmodel: {dropout: 0.1}\nbatch: {tokens: 400, micro_tokens: 400}\n"
-        "train: {steps: 6, precision: fp32}\neval: {every: 0}\ncheckpoint: {every: 3, keep_last: 2}\n"
-    )
+    checkpoint = {"every": 3, "keep_last": 2}
+    recipe = recipe_of(folder, "killed", steps=6, model={"dropout": 0.1}, checkpoint=checkpoint)
     settings = ("report=validation", f"finetune={recipe}", "rates=1e-2", "seeds=3")
     whole, out = run(folder, "scrolls/contract_nli", *settings, out="whole", no_floors=True)
     runs = out / "scrolls/contract_nli/runs"
