@@ -304,12 +304,15 @@ def test_a_killed_run_gives_the_same_scores(folder):
 
 def test_fine_tuned_over_a_grid(folder):
     recipe = recipe_of(folder, "grid", steps=3)
-    settings = ("report=validation", f"finetune={recipe}", "rates=1e-3,1e-2", "seeds=2")
+    settings = ("report=validation", "train=train,test", f"finetune={recipe}", "rates=1e-3,1e-2", "seeds=2")
     rows, out = run(folder, "scrolls/contract_nli", *settings, out="tuned")
     assert rows["concepts"]["learning rate"] in (1e-3, 1e-2) and rows["concepts"]["spread over seeds"] is not None
     assert {path.name for path in (out / "scrolls/contract_nli/runs").iterdir()} == {
         "lr0.001-seed0", "lr0.001-seed1", "lr0.01-seed0", "lr0.01-seed1"}  # fmt: skip
     assert {"concepts zeroed", "concepts shuffled"} <= set(rows)
+    learned = yaml.safe_load((out / "scrolls/contract_nli/runs/lr0.01-seed1/recipe.yaml").read_text())["task"]
+    assert learned["train"] == ["train", "test"]  # as the row says
+    assert "learned from train and test" in rows["concepts"]["beside it"]
 
 
 @pytest.fixture(scope="module")
