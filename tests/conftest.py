@@ -18,20 +18,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 
-EVERY, MANY = int(os.environ.get("EVERY", "1")), 6
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of a test with more than MANY cases each EVERY-th, for machines on which all of them take too long."""
-    cases: dict[str, list[pytest.Item]] = {}
-    for item in items:
-        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    left_out = {item for many in cases.values() if len(many) > MANY for i, item in enumerate(many) if i % EVERY}
-    if left_out:
-        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
-        items[:] = [item for item in items if item not in left_out]
-
-
 def pytest_collection_finish(session: pytest.Session) -> None:
     """What is imported by now stays: a full collection that does not visit it takes microseconds and not 0.3 s."""
     gc.collect()

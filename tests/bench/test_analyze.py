@@ -1,5 +1,7 @@
 """Reports of a fabricated run and of bare checkpoints, whose figures are known."""
 
+import contextlib
+import io
 import json
 import math
 import shutil
@@ -179,11 +181,19 @@ def summary_vocab(folder) -> int:
     return ConceptConfig.from_pretrained(folder / "small" / "model").vocab_size
 
 
-def test_bare_checkpoint_reads_given_text(run, tmp_path, capsys):
-    checkpoint = shutil.copytree(run / "model", tmp_path / "checkpoint")
-    (tmp_path / "some.txt").write_text(" ".join(documents(7, 20)))
-    assert perform(["analyze", str(checkpoint), "--text", str(tmp_path / "some.txt")]) == 0
-    folder = checkpoint / "report"
+@pytest.fixture(scope="module")
+def bare(run, tmp_path_factory):
+    """The report of a bare checkpoint about a text beside it, and what was printed."""
+    folder = tmp_path_factory.mktemp("bare")
+    checkpoint, printed = shutil.copytree(run / "model", folder / "checkpoint"), io.StringIO()
+    (folder / "some.txt").write_text(" ".join(documents(7, 20)))
+    with contextlib.redirect_stdout(printed):
+        assert perform(["analyze", str(checkpoint), "--text", str(folder / "some.txt")]) == 0
+    return checkpoint / "report", printed.getvalue()
+
+
+def test_bare_checkpoint_reads_given_text(run, bare):
+    folder, printed = bare
     summary = read(folder)
     assert summary["heldout_nll"] == pytest.approx(math.log(summary_vocab(run.parent)), rel=1e-5)
     assert summary["train_seconds"] is None
@@ -191,23 +201,21 @@ def test_bare_checkpoint_reads_given_text(run, tmp_path, capsys):
     assert "some.txt" in summary["text"]
     assert not (folder / "loss.png").exists()
     assert (folder / "nll.png").exists()
-    assert "checkpoint" in capsys.readouterr().out
+    assert "checkpoint" in printed
 
 
-def test_encoder_without_decoder_has_concepts_only(run, tmp_path):
+def test_encoder_without_decoder_has_concepts_only(run, bare, tmp_path):
     encoder = ConceptEncoder.from_pretrained(run / "model")
     checkpoint = tmp_path / "encoder"
     encoder.save_pretrained(checkpoint)
     for file in (run / "model").glob("token*"):
         shutil.copy(file, checkpoint)
-    (tmp_path / "a.txt").write_text(" ".join(documents(3, 20)))
-    folder = report.analyze(checkpoint, [str(tmp_path / "a.txt")])
+    folder = report.analyze(checkpoint, [str(bare[0].parent.parent / "some.txt")])
     summary = read(folder)
     assert summary["heldout_nll"] is None
     assert summary["losses"] is None
     assert summary["samples"] == []
-    whole = report.analyze(shutil.copytree(run / "model", tmp_path / "whole"), [str(tmp_path / "a.txt")])
-    geometry, of_whole = summary["geometry"], read(whole)["geometry"]
+    geometry, of_whole = summary["geometry"], read(bare[0])["geometry"]
     assert geometry.pop("not_finite") == of_whole.pop("not_finite") == ["twonn_pooled", "twonn_slots"]  # of nine texts
     assert geometry == pytest.approx(of_whole)
     assert not (folder / "nll.png").exists()

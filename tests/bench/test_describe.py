@@ -161,13 +161,13 @@ def test_every_shipped_recipe_is_described(path, capsys, bert_folder):
 def test_a_backbone_and_a_teacher_are_described(bert_folder, tmp_path, capsys):
     """A frozen one has no backward pass, stored states cost nothing, and what a teacher speaks of is read."""
 
-    def part(name, *overrides):
-        own = [*on_a_backbone(bert_folder), "size=tiny", "--max-tokens", "1024", "--out", str(tmp_path)]
+    def part(name, *overrides, longest="0"):
+        own = [*on_a_backbone(bert_folder), "size=tiny", "--max-tokens", longest, "--out", str(tmp_path)]
         assert perform(["describe", "pretrain/read.yaml", *own[:-4], *overrides, *own[-4:]]) == 0
         rows = {row["part"]: row for row in json.loads((tmp_path / "parts.json").read_text())["rows"]}
         return rows[name]
 
-    frozen = part("backbone", "data.states_gb=null")
+    frozen = part("backbone", "data.states_gb=null", longest="1024")  # by length, too
     bert_layer = 4 * 64 * 64 + 2 * 64 * 40
     assert frozen["forward FLOP/token"] == frozen["training FLOP/token"] == 3 * (2 * bert_layer + 4 * 64 * 64)
     lengths = json.loads((tmp_path / "lengths.json").read_text())["rows"]

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,16 +10,19 @@ from conceptron.__main__ import main
 from conceptron.kernels import compile as table
 from conceptron.kernels.compile import Row
 
-FABRICATED = str(Path(__file__).parent / "fabricated_builds.py")
+FABRICATED, ONE_OF_EACH = (str(Path(__file__).parent / f"{name}.py") for name in ("fabricated_builds", "one_of_each"))
+ARCHS = ("sm_80", "sm_90", "sm_100")
 
 
 @pytest.fixture(scope="module")
 def fabricated(tmp_path_factory):
-    """The rows of the fabricated kernels by name and architecture, compiled afresh, and the exit code."""
+    """The rows of the fabricated kernels by name, compiled afresh, the exit code, and where the cache lies."""
     report = tmp_path_factory.mktemp("compile") / "rows.json"
     argv = ["--builds", FABRICATED, "--arch", "sm_90", "--no-cache", "--json", str(report)]
-    code = main(["kernels", "compile", *argv])
-    return {row["name"].removeprefix("fabricated/"): row for row in json.loads(report.read_text())}, code
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(report.parent))
+        code = main(["kernels", "compile", *argv])
+    return {row["name"].removeprefix("fabricated/"): row for row in json.loads(report.read_text())}, code, report.parent
 
 
 @pytest.mark.parametrize(
@@ -31,7 +35,7 @@ def fabricated(tmp_path_factory):
     ],
 )
 def test_each_fault_is_found(fabricated, name, failure):
-    rows, code = fabricated
+    rows, code, _ = fabricated
     assert code == 1
     (found,) = rows[name]["failures"]
     assert failure in found
@@ -95,18 +99,17 @@ def test_refused(argv, message, capsys):
     assert main(["kernels", "compile", *argv]) == 2 and message in capsys.readouterr().err
 
 
-def test_a_second_run_reads_the_cache(tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    argv = ["--builds", FABRICATED, "--arch", "sm_80,sm_100", "--only", "fabricated/clean", "--json"]
-    rows = []
-    for name in ("first.json", "second.json"):
-        assert main(["kernels", "compile", *argv, str(tmp_path / name)]) == 0
-        rows.append(json.loads((tmp_path / name).read_text()))
-    assert [row["cached"] for row in rows[0] + rows[1]] == [False, False, True, True]
-    assert [{**row, "cached": None} for row in rows[0]] == [{**row, "cached": None} for row in rows[1]]
-    assert rows[0][0]["matrix"].get("HMMA", 0) > 0  # sm_80
-    assert any(kind.startswith("UTC") for kind in rows[0][1]["matrix"])  # sm_100
-    assert "2 compiled (2 read from the cache), 0 failures" in capfd.readouterr().out
+def test_a_second_run_reads_the_cache(fabricated, tmp_path, monkeypatch, capfd):
+    first, _, cache = fabricated
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    argv = ["--builds", FABRICATED, "--arch", ",".join(ARCHS), "--only", "fabricated/clean", "--json"]
+    assert main(["kernels", "compile", *argv, str(tmp_path / "second.json")]) == 0
+    rows = {row["arch"]: row for row in json.loads((tmp_path / "second.json").read_text())}
+    assert {arch: row["cached"] for arch, row in rows.items()} == {"sm_80": False, "sm_90": True, "sm_100": False}
+    assert {**rows["sm_90"], "cached": False} == first["clean"]
+    assert rows["sm_80"]["matrix"].get("HMMA", 0) > 0
+    assert any(kind.startswith("UTC") for kind in rows["sm_100"]["matrix"])
+    assert "3 compiled (1 read from the cache), 0 failures" in capfd.readouterr().out
 
 
 def test_every_operator_says_what_it_ships():
@@ -121,8 +124,17 @@ def test_samples_differ_by_architecture_and_cover_all():
     assert all(table.sampled(n, "sm_90", 1) for n in names)
 
 
-@pytest.mark.parametrize(("arch", "every"), [("sm_90", "6"), ("sm_80,sm_100", "24")])
-def test_shipped_configurations_are_clean(arch, every, capfd):
-    """A fixed part of them; all take minutes and are compiled by `conceptron kernels compile`."""
-    code = main(["kernels", "compile", "--arch", arch, "--sample", every])
-    assert code == 0, capfd.readouterr().out
+def test_a_sample_is_a_part_of_what_is_listed():
+    options = {"builds": None, "only": "", "arch": ["sm_80", "sm_90"]}
+    every, some = (table.list_tasks(SimpleNamespace(**options, sample=n))[0] for n in (1, 24))
+    names = [{(task.build.name, task.arch) for task in tasks} for tasks in (every, some)]
+    assert names[1] < names[0] and len(every) / 48 < len(some) < len(every) / 12
+
+
+def test_shipped_configurations_are_clean(tmp_path, capfd):
+    """One of every kernel; all take an hour and are compiled by `conceptron kernels compile`."""
+    argv = ["--builds", ONE_OF_EACH, "--arch", ",".join(ARCHS), "--json", str(tmp_path / "rows.json")]
+    assert main(["kernels", "compile", *argv]) == 0, capfd.readouterr().out
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["name"].split("/")[0] for row in rows} == set(table.OPERATORS)
+    assert {row["arch"] for row in rows if row["matrix"]} == set(ARCHS)

@@ -80,10 +80,11 @@ SHAPES = [  # T, M, d, V, index, bias, smoothing
 ]
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s)))
-def test_matches_the_oracle(mode, shape, reduction, device, no_worse, poisoned):
+def test_matches_the_oracle(mode, shape, device, no_worse, poisoned):
+    """Each shape and each mode meet every reduction, and each other in one of them."""
     *sizes, index, bias, smoothing = shape
+    reduction = ("mean", "sum", "none")[(SHAPES.index(shape) + MODES.index(mode)) % 3]
     *leaves, targets, chosen, shares = problem(device, *sizes, index=index, bias=bias)
     options = {"index": chosen, "token_weight": shares, "label_smoothing": smoothing, "reduction": reduction}
     upstream = (
@@ -260,17 +261,17 @@ def test_same_bits_every_time(mode, device):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("trained", ["100", "010", "001", "110"])
-def test_partial_gradients(mode, trained, reduction, device):
+def test_partial_gradients(mode, reduction, device):
     *leaves, targets, _, _ = problem(device, 33, 33, 16, 50)
     options = {"label_smoothing": 0.1, "reduction": reduction, "backend": backend(mode)}
     expected = differentiate(linear_cross_entropy, leaves, targets, **options)
-    for leaf, flag in zip(leaves, trained, strict=True):
-        leaf.requires_grad_(flag == "1")
-    found = differentiate(linear_cross_entropy, leaves, targets, **options)
-    for a, b, flag in zip(found, expected, "1" + trained, strict=True):
-        assert (a is None) == (flag == "0")
-        assert a is None or torch.equal(a, b)
+    for trained in ("100", "010", "001", "110"):
+        for leaf, flag in zip(leaves, trained, strict=True):
+            leaf.requires_grad_(flag == "1")
+        found = differentiate(linear_cross_entropy, leaves, targets, **options)
+        for a, b, flag in zip(found, expected, "1" + trained, strict=True):
+            assert (a is None) == (flag == "0"), trained
+            assert a is None or torch.equal(a, b), trained
 
 
 def test_tied_weight(mode, device):

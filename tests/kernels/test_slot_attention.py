@@ -82,21 +82,22 @@ def compare(no_worse, ours, inputs, cu_seqlens, options, gradients, slack=None):
         no_worse(name, *three, slack=slack)
 
 
-@pytest.mark.parametrize("normalize", ["mean", "sum"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize(
-    ("lengths", "C", "heads", "D", "chunk", "max_tile"),
+    ("lengths", "C", "heads", "D", "chunk", "max_tile", "of_float32"),  # how that is normalised; others the other way
     [
-        ("ragged", 7, (2, 2), 32, None, None),  # masks in both directions, an empty sequence between two others
-        ("pair", 7, (4, 2), 32, 8, None),  # several chunks, some partly filled; query heads that share a key head
-        ("long", 33, (1, 1), 64, 32, 16),  # three tiles of concepts, the last with one
-        ("even", 32, (2, 1), 20, None, 16),  # two full tiles; a width that is no power of two
-        ("short", 1, (1, 1), 16, 8, None),
-        ("ragged", 16, (1, 1), 100, 24, None),  # a wide head, a full tile; a chunk that is no multiple of a tile
+        ("ragged", 7, (2, 2), 32, None, None, "mean"),  # masks in both directions, an empty sequence between two others
+        ("pair", 7, (4, 2), 32, 8, None, "sum"),  # several chunks, partly filled; query heads that share a key head
+        ("long", 33, (1, 1), 64, 32, 16, "mean"),  # three tiles of concepts, the last with one
+        ("even", 32, (2, 1), 20, None, 16, "sum"),  # two full tiles; a width that is no power of two
+        ("short", 1, (1, 1), 16, 8, None, "mean"),
+        ("ragged", 16, (1, 1), 100, 24, None, "sum"),  # a wide head, a full tile; a chunk that is no multiple of a tile
     ],
 )
-def test_triton(lengths, C, heads, D, chunk, max_tile, dtype, normalize, device, no_worse):
-    lengths = LENGTHS[lengths]
+def test_triton(lengths, C, heads, D, chunk, max_tile, of_float32, dtype, device, no_worse):
+    lengths, normalize = LENGTHS[lengths], of_float32
+    if dtype != torch.float32:
+        normalize = "sum" if of_float32 == "mean" else "mean"
     inputs, cu_seqlens = make(lengths, C, heads, D, dtype, device), boundaries(lengths, device)
     options = 1.3 / math.sqrt(D), normalize, 1e-8
     gradients = upstream(inputs[0])

@@ -1,12 +1,11 @@
 """Every layer kind with every objective and every head: builds, trains, saves, loads bit for bit, compiles.
 
-The three are not multiplied out (8 x 10 x 14). An objective meets a layer kind in the encoder, a head meets both in the
-checkpoint that it starts from. So each of the 8 kinds is pretrained with all 10 objectives, and each of the 14 heads is
-trained from one of these checkpoints, in turn: all pairs of kind and objective, of kind and head occur, and each head
-meets 8 objectives. Compiling is slow: each kind does it once, tied, two with an objective and two with a head.
+They are not multiplied out (4 kinds, tied or not, x 10 x 14). An objective meets a layer kind in the encoder, a head
+meets both in the checkpoint that it starts from. So each of the 4 kinds is pretrained with all 10 objectives, tied with
+every second one and with the others in the next kind, and each of the 14 heads is trained from one of these
+checkpoints, in turn: all pairs of kind and objective, of kind and head, of tied or not and either occur, and each head
+meets 4 objectives. Compiling is slow: each kind does it once, tied, two with an objective and two with a head.
 """
-
-import itertools
 
 import numpy as np
 import pytest
@@ -28,10 +27,7 @@ SMALL = dict(
 )  # fmt: skip
 TOKENS = SpecialTokens(3, frozenset({0, 1, 2, 3}), 48)
 
-KINDS = [
-    (number, {"layer_kind": kind, "tie_layers": tied})
-    for number, (kind, tied) in enumerate(itertools.product(("cross", "bixt", "slot", "hybrid"), (False, True)))
-]
+KINDS = tuple(enumerate(("cross", "bixt", "slot", "hybrid")))
 LOCAL, EXCHANGE, TIMED = {"decoder_mixing": "local"}, {"decoder_mixing": "concepts"}, {"timestep_conditioning": True}
 POSITION, WEIGHTED = {"decoder_queries": "position"}, {"decoder_queries": "weighted"}
 OBJECTIVES = [  # each with a decoder that makes sense for it
@@ -121,11 +117,12 @@ def check_compiling(model: torch.nn.Module, batch: dict) -> None:
 def test_it_trains_saves_and_loads(number, kind, tmp_path):
     for i, (objective, options) in enumerate(OBJECTIVES):
         torch.manual_seed(0)
-        model, batch = ConceptForMaskedLM(ConceptConfig(**{**SMALL, **kind, **options})), pretraining(objective)
+        fields = {**SMALL, "layer_kind": kind, "tie_layers": (i + number) % 2 == 1, **options}
+        model, batch = ConceptForMaskedLM(ConceptConfig(**fields)), pretraining(objective)
         train(model, batch)
         check_saving(model, batch, tmp_path / str(i))
     for i, (head, options) in enumerate(HEADS):
-        start = (i + number) % len(OBJECTIVES)
+        start = (i + 2 * number + number // 2) % len(OBJECTIVES)  # tied for two of the kinds
         if "decoder_queries" in options and OBJECTIVES[start][1].get("decoder_queries") == "weighted":
             start = 0  # decoders of this kind read by place alone: no other can start from them
         labels = 1 if options.get("pair_features") == "cosine" else 3
@@ -136,13 +133,15 @@ def test_it_trains_saves_and_loads(number, kind, tmp_path):
         check_saving(model, batch, tmp_path / "task")
 
 
-@pytest.mark.parametrize("number, kind", KINDS[1:5:2], ids=str)
+@pytest.mark.parametrize("number, kind", [(3, "cross"), (5, "bixt")])
 def test_an_objective_is_one_graph(number, kind):
-    objective, options = OBJECTIVES[number + 2]
-    check_compiling(ConceptForMaskedLM(ConceptConfig(**{**SMALL, **kind, **options})), pretraining(objective))
+    objective, options = OBJECTIVES[number]
+    fields = {**SMALL, "layer_kind": kind, "tie_layers": True, **options}
+    check_compiling(ConceptForMaskedLM(ConceptConfig(**fields)), pretraining(objective))
 
 
-@pytest.mark.parametrize("number, kind", KINDS[5:9:2], ids=str)
+@pytest.mark.parametrize("number, kind", [(4, "slot"), (6, "hybrid")])
 def test_a_task_is_one_graph(number, kind):
-    head, options = HEADS[number - 1]
-    check_compiling(head(ConceptConfig(**{**SMALL, **kind, **options})), task(head, options))
+    head, options = HEADS[number]
+    fields = {**SMALL, "layer_kind": kind, "tie_layers": True, **options}
+    check_compiling(head(ConceptConfig(**fields)), task(head, options))

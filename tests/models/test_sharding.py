@@ -153,7 +153,7 @@ def count_bytes(rank: int, size: int, group) -> None:
     model, totals = Pretraining(ConceptForMaskedLM(configure({}))).double().train(), []
     objective = OBJECTIVES["tsdae"]()
     model.share_texts(group)
-    for num_tokens in (1024, 65536):
+    for num_tokens in (1024, 16384):
         whole = objective.view(texts([num_tokens]), [SampleKey(0, 0, 0)], TOKENS)
         part = shard_view(whole, rank, size, model.model.config)
         assert abs(part.encoder.num_tokens - whole.encoder.num_tokens / size) < 1

@@ -16,7 +16,8 @@ from conceptron.engine.launching.launch import World
 from conceptron.models.config import ConceptConfig
 from conceptron.models.masked_lm import ConceptForMaskedLM
 
-STAGES = pytest.mark.parametrize("stage, precision", [(1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
+# stage 3 under bf16, on two ranks: test_resume.py
+STAGES = pytest.mark.parametrize("stage, precision", [(1, "fp32"), (2, "bf16"), (3, "fp32")])
 
 
 def at(step: int) -> Progress:

@@ -16,8 +16,6 @@ from conceptron.engine.failures import watch
 
 from ..running import run_jobs
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 SHORT = ["train.steps=8", "eval.every=0", "checkpoint.every=2", "run.hang_minutes=0.05", "model.dropout=0"]
 WIDE = ["model.intermediate_size=9000", "batch.tokens=4096", "batch.micro_tokens=4096", "checkpoint.every=0"]
 DEEP = ["model.intermediate_size=900000"]

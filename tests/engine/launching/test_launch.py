@@ -23,6 +23,7 @@ from conceptron.engine.trainer import train
 
 BIN = Path(sys.executable).parent
 LONG = ["train.steps=40", "checkpoint.every=3", "eval.every=0"]
+SHORT = ["train.steps=20", *LONG[1:]]
 
 
 def steps(folder: Path) -> list[dict]:
@@ -64,15 +65,15 @@ def exact(folder: Path) -> list[tuple]:
 
 def test_killed_in_the_middle_and_resumed(recipe, tmp_path):
     """SIGKILL at any moment: the resumed run has every step once, and the losses of a run that was never stopped."""
-    process = start([BIN / "conceptron", "train", recipe, *LONG], tmp_path)
-    wait_for(process, tmp_path, 10)
+    process = start([BIN / "conceptron", "train", recipe, *SHORT], tmp_path)
+    wait_for(process, tmp_path, 7)
     process.kill()
     process.wait()
     folder = tmp_path / "runs" / "tiny"
     done, newest = len(steps(folder)), checkpoint.list_checkpoints(folder / "checkpoints")[0]
-    assert 10 <= done < 40 and checkpoint.load_progress(newest).step < 40
-    train(recipe, [*LONG, "resume=auto"])
-    assert exact(folder) == exact(train(recipe, [*LONG, "run.name=whole"]))
+    assert 7 <= done < 20 and checkpoint.load_progress(newest).step < 20
+    train(recipe, [*SHORT, "resume=auto"])
+    assert exact(folder) == exact(train(recipe, [*SHORT, "run.name=whole"]))
 
 
 def test_the_deepspeed_launcher_and_torchrun(recipe, tmp_path):

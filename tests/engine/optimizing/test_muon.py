@@ -72,15 +72,15 @@ def test_norms_are_of_the_gradient_and_clip_what_adamw_takes(world, build, steps
     assert lengths[0] == pytest.approx(rest, rel=0.05) and lengths[1] == pytest.approx(0.25, rel=0.05)
 
 
-@STAGES
-def test_resumes_bitwise(world, build, steps, tmp_path, stage, precision):
+def test_resumes_bitwise(world, build, steps, tmp_path):
+    """At other stages, on two ranks: test_resume.py."""
     given = dict(lr=1e-3, muon={"lr": 0.02})
-    straight = steps(build(stage, precision, **given), 0, 4)
-    engine = build(stage, precision, **given)
+    straight = steps(build(**given), 0, 4)
+    engine = build(**given)
     steps(engine, 0, 2)
     folder = save(world, tmp_path, engine, Progress(step=2, optimizer_steps=2), keep_last=1)
     assert checkpoint.has(folder, checkpoint.MOMENTUM) and checkpoint.has(folder, checkpoint.MOMENTS[0])
-    assert steps(build(stage, precision, found=folder, **given), 2, 4) == straight[2:]
+    assert steps(build(found=folder, **given), 2, 4) == straight[2:]
 
 
 def test_a_step_that_is_skipped_leaves_the_momentum_alone(build, steps):
