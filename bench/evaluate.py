@@ -20,6 +20,7 @@ from ..engine.errors import InputError
 from ..engine.labelled.task import expand, load_task
 from .documents import downstream as page
 from .downstream import cost, figures, seeds, submission
+from .downstream.figures import MODELS
 from .downstream.grid import PEER, tuned
 from .downstream.protocol import Outcome, Settings, run
 from .downstream.readers import BAG, UNTRAINED, PeerReader, open_reader
@@ -32,6 +33,7 @@ FIELDS = {  # field -> what is asked for
     "data": "a folder", "cache": "a folder", "train": "splits", "report": "splits", "piece": "tokens",
     "concepts": "a whole number", "answer": "written", "seeds": "a whole number", "finetune": "a recipe",
     "rates": "learning rates with commas between", "without": "floors with commas between",
+    "beside": "folders of earlier evaluations with commas between",
 }  # fmt: skip
 FLOORS = {"bag": BAG, "untrained": UNTRAINED}  # a word of the command line -> the row's name
 
@@ -62,6 +64,7 @@ def main(options: argparse.Namespace) -> int:
     how = (whole_number(given, "piece", 0) or None, given.get("cache"), whole_number(given, "concepts", 0) or None)
     reader, floors = open_reader(options.model, *how)
     floors = without(given, floors)
+    peers = beside(given)
     stamp = environment() | {"model": options.model, "piece": how[0], "limit": options.limit,
                              "weights": reader.fingerprint}  # fmt: skip
     out = Path(options.out)
@@ -82,6 +85,7 @@ def main(options: argparse.Namespace) -> int:
         outcome = run(task, settings, mine, floors, others)
         if chosen is not None:
             outcome.rows[0]["learning rate"] = chosen.lr
+        outcome.rows += [row for row in peers if row["task"] == task.name]
         outcomes.append(outcome)
         write_outcome(out / task.name, outcome, stamp)
         rows += outcome.rows
@@ -156,6 +160,24 @@ def without(given: dict[str, str], floors: dict[str, Any]) -> dict[str, Any]:
         if name not in FLOORS:
             raise InputError(f"without={name}: expected of {', '.join(FLOORS)}")
     return {name: floor for name, floor in floors.items() if name not in [FLOORS[each] for each in named]}
+
+
+def beside(given: dict[str, str]) -> list[dict[str, Any]]:
+    """The rows of other models, as they were evaluated into these folders, by the names of their models.
+
+    Raises:
+        InputError: there is no table in a folder.
+    """
+    found = []
+    for name in given["beside"].split(",") if "beside" in given else []:
+        path = Path(name.strip()).expanduser() / "downstream.json"
+        if not path.is_file():
+            raise InputError(f"beside={name}: expected a folder that conceptron evaluate wrote, there is no {path}")
+        rows, stamp = read_results(path)
+        place = Path(stamp["model"])
+        label = place.parent.name if place.name == "model" else place.name  # of a run its own name
+        found += [{**row, "row": f"{label} (beside)"} for row in rows if row["row"] in MODELS]
+    return found
 
 
 def is_written(given: dict[str, str]) -> bool:

@@ -220,7 +220,8 @@ COMMANDS = (
                    required=True),
             Option("settings", Text("field=value"), (
                 "data, cache: folders; train, report: splits; piece: tokens read at once; concepts: of a sentence; "
-                "answer=written; seeds; finetune: a recipe; rates; without=bag,untrained"
+                "answer=written; seeds; finetune: a recipe; rates; without=bag,untrained; beside: folders where "
+                "other models were evaluated, whose rows stand in this table, too"
             ), (), "*", "field=value"),
             Option("--limit", Whole(1), "only so many pairs, or documents, of every task", shown="N"),
             Option("--no-floors", None, "only the model: no majority, BM25, bag, untrained, ablations"),

@@ -16,6 +16,7 @@ NOTES = (
     "Scores are in percent. Intervals: bootstrap over examples, or over documents where several questions share one.",
     "Zeroed and shuffled: the same model without what it read, or with what it read elsewhere. What stays is not owed "
     "to the concepts.",
+    "Beside: other models, evaluated by the same program into tables of their own.",
     "Quoted rows are what others published, mostly on the full test split; they were not measured here.",
 )
 FIGURES = ("downstream", "places")

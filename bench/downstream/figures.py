@@ -42,6 +42,9 @@ def plot_scores(path: Path, rows: Sequence[dict[str, Any]], note: str) -> None:
                 low, high = row.get("low") or score, row.get("high") or score
                 axes.plot([low, high], [y, y], color=BLUE, linewidth=5, alpha=0.35, solid_capstyle="butt")
                 axes.plot(score, y, "o", color=BLUE, markersize=7, label="this model", zorder=3)
+            elif row["row"].endswith("(beside)"):
+                axes.plot(score, y, "s", markerfacecolor="none", color=INK, markersize=7,
+                          label=row["row"].removesuffix(" (beside)"))
             elif row["row"] in MARKS:
                 marker, colour = MARKS[row["row"]]
                 axes.plot(score, y, marker=marker, color=colour, markersize=7, label=row["row"], linestyle="none")

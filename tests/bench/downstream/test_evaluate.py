@@ -315,6 +315,23 @@ def test_fine_tuned_over_a_grid(folder):
     assert "learned from train and test" in rows["concepts"]["beside it"]
 
 
+def test_other_models_stand_in_the_same_table(folder):
+    """Of the tasks that both answered; under the name of the model, or of the run that a model is of."""
+    run(folder, "scrolls/qasper,scrolls/quality", out="other/a", limit=2, no_floors=True, model="peer")
+    (folder / "tuned-run").mkdir()
+    shutil.copytree(folder / "peer", folder / "tuned-run" / "model")
+    run(folder, "scrolls/qasper", out="other/b", limit=2, no_floors=True, model="tuned-run/model")
+    places = f"beside={folder / 'other/a'},{folder / 'other/b'}"
+    rows, out = run(folder, "scrolls/qasper", places, out="both", limit=2, no_floors=True)
+    of_peer = json.loads((folder / "other/a/downstream.json").read_text())["rows"][0]
+    assert rows["peer (beside)"] == {**of_peer, "row": "peer (beside)"} and of_peer["row"] == "encoder"
+    assert rows["tuned-run (beside)"]["score"] == of_peer["score"]
+    assert {row["task"] for row in rows.values()} == {"scrolls/qasper"}
+    assert "peer (beside)" in (out / "report.html").read_text()
+    with pytest.raises(InputError, match="beside=nowhere: expected a folder that conceptron evaluate wrote"):
+        run(folder, "scrolls/qasper", "beside=nowhere", out="both")
+
+
 @pytest.fixture(scope="module")
 def tuned_peer(folder):
     """The rows, the results and the best run of a peer fine-tuned on ContractNLI over a grid."""
