@@ -164,6 +164,8 @@ def test_retrieval_out_of_a_zip(folder, caplog):
     rows, _ = run(folder, "retrieval/qmsum", out="retrieval")
     assert rows["concepts"]["metric"] == "ndcg@10" and rows["concepts"]["documents"] == 10
     assert rows["concepts"]["examples"] == 120  # of two splits
+    asked = examples(load_task("retrieval/qmsum"), "validation", folder)[0].question
+    assert asked.startswith("It is ")  # the summary, as LongEmbed has it
     assert {"BM25", "concepts, one vector", "concepts, with BM25"} <= set(rows)
     assert not [record for record in caplog.records if record.name == "bm25s"]
 
