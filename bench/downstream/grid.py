@@ -49,7 +49,7 @@ def tuned(
                 "resume": "auto",
             }  # fmt: skip
             given |= {"task.data": json.dumps(str(settings.data), allow_nan=False)} if settings.data else {}
-            given |= {"task.train": json.dumps(settings.train)} if settings.train else {}
+            given |= {"task.train": json.dumps(settings.train, allow_nan=False)} if settings.train else {}
             given |= {"task.limit": settings.limit} if settings.limit else {}
             folder = train(recipe, [*(f"{name}={value}" for name, value in given.items()), *overrides])
             folders[rate].append(folder)
