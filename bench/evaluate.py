@@ -20,7 +20,7 @@ from ..engine.errors import InputError
 from ..engine.labelled.task import expand, load_task
 from .documents import downstream as page
 from .downstream import cost, figures, seeds, submission
-from .downstream.figures import MODELS
+from .downstream.figures import BESIDE, MODELS
 from .downstream.grid import PEER, tuned
 from .downstream.protocol import Outcome, Settings, run
 from .downstream.readers import BAG, UNTRAINED, PeerReader, open_reader
@@ -176,7 +176,7 @@ def beside(given: dict[str, str]) -> list[dict[str, Any]]:
         rows, stamp = read_results(path)
         place = Path(stamp["model"])
         label = place.parent.name if place.name == "model" else place.name  # of a run its own name
-        found += [{**row, "row": f"{label} (beside)"} for row in rows if row["row"] in MODELS]
+        found += [{**row, "row": f"{label}{BESIDE}"} for row in rows if row["row"] in MODELS]
     return found
 
 

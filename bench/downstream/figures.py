@@ -15,6 +15,7 @@ MARKS = {  # row -> marker, colour
     "concepts shuffled": ("2", INK),
 }  # fmt: skip
 MODELS = ("concepts", "encoder")
+BESIDE = " (beside)"  # behind the name of another model
 
 
 def draw(folder: Path) -> None:
@@ -42,9 +43,9 @@ def plot_scores(path: Path, rows: Sequence[dict[str, Any]], note: str) -> None:
                 low, high = row.get("low") or score, row.get("high") or score
                 axes.plot([low, high], [y, y], color=BLUE, linewidth=5, alpha=0.35, solid_capstyle="butt")
                 axes.plot(score, y, "o", color=BLUE, markersize=7, label="this model", zorder=3)
-            elif row["row"].endswith("(beside)"):
+            elif row["row"].endswith(BESIDE):
                 axes.plot(score, y, "s", markerfacecolor="none", color=INK, markersize=7,
-                          label=row["row"].removesuffix(" (beside)"))
+                          label=row["row"].removesuffix(BESIDE))
             elif row["row"] in MARKS:
                 marker, colour = MARKS[row["row"]]
                 axes.plot(score, y, marker=marker, color=colour, markersize=7, label=row["row"], linestyle="none")
